@@ -1,0 +1,141 @@
+"""Settings: a script's dataclass, then config files, then flags, all through one check.
+
+    python train.py config/train_chat.py --batch_size=16 --learning_rate=1e-3
+    python train.py --help
+
+A script declares its settings once, as a dataclass whose fields have a type, a default and a comment:
+
+    @dataclass
+    class Settings:
+        batch_size: int = 32  # sequences per step
+
+A config file is Python: assignments to those names, arithmetic allowed. Names that start with `_` are its own.
+"""
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import runpy
+import sys
+import types
+import typing
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def load(settings_class, argv, doc=""):
+    """Build settings_class from its defaults, then each config file and --key=value in argv, in order.
+
+    Relative paths (fields of type Path) count from the repository in defaults and config files, and from the
+    current folder in flags. Raises ValueError naming the setting, the value and what to do; --help prints
+    every setting and leaves.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(describe(settings_class, doc))
+        raise SystemExit(0)
+    fields = typing.get_type_hints(settings_class)
+    values = {f.name: cast(f.name, f.default, fields[f.name], "its default", repo_folder())
+              for f in dataclasses.fields(settings_class)}
+    for arg in argv:
+        if not arg.startswith("-"):
+            path = find_config(arg)
+            for name, value in read_config(path).items():
+                check_name(name, fields, path)
+                values[name] = cast(name, value, fields[name], path, repo_folder())
+            continue
+        name, equals, text = arg.lstrip("-").partition("=")
+        check_name(name, fields, "the command line")
+        if not equals:
+            raise ValueError(f"--{name} has no value: write --{name}=VALUE (for a switch --{name}=True)")
+        values[name] = cast(name, parse(text, fields[name]), fields[name], "the command line", Path())
+    return settings_class(**values)
+
+
+def repo_folder():
+    """The repository, written as short as can be: nothing when it is the current folder."""
+    return Path() if Path.cwd() == REPO else REPO
+
+
+def find_config(arg):
+    """The config file meant by arg: in the current folder, or in the repository."""
+    for path in (Path(arg), REPO / arg):
+        if path.is_file():
+            return path
+    close = difflib.get_close_matches(arg, [f"config/{p.name}" for p in sorted((REPO / "config").glob("*.py"))], 1)
+    raise ValueError(f"{arg}: no such config file" + (f"; did you mean {close[0]}?" if close else
+                     "; settings are written --name=value"))
+
+
+def read_config(path):
+    """The names that a config file assigns, as a dict."""
+    try:
+        names = runpy.run_path(str(path))
+    except Exception as error:  # it is the user's Python, so any error is possible
+        line = error.lineno if isinstance(error, SyntaxError) else \
+            next((t.lineno for t in reversed(inspect.getinnerframes(error.__traceback__))
+                  if t.filename == str(path)), "?")
+        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+    return {name: value for name, value in names.items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+
+
+def check_name(name, fields, source):
+    if name not in fields:
+        close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
+        raise ValueError(f"{source}: there is no setting {name!r}; " +
+                         (f"did you mean {close[0]!r}?" if close else "--help lists them all"))
+
+
+def parse(text, wanted):
+    """A flag's text as a Python value; what is not a literal, or is wanted as text, stays text."""
+    if wanted in (str, Path):
+        return text
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.strip().lower(), text)
+
+
+def cast(name, value, wanted, source, base):
+    """`value` as the type `wanted`, or a ValueError. int is a float too, 1e3 is an int; nothing else is bent.
+    Relative paths start at the folder `base`."""
+    options = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else (wanted,)
+    if type(None) in options and (value is None or value == "None"):
+        return None
+    for option in options:
+        if option is Path and isinstance(value, (str, Path)) and str(value):
+            return base / Path(value).expanduser()
+        if option is float and type(value) is int:
+            return float(value)
+        if option is int and type(value) is float and value.is_integer():
+            return int(value)
+        if option is tuple and isinstance(value, list):
+            return tuple(value)
+        if option is not type(None) and type(value) is (typing.get_origin(option) or option):
+            return value
+    names = " or ".join("None" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise ValueError(f"{source}: {name}={value!r} is of type {type(value).__name__}; {name} must be {names}")
+
+
+def describe(settings_class, doc=""):
+    """The text of --help: every setting with its default and the comment that stands behind it."""
+    lines = [doc.strip(), "", "Settings (--name=value, or name = value in a config file):", ""]
+    source = inspect.getsource(settings_class)
+    for field in dataclasses.fields(settings_class):
+        comment = re.search(rf"^\s+{field.name}\s*:[^#\n]*(?:#\s*(.*))?$", source, re.MULTILINE)
+        default = f"--{field.name}={field.default}"
+        lines.append(f"  {default:<38} {(comment.group(1) if comment else '') or ''}".rstrip())
+    return "\n".join(lines)
+
+
+def run(main):
+    """Call main(sys.argv[1:]) as a script's last line: a user's mistake (ValueError, OSError) ends as one line
+    on standard error and exit code 1, Ctrl-C as 130."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

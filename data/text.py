@@ -1,0 +1,100 @@
+"""Plain text -> token files, in a stream, so that a file may be larger than memory.
+
+    python -m data.text config/prepare_shakespeare.py                      # downloads tiny Shakespeare
+    python -m data.text --source=my.txt --out_dir=data/mine --tokenizer=bpe
+"""
+import codecs
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import config
+from data.download import download
+from data.tokenizer import get_tokenizer, train_bpe, write_spec
+from data.tokens import new_files, write_meta, write_tokens
+
+BLOCK = 1 << 20  # bytes read at a time
+
+
+@dataclass
+class Settings:
+    source: str = ""  # a UTF-8 text file, or the http(s) address of one
+    out_dir: Path = Path("data/text")  # where train.bin, val.bin and meta.json go
+    tokenizer: str = "bytes"  # bytes, gpt2, bpe (trained on this text) or the path of a tokenizer.json
+    vocab_size: int = 4096  # ids that bpe makes
+    bpe_bytes: int = 100_000_000  # bpe learns from at most so much of the text's beginning
+    val_fraction: float = 0.1  # the last part of the text is kept for validation
+
+
+def read_text(path, start, stop, digest=None):
+    """Yield bytes start..stop of a UTF-8 file as strings of about BLOCK bytes, cut after line ends where there
+    are any, so that no word is torn. Feeds `digest` what it reads. Raises ValueError for other encodings."""
+    decoder, kept = codecs.getincrementaldecoder("utf-8")(), ""
+    with open(path, "rb") as f:
+        f.seek(start)
+        while start < stop:
+            block = f.read(min(BLOCK, stop - start))
+            start += len(block)
+            if digest:
+                digest.update(block)
+            try:
+                kept += decoder.decode(block, final=start >= stop)
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not UTF-8 text (near byte {start - len(block) + error.start}); save it "
+                                 "as UTF-8") from error
+            at = kept.rfind("\n") + 1 or len(kept)
+            yield kept[:at]
+            kept = kept[at:]
+    if kept:
+        yield kept
+
+
+def find_split(path, val_fraction):
+    """(train bytes, all bytes): where validation starts, moved to the start of a character."""
+    size = path.stat().st_size
+    split = int(size * (1 - val_fraction))
+    with open(path, "rb") as f:
+        f.seek(split)
+        while split < size and (byte := f.read(1)) and byte[0] & 0xC0 == 0x80:  # inside a character
+            split += 1
+    return split, size
+
+
+def main(argv):
+    settings = config.load(Settings, argv, __doc__)
+    if not settings.source:
+        raise ValueError("no text given: use --source=FILE, or config/prepare_shakespeare.py")
+    if not 0 < settings.val_fraction < 1:
+        raise ValueError(f"val_fraction={settings.val_fraction}: use a value between 0 and 1, such as 0.1")
+    path = Path(settings.source).expanduser()
+    if settings.source.startswith(("http://", "https://")):
+        path = download(settings.source, settings.out_dir / settings.source.rpartition("/")[2])
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; name a text with --source=FILE")
+    split, size = find_split(path, settings.val_fraction)
+    if not 0 < split < size:
+        raise ValueError(f"{path}: {size} bytes are too few to split into training and validation")
+    name = settings.tokenizer
+    with new_files(settings.out_dir) as part:
+        if name == "bpe":
+            print(f"training a byte-pair encoding of {settings.vocab_size} ids ...", file=sys.stderr)
+            write_spec(part / "tokenizer.json",
+                       train_bpe(read_text(path, 0, min(split, settings.bpe_bytes)), settings.vocab_size))
+            name = part / "tokenizer.json"
+        enc = get_tokenizer(name)
+        digest = hashlib.sha256()
+        counts = {f"{which}_tokens": write_tokens(part / f"{which}.bin", map(
+            enc.encode_ordinary, read_text(path, start, stop, digest)))
+            for which, start, stop in (("train", 0, split), ("val", split, size))}
+        if str(name).endswith(".json") and settings.tokenizer != "bpe":  # a tokenizer made elsewhere comes along
+            (part / "tokenizer.json").write_bytes(Path(name).read_bytes())
+        stored = "tokenizer.json" if str(name).endswith(".json") else name
+        write_meta(part, {"kind": "text", "tokenizer": stored, "vocab_size": enc.n_vocab, **counts,
+                          "source": path.name, "sha256": digest.hexdigest()})
+    print(f"{path}: {size:,} bytes -> {settings.out_dir}: {counts['train_tokens']:,} training tokens, "
+          f"{counts['val_tokens']:,} validation tokens, {enc.n_vocab} ids ({stored})")
+
+
+if __name__ == "__main__":
+    config.run(main)

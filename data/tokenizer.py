@@ -1,0 +1,224 @@
+"""Text to token ids and back: GPT-2's tokenizer, plain bytes, or a byte-pair encoding trained here.
+
+    python -m data.tokenizer "Hello,   world! naive 👋"    # see how text becomes tokens
+
+Every tokenizer is a tiktoken.Encoding, so encode_ordinary, decode and n_vocab work on all of them, and every
+one knows `<|endoftext|>` and the three role tokens of a chat as single ids after its last ordinary id.
+"""
+import heapq
+import json
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import tiktoken
+
+END_OF_TEXT = "<|endoftext|>"
+ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
+
+# How text is cut into words before bytes are paired (no pair crosses a cut): a word with the space before it,
+# single digits (so that numbers are spelled, and sums can be learned), runs of punctuation, runs of white space.
+# It is written for both Python's re, which trains, and tiktoken's engine, which encodes.
+SPLIT_PATTERN = r" ?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+
+
+def build(name, pattern, token_bytes):
+    """A tiktoken.Encoding from the bytes of each ordinary token, in the order of their ids."""
+    specials = {token: len(token_bytes) + i for i, token in enumerate((END_OF_TEXT, *ROLE_TOKENS))}
+    ranks = {token: i for i, token in enumerate(token_bytes)}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
+
+
+def get_tokenizer(spec):
+    """The tokenizer named by `spec`: "gpt2", "bytes", the path of a tokenizer.json, or what read_spec returns.
+
+    Raises ValueError where there is none of that name, the file is not one, or GPT-2's vocabulary can neither
+    be found nor downloaded.
+    """
+    spec = read_spec(spec)
+    if spec == "bytes":
+        return build("bytes", r"[\s\S]", [bytes([i]) for i in range(256)])
+    if spec == "gpt2":
+        base = load_gpt2()
+        specials = {**base._special_tokens, **{t: base.n_vocab + i for i, t in enumerate(ROLE_TOKENS)}}
+        return tiktoken.Encoding("gpt2", pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
+                                 special_tokens=specials)
+    token_bytes = [bytes([i]) for i in range(256)]
+    for a, b in spec["merges"]:
+        token_bytes.append(token_bytes[a] + token_bytes[b])
+    return build("bpe", spec["pattern"], token_bytes)
+
+
+def read_spec(spec):
+    """What a checkpoint keeps of a tokenizer: "gpt2", "bytes", or the dict {"pattern", "merges"} of a
+    tokenizer.json at the path `spec`. Raises ValueError."""
+    if isinstance(spec, dict) or spec in ("gpt2", "bytes"):
+        return spec
+    path = Path(spec)
+    if not path.is_file():
+        raise ValueError(f"tokenizer {str(spec)!r}: no such file; use gpt2, bytes or the path of a tokenizer.json")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+        spec = {"pattern": str(loaded["pattern"]), "merges": [[int(a), int(b)] for a, b in loaded["merges"]]}
+        assert all(0 <= min(pair) <= max(pair) < 256 + i for i, pair in enumerate(spec["merges"]))
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path}: not a tokenizer.json of this project; make a new one by preparing the data") \
+            from error
+    return spec
+
+
+def write_spec(path, spec):
+    """Save a trained tokenizer as tokenizer.json; read_spec reads it."""
+    Path(path).write_text(json.dumps(spec) + "\n", encoding="utf-8")
+
+
+def load_gpt2():
+    """tiktoken's GPT-2 encoding, or a ValueError that says what to do without a network."""
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # requests, urllib3 and tiktoken each have their own
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or "unset"
+        raise ValueError(
+            f"GPT-2's vocabulary could not be loaded ({type(error).__name__}). It is two files, vocab.bpe and "
+            "encoder.json, that tiktoken downloads once. Without a network, copy tiktoken's cache folder from "
+            f"another machine and set TIKTOKEN_CACHE_DIR to it (now: {folder})") from error
+
+
+def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN, min_count=2):
+    """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): the merges that make vocab_size ids.
+
+    texts: an iterable of strings; words are not joined across two of them. Start from the 256 bytes; again and
+    again the most frequent pair of neighbours becomes a new id (among equals the smallest pair), until there
+    are vocab_size ids or no pair is left that occurs min_count times. For example "aab aab" first merges
+    (a, a), which occurs twice, then (aa, b). Returns {"pattern": ..., "merges": [[id, id], ...]}, where
+    merge i makes id 256 + i. Raises ValueError for fewer than 256 ids.
+    """
+    if vocab_size < 256:
+        raise ValueError(f"vocab_size={vocab_size}: a byte-pair encoding starts from 256 bytes; use 256 or more")
+    splitter = re.compile(pattern)
+    word_counts = Counter()
+    for text in texts:
+        word_counts.update(splitter.findall(text))
+    words = [list(word.encode("utf-8")) for word in word_counts]  # each word once, however often it occurs
+    counts = list(word_counts.values())
+    pair_counts, pair_words = Counter(), defaultdict(set)
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += counts[i]
+            pair_words[pair].add(i)
+    # A heap finds the most frequent pair. Counts change as words merge: changed pairs are pushed anew, and
+    # entries whose count is no longer true are skipped when they come up.
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < vocab_size - 256:
+        count, pair = heapq.heappop(heap)
+        if -count != pair_counts[pair]:
+            continue
+        if -count < min_count:
+            break
+        new_id = 256 + len(merges)
+        merges.append(list(pair))
+        changed = Counter()
+        for i in pair_words.pop(pair):
+            old, new = words[i], merge(words[i], pair, new_id)
+            words[i] = new
+            for p in zip(old, old[1:]):
+                changed[p] -= counts[i]
+            for p in zip(new, new[1:]):
+                changed[p] += counts[i]
+                if new_id in p:
+                    pair_words[p].add(i)
+        for p, change in changed.items():
+            if change:
+                pair_counts[p] += change
+                if pair_counts[p] > 0:
+                    heapq.heappush(heap, (-pair_counts[p], p))
+                else:
+                    del pair_counts[p]
+    return {"pattern": pattern, "merges": merges}
+
+
+def merge(ids, pair, new_id):
+    """Replace each `pair` in a list of ids, from the left: merge([1, 1, 1, 2], (1, 1), 9) -> [9, 1, 2]."""
+    merged, i = [], 0
+    while i < len(ids):
+        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
+            merged.append(new_id)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
+def token_pieces(enc, ids):
+    """Each id's own text; bytes that are only a part of a character show as <e2> and so on."""
+    pieces = []
+    for token in enc.decode_tokens_bytes(ids):
+        try:
+            pieces.append(token.decode("utf-8"))
+        except UnicodeDecodeError:
+            pieces.append("".join(f"<{b:02x}>" if b > 127 else chr(b) for b in token))
+    return pieces
+
+
+def paint(pieces, colour):
+    """Pieces on backgrounds that alternate, or between bars where there is no colour."""
+    shown = [p.replace(" ", "·").replace("\n", "↵").replace("\t", "→") for p in pieces]
+    if not colour:
+        return "|".join(shown)
+    return "".join(f"\x1b[{(30, 97)[i % 2]};{(106, 44)[i % 2]}m{p}\x1b[0m" for i, p in enumerate(shown))
+
+
+def show(text, colour):
+    """Yield the lines of the tokenization lesson for `text`."""
+    def step(title, why, pieces, ids=None):
+        yield f"\n{title}: {len(pieces)} pieces. {why}"
+        yield "  " + paint(pieces, colour)
+        if ids is not None:
+            yield "  " + " ".join(map(str, ids))
+
+    yield f"{len(text)} characters, {len(text.encode('utf-8'))} bytes (· is a space)"
+    yield from step("1. White space", "Simple, but 'world!' and 'world' are strangers.", text.split())
+    yield from step("2. White space and punctuation", "Better; yet every unseen word is an unknown one.",
+                    re.findall(r"\w+|[^\w\s]", text))
+    yield from step("3. Characters", "Nothing unknown in one script, but 150,000 of them exist, and texts get long.",
+                    list(text), [ord(c) for c in text])
+    enc = get_tokenizer("bytes")
+    ids = enc.encode_ordinary(text)
+    yield from step("4. Bytes", "256 ids write everything; texts get longer still.", token_pieces(enc, ids), ids)
+    source = Path(__file__).parent / "instruction" / "instruction-data.json"
+    spec = train_bpe([source.read_text(encoding="utf-8")], 1024)
+    enc = get_tokenizer(spec)
+    ids = enc.encode_ordinary(text)
+    yield from step("5. Byte pairs, learned here", f"{len(spec['merges'])} merges of frequent neighbours in "
+                    f"{source.name}: common words are one piece, nothing is unknown.", token_pieces(enc, ids), ids)
+    word = max(re.findall(spec["pattern"], text), key=lambda w: len(w.encode("utf-8")), default="")
+    ids = list(word.encode("utf-8"))
+    yield f"   Merge by merge, the longest word: {paint(token_pieces(enc, ids), False)}"
+    for i, pair in enumerate(map(tuple, spec["merges"])):
+        merged = merge(ids, pair, 256 + i)
+        if merged != ids:
+            ids = merged
+            yield f"     merge {i + 1:>4}: {paint(token_pieces(enc, ids), False)}"
+    try:
+        enc = get_tokenizer("gpt2")
+    except ValueError as error:
+        yield f"\n6. GPT-2's byte pairs: not shown. {error}"
+        return
+    ids = enc.encode_ordinary(text)
+    yield from step("6. GPT-2's byte pairs", "The same method with 50,000 merges, learned on 40 GB of web pages.",
+                    token_pieces(enc, ids), ids)
+    yield "   In a chat, role tokens follow: " + ", ".join(
+        f"{t} is id {enc.encode_single_token(t)}" for t in ROLE_TOKENS)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+        sys.exit(__doc__.strip())
+    sys.stdout.reconfigure(encoding="utf-8")
+    for line in show(sys.argv[1], colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):
+        print(line)

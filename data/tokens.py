@@ -1,0 +1,232 @@
+"""Token files and the batches made of them.
+
+A prepared folder holds train.bin and val.bin (token ids as raw uint16, nothing else, so np.memmap opens them)
+and meta.json, which says what the ids mean. TokenDataset cuts plain text into windows, ChatDataset keeps
+conversations whole; training calls both the same way: batch(split, index) is a pure function of the seed and
+the index, so a run that is resumed, or spread over machines, sees the same batches.
+"""
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from data.conversation import special_ids, supervised
+from data.tokenizer import get_tokenizer, read_spec
+
+SPLITS = ("train", "val")
+
+
+@contextlib.contextmanager
+def new_files(folder):
+    """A temporary folder inside `folder`; if the block succeeds all its files move up into `folder`, if it
+    fails none do, and earlier files stay."""
+    folder = Path(folder)
+    part = folder / ".part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        for path in sorted(part.iterdir(), key=lambda p: p.name == "meta.json"):  # what the others mean: last
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def write_tokens(path, chunks):
+    """Write lists or arrays of ids, one after the other, as uint16; returns how many. Raises ValueError for
+    an id that uint16 cannot hold."""
+    total = 0
+    with open(path, "wb") as f:
+        for ids in chunks:
+            ids = np.asarray(ids)
+            if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
+                raise ValueError(f"{path}: token id {ids.max()} does not fit in 16 bits; use a smaller vocabulary")
+            f.write(ids.astype(np.uint16).tobytes())
+            total += ids.size
+    return total
+
+
+def write_meta(folder, meta):
+    """Write meta.json, which open_dataset reads."""
+    text = json.dumps(meta, indent=1, ensure_ascii=False)
+    (Path(folder) / "meta.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_meta(folder):
+    """meta.json of a prepared folder, or a ValueError that says how to prepare one."""
+    path = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        meta["kind"], meta["tokenizer"], meta["vocab_size"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: no meta.json there; prepare the data first: python prepare_alpaca.py "
+                         "config/prepare_instruction.py (chats), or python -m data.text (plain text)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a meta.json of this project; prepare the folder again") from error
+    return meta
+
+
+def folder_tokenizer(folder):
+    """What a checkpoint keeps of the tokenizer of a prepared folder (see data/tokenizer.py's read_spec)."""
+    name = read_meta(folder)["tokenizer"]
+    return read_spec(Path(folder) / name if name.endswith(".json") else name)
+
+
+def open_dataset(folder, block_size, batch_size, seed=0):
+    """The TokenDataset or ChatDataset of a prepared folder, as its meta.json says. Raises ValueError."""
+    kind = {"text": TokenDataset, "chat": ChatDataset}.get(read_meta(folder)["kind"])
+    if kind is None:
+        raise ValueError(f"{folder}/meta.json: kind {read_meta(folder)['kind']!r} is neither 'text' nor 'chat'")
+    return kind(folder, block_size, batch_size, seed)
+
+
+def open_tokens(folder, split, vocab_size):
+    """The ids of one split as a read-only memmap (n,). Raises ValueError for a file that cannot be right."""
+    path = Path(folder) / f"{split}.bin"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; prepare the folder again")
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise ValueError(f"{path}: {size} bytes are not 16-bit token ids; the file is cut short or empty, prepare "
+                         "the folder again")
+    tokens = np.memmap(path, dtype=np.uint16, mode="r")
+    check_ids(tokens[:10_000_000], vocab_size, path)
+    return tokens
+
+
+def check_ids(ids, vocab_size, path):
+    if ids.max() >= vocab_size:
+        raise ValueError(f"{path}: holds token id {ids.max()}, but the vocabulary has {vocab_size}; it was made "
+                         "with another tokenizer, prepare the folder again")
+
+
+class TokenDataset:
+    """Plain text: windows of block_size tokens from random places, each target the token after."""
+
+    def __init__(self, folder, block_size, batch_size, seed=0):
+        self.folder, self.block_size, self.batch_size, self.seed = Path(folder), block_size, batch_size, seed
+        self.vocab_size = read_meta(folder)["vocab_size"]
+        self.tokens = {split: open_tokens(folder, split, self.vocab_size) for split in SPLITS}
+        for split, tokens in self.tokens.items():
+            if len(tokens) <= block_size:
+                raise ValueError(f"{self.folder}/{split}.bin: {len(tokens)} tokens are too few for "
+                                 f"block_size={block_size}; use more text, or --block_size={max(len(tokens) - 1, 1)}")
+
+    def batch(self, split, index):
+        """The index-th batch of random windows: ids (B, T) int64, targets (B * T,) int64, where None: every
+        position has a target."""
+        rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
+        starts = rng.integers(0, len(self.tokens[split]) - self.block_size, self.batch_size)
+        return self.windows(split, starts)
+
+    def eval_batches(self, split, max_tokens):
+        """Fixed windows, spread evenly, without overlap and together at most max_tokens (at least one window),
+        in batches like those of batch()."""
+        windows = (len(self.tokens[split]) - 1) // self.block_size
+        wanted = min(windows, max(max_tokens // self.block_size, 1))
+        starts = np.linspace(0, windows - 1, wanted).round().astype(np.int64) * self.block_size
+        for i in range(0, wanted, self.batch_size):
+            yield self.windows(split, starts[i:i + self.batch_size])
+
+    def windows(self, split, starts):
+        ids = self.tokens[split][starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
+        check_ids(ids, self.vocab_size, self.folder / f"{split}.bin")
+        return ids[:, :-1], ids[:, 1:].reshape(-1), None
+
+
+class ChatDataset:
+    """Chats: whole conversations, each from position 0, batched with others of about its length.
+
+    A batch holds as many conversations as fit into batch_size * block_size tokens, padding counted, so it costs
+    the memory that a batch of text does. Every epoch sorts by length, equals in a new random order, cuts at a
+    random phase and shuffles the batches. Only the assistant's tokens are targets. A conversation longer than
+    block_size + 1 is cut there; one that has no target left is dropped (`dropped` counts them by split).
+    """
+
+    def __init__(self, folder, block_size, batch_size, seed=0):
+        self.folder, self.block_size, self.seed = Path(folder), block_size, seed
+        self.budget = batch_size * block_size  # tokens per batch, padding counted
+        self.vocab_size = read_meta(folder)["vocab_size"]
+        enc = get_tokenizer(folder_tokenizer(folder))
+        self.pad_id = special_ids(enc)[0]
+        self.tokens, self.targets, self.starts, self.lengths, self.dropped = {}, {}, {}, {}, {}
+        for split in SPLITS:
+            tokens = open_tokens(folder, split, self.vocab_size)
+            starts = np.flatnonzero(tokens == self.pad_id)  # every conversation opens with <|endoftext|>
+            if not len(starts):
+                raise ValueError(f"{folder}/{split}.bin: no conversation in it; prepare the folder again")
+            lengths = np.minimum(np.diff(starts, append=len(tokens)), block_size + 1)
+            is_target = supervised(tokens, enc)
+            before = np.concatenate([[0], np.cumsum(is_target)])  # targets before each position
+            kept = before[starts + lengths] > before[starts]
+            self.dropped[split] = int((~kept).sum())
+            if not kept.any():
+                raise ValueError(f"{folder}/{split}.bin: at block_size={block_size} no conversation has anything of "
+                                 "the assistant's left; use a larger block_size")
+            self.tokens[split], self.targets[split] = tokens, is_target
+            self.starts[split], self.lengths[split] = starts[kept], lengths[kept]
+        self._plans = {}  # the newest epoch's batches, by split
+        self._first_batch = {split: [0] for split in SPLITS}  # where each epoch starts, as far as known
+
+    def plan(self, split, epoch):
+        """The batches of an epoch: a list of arrays of row numbers."""
+        if self._plans.get(split, (None,))[0] != epoch:
+            rng = np.random.default_rng([self.seed, SPLITS.index(split), epoch])
+            lengths = self.lengths[split]
+            order = np.lexsort((rng.random(len(lengths)), lengths))
+            batches = cut(order, lengths, self.budget, first_budget=int(rng.integers(self.budget)) + 1)
+            self._plans[split] = epoch, [batches[i] for i in rng.permutation(len(batches))]
+        return self._plans[split][1]
+
+    def batches_until(self, split, epoch):
+        """How many batches the epochs before `epoch` have."""
+        known = self._first_batch[split]
+        while len(known) <= epoch:
+            known.append(known[-1] + len(self.plan(split, len(known) - 1)))
+        return known[epoch]
+
+    def batch(self, split, index):
+        """The index-th batch, counted from the first epoch on: ids (B, T) int64, targets (N,) int64, and
+        where (N,), the flat positions b * T + t whose next token is targets."""
+        epoch = 0
+        while self.batches_until(split, epoch + 1) <= index:
+            epoch += 1
+        return self.rows(split, self.plan(split, epoch)[index - self.batches_until(split, epoch)])
+
+    def eval_batches(self, split, max_tokens):
+        """Fixed conversations, spread evenly and together about max_tokens at most, in batches like batch()'s."""
+        lengths = self.lengths[split]
+        wanted = max(1, min(len(lengths), int(max_tokens / lengths.mean())))
+        rows = np.linspace(0, len(lengths) - 1, wanted).round().astype(np.int64)
+        for batch in cut(rows[np.argsort(lengths[rows], kind="stable")], lengths, self.budget):
+            yield self.rows(split, batch)
+
+    def rows(self, split, numbers):
+        """The batch made of these conversations, shorter ones padded at the end."""
+        lengths, starts = self.lengths[split][numbers], self.starts[split][numbers]
+        inside = np.arange(lengths.max()) < lengths[:, None]  # (B, T + 1)
+        at = np.where(inside, starts[:, None] + np.arange(lengths.max()), 0)
+        ids = np.where(inside, self.tokens[split][at], self.pad_id).astype(np.int64)
+        check_ids(ids, self.vocab_size, self.folder / f"{split}.bin")
+        is_target = (inside & self.targets[split][at])[:, 1:]
+        return ids[:, :-1], ids[:, 1:][is_target], np.flatnonzero(is_target)
+
+    def conversations(self, split):
+        """Every conversation's ids, whole, in the order of the file."""
+        bounds = np.append(np.flatnonzero(self.tokens[split] == self.pad_id), len(self.tokens[split]))
+        return [self.tokens[split][a:b].tolist() for a, b in zip(bounds, bounds[1:])]
+
+
+def cut(order, lengths, budget, first_budget=None):
+    """Cut rows sorted by length into batches of at most `budget` tokens once padded to their longest row; a
+    batch has at least one row. The first may be given a smaller budget, so that cuts fall elsewhere."""
+    batches, batch, limit = [], [], first_budget or budget
+    for row in order:
+        if batch and (len(batch) + 1) * (lengths[row] - 1) > limit:  # the last token is a target only
+            batches.append(np.array(batch))
+            batch, limit = [], budget
+        batch.append(row)
+    return batches + [np.array(batch)]

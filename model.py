@@ -1,0 +1,402 @@
+"""GPT-2's architecture, and all that belongs to it: attention, the KV cache, sampling, the optimizers and
+checkpoints. Nothing here is run by itself; `train.py` trains it and `chat.py` talks to it.
+
+Read it from top to bottom: a block is layer norm, attention, layer norm and an MLP; a GPT is embeddings,
+a stack of blocks, and the embeddings once more as the output head.
+
+Papers: Attention Is All You Need (Vaswani et al. 2017); Language Models are Unsupervised Multitask Learners
+(Radford et al. 2019, "GPT-2").
+
+In the shape comments: B batch, T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V vocabulary.
+"""
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50260  # token ids that exist: GPT-2's 50257 and the three role tokens
+    block_size: int = 1024  # the longest context, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
+
+    @property
+    def padded_vocab_size(self):
+        """Rows of the embedding table: a multiple of 64 makes faster matrix products. The ids in between
+        do not exist, so the head gives them a logit of -inf and they are never sampled."""
+        return (self.vocab_size + 63) // 64 * 64
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token looks at itself and the tokens before it, and takes a weighted mean of their values."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, layer_cache=None):
+        """x: (B, T, C) -> (B, T, C). With a cache, x holds only the newest T tokens."""
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+                   for z in self.c_attn(x).split(C, dim=2))
+        if layer_cache is not None:
+            k, v = layer_cache.append(k, v)  # (B, nh, S, hs): all S tokens so far, the newest T among them
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, k.shape[2], x.device),
+                                           is_causal=T == k.shape[2] and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
+        return self.resid_dropout(self.c_proj(y))
+
+
+def causal_mask(T, S, device):
+    """(T, S) booleans, or None where scaled_dot_product_attention needs none: the i-th of the T newest of S
+    tokens may look at tokens 0 .. S - T + i, never at a later one."""
+    if T in (1, S):  # one new token sees all; a square mask is what is_causal=True stands for
+        return None
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+class MLP(nn.Module):
+    """Each token by itself: four times wider, a bend (GELU, Hendrycks & Gimpel 2016), and back."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):  # (B, T, C) -> (B, T, C)
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """Attention moves information between tokens, the MLP works on it; both add to the residual stream.
+
+    Each reads it through a layer norm (Ba et al. 2016): a token's channels shifted and scaled to mean 0 and
+    variance 1, then a learned scale and shift.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, layer_cache=None):  # (B, T, C) -> (B, T, C)
+        x = x + self.attn(self.ln_1(x), layer_cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class LayerCache:
+    """One layer's keys and values of all tokens so far, so that a new token need not compute them again."""
+
+    def __init__(self, config, batch_size, device, dtype):
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # (B, nh, block_size, hs), filled up to length
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, k, v):
+        """Add k and v, both (B, nh, T, hs); return all so far, (B, nh, length, hs)."""
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start:self.length] = k
+        self.v[:, :, start:self.length] = v
+        return self.k[:, :, :self.length], self.v[:, :, :self.length]
+
+
+class KVCache:
+    """The LayerCache of every layer, and the ids they were computed from (batch of one)."""
+
+    def __init__(self, model):
+        weight = model.wte.weight
+        self.layers = [LayerCache(model.config, 1, weight.device, weight.dtype)
+                       for _ in range(model.config.n_layer)]
+        self.ids = []
+
+    def truncate(self, length):
+        """Forget all but the first `length` tokens."""
+        del self.ids[length:]
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} cannot be split into n_head={config.n_head} equal heads: "
+                             "make n_embd a multiple of n_head")
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # what each token is
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)  # where it stands
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        # There is no lm_head: GPT-2 ties the output head to wte (Press & Wolf 2017).
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # 2 * n_layer of them add to one residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def hidden(self, idx, cache=None):
+        """Token ids (B, T) -> what the last block knows of each, (B, T, C). With a KVCache, idx holds only
+        the tokens that come after those already in it."""
+        start = cache.layers[0].length if cache else 0
+        T = idx.shape[1]
+        assert start + T <= self.config.block_size, f"{start + T} tokens, block_size {self.config.block_size}"
+        x = self.drop(self.wte(idx) + self.wpe.weight[start:start + T])  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, cache.layers[i] if cache else None)
+        return self.ln_f(x)
+
+    def head(self, x):
+        """(..., C) -> logits (..., padded V): how well each token's embedding fits, padded ids -inf."""
+        logits = F.linear(x, self.wte.weight)
+        logits[..., self.config.vocab_size:] = -math.inf
+        return logits
+
+    def forward(self, idx, targets=None, where=None):
+        """Logits, or the loss that training wants.
+
+        idx: token ids (B, T). targets: None, or the ids that should come next, one for each position that
+        the loss looks at. where: the flat indices (b * T + t) of those positions, None for all B * T.
+        Returns the logits (B, T, padded V), or with targets the *sum* of their cross-entropies (a scalar, in
+        float32): the caller knows how many targets the whole step has, and divides by that.
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.head(x)
+        x = x.flatten(0, 1)  # (B * T, C)
+        if where is not None:
+            x = x[where]  # the head is the widest layer: spare it positions whose answer nobody checks
+        return F.cross_entropy(self.head(x).float(), targets.flatten(), reduction="sum")
+
+    @torch.no_grad()
+    def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, seed=None, stop_ids=(),
+                 cache=None):
+        """Continue `ids` (a list, at least one): yields new ids one by one, ending before any of stop_ids.
+
+        temperature 0 takes the likeliest token each time; top_k and top_p as in `sample`. The same seed gives
+        the same ids. `cache` is a KVCache to go on from: whatever of `ids` it already holds is not computed
+        again. Past block_size, the window slides by half a block: positions are learned, so what it still
+        holds is computed anew from position 0.
+        """
+        ids = list(ids)
+        assert ids, "generate needs at least one id to go on from"
+        cache = cache or KVCache(self)
+        device = self.wte.weight.device
+        generator = torch.Generator("cpu")
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        was_training = self.training
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                window = ids[window_start(len(ids), self.config.block_size):]
+                # The newest token is always computed: its output is what we sample from.
+                known = min(common_prefix(cache.ids, window), len(window) - 1)
+                cache.truncate(known)
+                x = self.hidden(torch.tensor([window[known:]], device=device), cache)  # (1, new, C)
+                cache.ids = window
+                logits = self.head(x[0, -1])[:self.config.vocab_size].float().cpu()  # (V,)
+                next_id = sample(logits, temperature, top_k, top_p, generator)
+                if next_id in stop_ids:
+                    return
+                ids.append(next_id)
+                yield next_id
+        finally:
+            self.train(was_training)
+
+    def configure_optimizers(self, optimizer, learning_rate, embedding_learning_rate, weight_decay, betas):
+        """The optimizers for a training run, a list.
+
+        "adamw": one AdamW (Loshchilov & Hutter 2019) for all, at learning_rate. "muon": Muon for the blocks'
+        matrices at learning_rate, AdamW for embeddings, norms and biases at embedding_learning_rate. Weights
+        of two dimensions are decayed, norms and biases are not. Each group keeps its peak as group["peak_lr"].
+        """
+        blocks = [p for p in self.h.parameters() if p.dim() == 2]
+        tables = [self.wte.weight, self.wpe.weight]
+        vectors = [p for p in self.parameters() if p.dim() == 1]
+        fused = self.wte.weight.device.type in ("cuda", "cpu")
+        if optimizer == "adamw":
+            groups = [{"params": blocks + tables, "lr": learning_rate, "weight_decay": weight_decay},
+                      {"params": vectors, "lr": learning_rate, "weight_decay": 0.0}]
+            optimizers = [torch.optim.AdamW(groups, betas=betas, fused=fused)]
+        else:
+            groups = [{"params": tables, "lr": embedding_learning_rate, "weight_decay": weight_decay},
+                      {"params": vectors, "lr": embedding_learning_rate, "weight_decay": 0.0}]
+            optimizers = [Muon(blocks, lr=learning_rate, weight_decay=weight_decay),
+                          torch.optim.AdamW(groups, betas=betas, fused=fused)]
+        for group in (g for o in optimizers for g in o.param_groups):
+            group["peak_lr"] = group["lr"]
+        return optimizers
+
+
+def common_prefix(a, b):
+    """How many ids two lists have in common at their start."""
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
+
+
+def window_start(length, block_size):
+    """Where the context of a text of `length` tokens starts: 0, or past block_size the first multiple of half
+    a block from which the rest fits."""
+    half = max(block_size // 2, 1)
+    return 0 if length <= block_size else -(-(length - block_size) // half) * half
+
+
+def sample(logits, temperature, top_k, top_p, generator):
+    """One id from logits (V,): the likeliest at temperature 0; else by chance among the top_k likeliest
+    (0: all) that make up at least top_p of the probability (nucleus sampling, Holtzman et al. 2020)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probs, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    if top_k:
+        probs[top_k:] = 0
+    if top_p < 1:
+        probs[probs.cumsum(-1) - probs > top_p * probs.sum()] = 0  # the first one always stays
+    return int(order[torch.multinomial(probs, 1, generator=generator)])
+
+
+def newton_schulz(x, steps=5):
+    """Nearest semi-orthogonal matrices, roughly: (n, r, c) -> (n, r, c) with singular values of about 1.
+
+    Five rounds of a quintic iteration whose coefficients (Jordan et al. 2024, "Muon") drive every singular
+    value from (0, 1] to between 0.7 and 1.2, by matrix products alone.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = x.shape[1] > x.shape[2]
+    x = x.bfloat16() if x.is_cuda else x.float()  # bfloat16 is slow on most CPUs
+    x = x.mT if tall else x  # the smaller side first: x @ x.mT is then the smaller of the two products
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        s = x @ x.mT
+        x = a * x + torch.baddbmm(b * s, s, s, beta=1, alpha=c) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal, for the matrices of the blocks (Jordan et al. 2024).
+
+    Matrices of one shape are stacked and orthogonalised in one batch. c_attn is three matrices (query, key,
+    value) in one, and is treated as three. Updates are scaled to the root mean square that AdamW's have
+    (Liu et al. 2025, "Muon is Scalable"), so learning rates and weight decay mean much the same in both.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+        by_shape = {}
+        for p in params:
+            by_shape.setdefault(tuple(p.shape), []).append(p)
+        groups = [{"params": group} for group in by_shape.values()]
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params, lr, momentum = group["params"], group["lr"], group["momentum"]
+            rows, cols = params[0].shape
+            rows = cols if rows == 3 * cols else rows
+            grads = torch.stack([p.grad for p in params]).view(-1, rows, cols)
+            state = self.state[params[0]]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(grads)
+            buffer = state["momentum_buffer"].lerp_(grads, 1 - momentum)
+            update = newton_schulz(grads.lerp_(buffer, momentum))  # Nesterov's look ahead
+            update = update.to(grads.dtype).reshape(-1, *params[0].shape).unbind()
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(params, update, alpha=-lr * 0.2 * math.sqrt(max(rows, cols)))
+
+
+def pick_device(device="auto", dtype="auto"):
+    """Where and in what precision to compute: (torch.device, torch.dtype, why), for "auto" or a name.
+
+    Raises ValueError for a device this machine has not, or a precision the device cannot do.
+    """
+    best = ("cuda" if torch.cuda.is_available() else
+            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        picked = torch.device(best if device == "auto" else device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from None
+    if picked.type not in ("cpu", best):
+        raise ValueError(f"device={device!r} is not available on this machine: use auto or {best}")
+    fast = "bfloat16" if picked.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    name = fast if dtype == "auto" else dtype
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype={dtype!r}: use auto, float32 or bfloat16")
+    why = f"{'the only one here' if best == 'cpu' else 'found'}" if device == "auto" else "as set"
+    return picked, getattr(torch, name), f"{picked} ({why}), {name} ({'fast here' if dtype == 'auto' else 'as set'})"
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values so that `path` is never half-written: to a file beside it,
+    to the disk, then renamed over it. Raises OSError (disk full, no permission); an older file then stays."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
+        part.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path}: could not be saved ({cause}); an earlier file there is untouched") from error
+
+
+def load_checkpoint(path, hint=""):
+    """The dict that save_checkpoint wrote, its tensors mapped from the file (read when first used).
+
+    Raises FileNotFoundError, or ValueError for a file that is no checkpoint or is cut short; `hint` ends the
+    first message, and should say how to make one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint. {hint}".strip())
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint["model"], checkpoint["config"], checkpoint["tokenizer"]
+    except Exception as error:  # whatever torch says of a stranger's bytes, the user's next step is the same
+        raise ValueError(f"{path}: not a checkpoint of this project, or cut short "
+                         f"({type(error).__name__}); make a new one or name another") from error
+    return checkpoint
+
+
+def model_checkpoint(model, tokenizer_spec, **extra):
+    """What chat needs of a model: its config, weights and tokenizer; `extra` says how it was made."""
+    return {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer_spec, **extra}
+
+
+def model_from_checkpoint(checkpoint, device="cpu", dropout=0.0):
+    """The GPT in a checkpoint, with no random initialisation on the way. Raises ValueError where the weights
+    do not fit the config."""
+    config = GPTConfig(**{**checkpoint["config"], "dropout": dropout})
+    with torch.device("meta"):
+        model = GPT(config)
+    try:
+        model.load_state_dict(checkpoint["model"], assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint's weights do not fit its config: {str(error).splitlines()[-1].strip()}") \
+            from error
+    return model.to(device)
