@@ -302,7 +302,7 @@ class Muon(torch.optim.Optimizer):
     (Liu et al. 2025, "Muon is Scalable"), so learning rates and weight decay mean much the same in both.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0):
         by_shape = {}
         for p in params:
             by_shape.setdefault(tuple(p.shape), []).append(p)

@@ -37,6 +37,7 @@ class Settings:
     max_tokens: int = 1024  # longest conversation, in tokens
     too_long: str = "cut"  # what happens to longer ones: cut (the end of the last answer) or drop
     drop_duplicates: bool = True  # keep only the first of rows that are alike in all
+    join: int = 1  # above 1: training rows come once more, chained at random into chats of up to so many rows
 
 
 def fetch(source, out_dir):
@@ -95,6 +96,18 @@ def split_rows(conversations, val_fraction, seed):
     return splits
 
 
+def join_rows(conversations, join, seed):
+    """The conversations once more, in random order, chained into longer ones of 2 to `join` each: a model that
+    only ever saw single questions would be lost at the second one of a chat."""
+    rng = random.Random(seed)
+    rest, joined = rng.sample(conversations, len(conversations)), []
+    while rest:
+        count = rng.randint(2, join)
+        joined.append(([m for messages, _ in rest[:count] for m in messages], "several turns"))
+        rest = rest[count:]
+    return joined
+
+
 def encode_split(conversations, enc, max_tokens, too_long, report):
     """Encode one split: returns (list of id arrays, their categories), counting into `report`."""
     end = special_ids(enc)[3]
@@ -135,6 +148,8 @@ def main(argv):
     conversations = read_conversations(path)
     kept, dropped = select(conversations, settings.drop_duplicates)
     splits = split_rows(kept, settings.val_fraction, settings.seed)
+    if settings.join > 1:
+        splits["train"] = splits["train"] + join_rows(splits["train"], settings.join, settings.seed)
     with new_files(settings.out_dir) as part:
         spec = settings.tokenizer
         if spec == "bpe":
@@ -145,7 +160,7 @@ def main(argv):
             write_spec(part / "tokenizer.json", spec)
         meta = {"kind": "chat", "tokenizer": "tokenizer.json" if isinstance(spec, dict) else spec,
                 "vocab_size": enc.n_vocab, "seed": settings.seed, "source": path.name, "sha256": sha256_of(path)}
-        names = sorted({category for _, category in kept})
+        names = sorted({category for rows in splits.values() for _, category in rows})
         meta["categories"] = names
         report = Counter()
         for split in SPLITS:

@@ -51,8 +51,8 @@ def write_tokens(path, chunks):
 
 def write_meta(folder, meta):
     """Write meta.json, which open_dataset reads."""
-    text = json.dumps(meta, indent=1, ensure_ascii=False)
-    (Path(folder) / "meta.json").write_text(text + "\n", encoding="utf-8")
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in meta.items())
+    (Path(folder) / "meta.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
 def read_meta(folder):
@@ -106,9 +106,11 @@ def check_ids(ids, vocab_size, path):
 class TokenDataset:
     """Plain text: windows of block_size tokens from random places, each target the token after."""
 
+    kind = "text"
+
     def __init__(self, folder, block_size, batch_size, seed=0):
         self.folder, self.block_size, self.batch_size, self.seed = Path(folder), block_size, batch_size, seed
-        self.vocab_size = read_meta(folder)["vocab_size"]
+        self.tokenizer, self.vocab_size = folder_tokenizer(folder), read_meta(folder)["vocab_size"]
         self.tokens = {split: open_tokens(folder, split, self.vocab_size) for split in SPLITS}
         for split, tokens in self.tokens.items():
             if len(tokens) <= block_size:
@@ -146,11 +148,13 @@ class ChatDataset:
     block_size + 1 is cut there; one that has no target left is dropped (`dropped` counts them by split).
     """
 
+    kind = "chat"
+
     def __init__(self, folder, block_size, batch_size, seed=0):
         self.folder, self.block_size, self.seed = Path(folder), block_size, seed
         self.budget = batch_size * block_size  # tokens per batch, padding counted
-        self.vocab_size = read_meta(folder)["vocab_size"]
-        enc = get_tokenizer(folder_tokenizer(folder))
+        self.tokenizer, self.vocab_size = folder_tokenizer(folder), read_meta(folder)["vocab_size"]
+        enc = get_tokenizer(self.tokenizer)
         self.pad_id = special_ids(enc)[0]
         self.tokens, self.targets, self.starts, self.lengths, self.dropped = {}, {}, {}, {}, {}
         for split in SPLITS:

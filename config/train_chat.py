@@ -1,0 +1,13 @@
+# python prepare_alpaca.py config/prepare_instruction.py && python train.py config/train_chat.py
+data_dir = "data/instruction"
+out_dir = "out/chat"
+block_size = 128
+n_layer = 4
+n_head = 4
+n_embd = 256
+batch_size = 8  # 8 * 128 tokens: about 40 chats
+max_iters = 1000
+learning_rate = 1e-2
+embedding_learning_rate = 3e-3
+best_by = "train"  # this model shall know its 1,373 rows by heart; see what that does to the held-out ones
+eval_interval = 100

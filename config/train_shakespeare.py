@@ -1,0 +1,13 @@
+# python -m data.text config/prepare_shakespeare.py && python train.py config/train_shakespeare.py
+data_dir = "data/shakespeare"
+out_dir = "out/shakespeare"
+block_size = 64
+n_layer = 4
+n_head = 4
+n_embd = 128
+bias = False
+batch_size = 24
+max_iters = 1100
+learning_rate = 2e-2
+embedding_learning_rate = 1e-2
+eval_interval = 100

@@ -1,0 +1,312 @@
+"""Train a GPT from scratch, on plain text or on chats.
+
+    python train.py config/train_chat.py                 # the small instruction data, minutes on a laptop
+    python train.py config/train_shakespeare.py          # plain text
+    python train.py config/train_chat.py --resume=True   # go on where a run stopped
+    python train.py --help                               # every setting
+
+It writes out_dir/best.pt, which chat.py talks to, and out_dir/last.pt, which --resume goes on from.
+"""
+import contextlib
+import math
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import config
+from data.tokens import open_dataset
+from model import GPT, GPTConfig, load_checkpoint, model_checkpoint, model_from_checkpoint, pick_device, save_checkpoint
+
+
+@dataclass
+class Settings:
+    # what and where
+    data_dir: Path = Path("data/instruction")  # a prepared folder: train.bin, val.bin, meta.json
+    out_dir: Path = Path("out/chat")  # where best.pt and last.pt go
+    resume: bool = False  # go on from out_dir/last.pt
+    # the model
+    block_size: int = 128  # context length, in tokens
+    n_layer: int = 4  # blocks, one after the other
+    n_head: int = 4  # attention heads in each block
+    n_embd: int = 256  # channels: the width of the model
+    dropout: float = 0.0  # share of activations zeroed while training; slows memorizing
+    bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
+    # one step
+    batch_size: int = 8  # windows of text, or as many chats as fit into batch_size * block_size tokens
+    gradient_accumulation: int = 1  # batches summed up for one step
+    max_iters: int = 2000  # steps
+    # the optimizer
+    optimizer: str = "muon"  # muon (the blocks' matrices; AdamW for the rest) or adamw (all)
+    learning_rate: float = 0.01  # peak, of muon, or of adamw where it has all
+    embedding_learning_rate: float = 0.003  # peak, of the AdamW beside muon
+    warmup_iters: int = 20  # steps from 0 to the peak
+    decay: str = "linear"  # after that: linear, cosine or constant
+    final_lr: float = 0.0  # where the decay ends, as a fraction of the peak
+    weight_decay: float = 0.0  # pull of weights towards 0; not of norms and biases
+    beta1: float = 0.9  # AdamW's momentum
+    beta2: float = 0.99  # AdamW's memory of squared gradients
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    # looking, saving
+    log_interval: int = 50  # steps between progress lines
+    eval_interval: int = 250  # steps between evaluations, each saves last.pt too
+    eval_tokens: int = 20_000  # tokens of an evaluation, of each split; always the same ones
+    best_by: str = "val"  # best.pt has the lowest loss on val; or on train, for a model that shall memorize
+    # the machine
+    seed: int = 1337  # of the first weights, the batches and the dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
+    dtype: str = "auto"  # auto, float32 or bfloat16 (matrix products; weights stay float32)
+    compile: str = "auto"  # torch.compile: auto, on or off
+
+
+def check_settings(s):
+    """Raise ValueError for the first setting out of its range."""
+    def need(ok, name, what):
+        if not ok:
+            raise ValueError(f"{name}={getattr(s, name)}: must be {what}")
+
+    for name in ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation", "max_iters",
+                 "log_interval", "eval_interval", "eval_tokens"):
+        need(getattr(s, name) >= 1, name, "1 or more")
+    for name in ("learning_rate", "embedding_learning_rate"):
+        need(getattr(s, name) > 0, name, "above 0")
+    for name in ("weight_decay", "grad_clip", "warmup_iters", "seed"):
+        need(getattr(s, name) >= 0, name, "0 or more")
+    for name in ("dropout", "beta1", "beta2"):
+        need(0 <= getattr(s, name) < 1, name, "from 0 to below 1")
+    need(0 <= s.final_lr <= 1, "final_lr", "from 0 to 1, a fraction of the peak")
+    for name, choices in (("optimizer", ("muon", "adamw")), ("decay", ("linear", "cosine", "constant")),
+                          ("best_by", ("val", "train")), ("compile", ("auto", "on", "off"))):
+        need(getattr(s, name) in choices, name, " or ".join(choices))
+
+
+def get_lr(step, s):
+    """The learning rate of a step, as a fraction of the peak: a linear warm-up, then the decay."""
+    if step < s.warmup_iters:
+        return (step + 1) / (s.warmup_iters + 1)
+    done = (step - s.warmup_iters) / max(s.max_iters - s.warmup_iters, 1)
+    left = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[s.decay]
+    return s.final_lr + (1 - s.final_lr) * max(left, 0.0)
+
+
+def to_device(batch, device):
+    """A dataset's (idx, targets, where), NumPy arrays or None, as tensors on the device."""
+    return [None if a is None else torch.from_numpy(a).to(device, non_blocking=True) for a in batch]
+
+
+@torch.no_grad()
+def evaluate(model, dataset, split, max_tokens, device, autocast):
+    """Mean loss per target, in nats, over the dataset's fixed evaluation batches of a split. Takes nothing from
+    any random generator that training uses."""
+    model.eval()
+    total, count = 0.0, 0
+    for idx, targets, where in dataset.eval_batches(split, max_tokens):
+        with autocast:
+            total += model(*to_device((idx, targets, where), device)).item()
+        count += targets.size
+    model.train()
+    return total / count
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Within it, the first Ctrl-C or SIGTERM is noted in the list it yields, for the loop to end in order; a
+    second one ends the program at once."""
+    caught = []
+
+    def handler(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        print(f"\n{signal.Signals(number).name}: finishing the step, then saving (again: leave at once)",
+              file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def duration(seconds):
+    """Seconds as people say them: 45s, 3m05s, 2h10m."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    return f"{seconds // 60}m{seconds % 60:02}s" if seconds < 3600 else f"{seconds // 3600}h{seconds // 60 % 60:02}m"
+
+
+def is_memorizing(history):
+    """Whether validation has turned up while training still falls: history is a list of (step, train loss,
+    validation loss); the last two validation losses must both lie over the lowest, and rise."""
+    if len(history) < 3:
+        return False
+    best = min(history, key=lambda entry: entry[2])
+    (_, train_before, val_before), (_, train_now, val_now) = history[-2:]
+    return best[2] * 1.01 < val_before < val_now and train_now < train_before < best[1]
+
+
+def train_step(model, optimizers, dataset, step, s, device, autocast):
+    """One step on the batches that belong to it: (mean loss per target, gradient norm, tokens read).
+
+    The gradient is that of the mean over all the step's targets, however they fall into batches. Raises
+    ValueError if the loss or the gradient is not a finite number; the weights are then still those before.
+    """
+    first = step * s.gradient_accumulation
+    batches = [dataset.batch("train", first + i) for i in range(s.gradient_accumulation)]
+    count = sum(targets.size for _, targets, _ in batches)
+    total = 0.0
+    for batch in batches:
+        with autocast:
+            loss = model(*to_device(batch, device)) / count
+        loss.backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+    total, norm = total.item(), norm.item()
+    if not math.isfinite(total + norm):
+        raise ValueError(f"step {step}: the loss is {total} and the gradient norm {norm}; the last good checkpoint "
+                         f"is kept. Try a lower learning_rate (now {s.learning_rate:g}) or more warmup_iters")
+    factor = get_lr(step, s)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total, norm, sum(idx.size for idx, _, _ in batches)
+
+
+def train(s, model, dataset, device, dtype, resumed=None):
+    """The training loop: steps, evaluations, checkpoints, until max_iters or a signal.
+
+    s: Settings. model: a GPT on `device`. dataset: see data/tokens.py. resumed: the dict of a last.pt, whose
+    optimizers, counters and random state are taken over. Returns the number of the signal that stopped it, or 0.
+    """
+    optimizers = model.configure_optimizers(s.optimizer, s.learning_rate, s.embedding_learning_rate, s.weight_decay,
+                                            (s.beta1, s.beta2))
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
+    run = torch.compile(model) if s.compile == "on" else model  # what computes; checkpoints take `model`
+    start, history, best, told, spent = 0, [], math.inf, False, 0.0
+    if resumed:
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
+            peaks = [group["peak_lr"] for group in optimizer.param_groups]  # the settings of today, not the file's
+            optimizer.load_state_dict(state)
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["peak_lr"] = peak
+        start, best, told, spent = (resumed[name] for name in ("step", "best", "told", "seconds"))
+        history = [tuple(entry) for entry in resumed["history"]]
+        torch.set_rng_state(resumed["rng"])
+    model.train()
+
+    def save(name, step, **extra):
+        made = {"step": step, "max_iters": s.max_iters, "history": history, "seconds": spent,
+                "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(s).items()}}
+        try:
+            save_checkpoint(s.out_dir / name, model_checkpoint(model, dataset.tokenizer, kind=dataset.kind, **made, **extra))
+            return True
+        except OSError as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+            return False
+
+    tokens, since, saved = 0, time.monotonic(), True
+    with stop_signals() as caught:
+        for step in range(start, s.max_iters):
+            began = time.monotonic()
+            loss, norm, read = train_step(run, optimizers, dataset, step, s, device, autocast)
+            tokens, done = tokens + read, step + 1
+            last = done == s.max_iters or bool(caught)
+            line = f"step {done:>5}/{s.max_iters}  loss {loss:.4f}"
+            if last or done % s.eval_interval == 0:
+                train_loss, val_loss = (evaluate(run, dataset, split, s.eval_tokens, device, autocast)
+                                        for split in ("train", "val"))
+                history.append((done, train_loss, val_loss))
+                line += f"  train {train_loss:.4f}  val {val_loss:.4f}"
+            spent += time.monotonic() - began
+            if last or done % s.eval_interval == 0 or done % s.log_interval == 0 or done == 1:
+                speed = tokens / (time.monotonic() - since)
+                left = spent / done * (s.max_iters - done)
+                print(f"{line}  lr {get_lr(step, s) * s.learning_rate:.1e}  norm {norm:.2f}  {speed:,.0f} tokens/s  "
+                      f"{duration(left)} left", flush=True)
+                tokens, since = 0, time.monotonic()
+            if last or done % s.eval_interval == 0:
+                if not told and is_memorizing(history):
+                    told = True
+                    low = min(history, key=lambda entry: entry[2])
+                    print(f"  Validation has turned up: {low[2]:.3f} at step {low[0]}, {val_loss:.3f} now, while the "
+                          f"training loss fell from {low[1]:.3f} to {train_loss:.3f}. From here on the model "
+                          "memorizes more than it generalizes.", flush=True)
+                by = train_loss if s.best_by == "train" else val_loss
+                if by < best:
+                    best = by
+                    saved = save("best.pt", done)
+                saved &= save("last.pt", done, best=best, told=told, rng=torch.get_rng_state(),
+                              optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                since = time.monotonic()
+            if caught:
+                break
+    report(s, history, spent)
+    if not saved:
+        raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and --resume=True")
+    return caught[0] if caught else 0
+
+
+def report(s, history, spent):
+    """Say how the run went, and what to do with it."""
+    step, train_loss, val_loss = history[-1]
+    low = min(history, key=lambda entry: entry[2])
+    kept = min(history, key=lambda entry: entry[1]) if s.best_by == "train" else low
+    print(f"{step} steps in {duration(spent)}: training loss {train_loss:.4f}, validation {val_loss:.4f} "
+          f"(lowest {low[2]:.4f} at step {low[0]})")
+    print(f"best.pt holds step {kept[0]}, the lowest {'training' if s.best_by == 'train' else 'validation'} loss; "
+          f"python chat.py --checkpoint={s.out_dir / 'best.pt'}", flush=True)
+
+
+def load_resumed(s, dataset):
+    """last.pt to go on from, or ValueError where it was made with another model, data or seed."""
+    path = s.out_dir / "last.pt"
+    resumed = load_checkpoint(path, "Start without --resume=True.")
+    if "optimizers" not in resumed:
+        raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may be a best.pt")
+    for name in ("block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "batch_size",
+                 "gradient_accumulation", "seed"):
+        if resumed["settings"][name] != getattr(s, name):
+            raise ValueError(f"{path}: was made with {name}={resumed['settings'][name]}, this run has "
+                             f"{name}={getattr(s, name)}; use the same, or another out_dir")
+    if resumed["tokenizer"] != dataset.tokenizer:
+        raise ValueError(f"{path}: was made with another tokenizer than that of data_dir={s.data_dir}; use the same "
+                         "data, or another out_dir")
+    return resumed
+
+
+def main(argv):
+    s = config.load(Settings, argv, __doc__)
+    check_settings(s)
+    device, dtype, why = pick_device(s.device, s.dtype)
+    dataset = open_dataset(s.data_dir, s.block_size, s.batch_size, s.seed)
+    resumed = load_resumed(s, dataset) if s.resume else None
+    torch.manual_seed(s.seed)
+    torch.set_float32_matmul_precision("high")
+    if resumed:
+        model = model_from_checkpoint(resumed, device, s.dropout)
+    else:
+        model = GPT(GPTConfig(dataset.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout,
+                              s.bias)).to(device)
+    reason = "as set"
+    if s.compile == "auto":
+        s.compile, reason = ("on", "a GPU and batches of one shape") \
+            if device.type == "cuda" and dataset.kind == "text" else ("off", "it pays on a GPU, with batches of one shape")
+    print(f"{s.data_dir}: {len(dataset.tokens['train']):,} training tokens, {dataset.vocab_size} ids")
+    print(f"model: {model.num_params():,} parameters, {s.n_layer} layers x {s.n_embd}; device: {why}; "
+          f"compile {s.compile} ({reason}); optimizer {s.optimizer}", flush=True)
+    if resumed:
+        print(f"resumed at step {resumed['step']}")
+    stopped_by = train(s, model, dataset, device, dtype, resumed)
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)
+
+
+if __name__ == "__main__":
+    config.run(main)
