@@ -4,6 +4,7 @@
     python chat.py --prompt="What is the plural of box?" # one reply, and done
     python chat.py < questions.txt                       # a message a line, a reply each
     python chat.py --score=data/instruction              # how many answers are right, word for word
+    python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 as it is: it goes on with the text
 
 Only replies go to standard output; all else goes to standard error. A model trained on plain text has no turns:
 it goes on writing what you began.
@@ -15,18 +16,17 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import config
 from data.conversation import decode_conversation, encode_prompt, special_ids
 from data.tokenizer import get_tokenizer
 from data.tokens import folder_tokenizer, open_dataset, read_meta
-from model import KVCache, load_checkpoint, model_from_checkpoint, pick_device
+from model import GPT, KVCache, load_checkpoint, model_from_checkpoint, pick_device
 
 
 @dataclass
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to talk to
+    init_from: str | None = None  # gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, instead of a checkpoint
     prompt: str | None = None  # one message: print the reply and leave
     max_new_tokens: int = 200  # longest reply, in tokens
     temperature: float = 0.5  # 0: always the likeliest token; 1: as the model learned; above: wilder
@@ -55,13 +55,18 @@ def note(text):
     print(f"\x1b[90m{text}\x1b[0m" if grey else text, file=sys.stderr, flush=True)
 
 
+def room(model, s):
+    """How much of the context is kept free for the reply: what it may take, at most a quarter."""
+    return min(s.max_new_tokens, model.config.block_size // 4)
+
+
 def trim(messages, enc, block_size, room):
     """The prompt for messages that end with the user's, as ids, leaving `room` of block_size for the reply.
 
     Whole oldest turns are left out until it fits; a last message too long by itself loses its beginning.
     Returns (ids, note), the note being what to tell the person, or "".
     """
-    limit = max(block_size - room, block_size // 2)
+    limit = block_size - room
     told = ""
     ids = encode_prompt(messages, enc)
     while len(ids) > limit and len(messages) > 1:
@@ -138,7 +143,7 @@ def chat(model, enc, s, is_chat):
             say(continue_text(model, enc, line, s))
             continue
         messages.append({"role": "user", "content": line})
-        ids, told = trim(messages, enc, model.config.block_size, min(s.max_new_tokens, model.config.block_size // 4))
+        ids, told = trim(messages, enc, model.config.block_size, room(model, s))
         if told:
             note(told)
         messages.append({"role": "assistant", "content": say(reply(model, enc, ids, s, cache))})
@@ -185,30 +190,41 @@ def score(model, enc, s):
         print(f"{'  ' if '/' in name else ''}{name:<{30 if '/' in name else 32}}{cells[0]:>18}  {cells[1]:>18}")
 
 
+def load_model(s, device, dtype):
+    """(model, tokenizer, whether it chats, what to call it) for the settings. Raises ValueError or OSError."""
+    if s.init_from:  # weights as they came, without role tokens: they go on with a text
+        model, enc = GPT.from_pretrained(s.init_from, vocab_size=50257), get_tokenizer("gpt2")
+        return model.to(device, dtype).eval(), enc, False, s.init_from
+    checkpoint = load_checkpoint(s.checkpoint, "Make one: python prepare_alpaca.py config/prepare_instruction.py "
+                                 "&& python train.py config/train_chat.py (or: make chat)")
+    model = model_from_checkpoint(checkpoint, device).to(dtype).eval()
+    name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
+    return model, get_tokenizer(checkpoint["tokenizer"]), checkpoint["kind"] == "chat", name
+
+
 def main(argv):
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = pick_device(s.device, s.dtype)
-    checkpoint = load_checkpoint(s.checkpoint, "Make one: python prepare_alpaca.py config/prepare_instruction.py && "
-                                 "python train.py config/train_chat.py (or: make chat)")
-    model = model_from_checkpoint(checkpoint, device).to(dtype).eval()
-    enc = get_tokenizer(checkpoint["tokenizer"])
-    is_chat = checkpoint["kind"] == "chat"
+    model, enc, is_chat, name = load_model(s, device, dtype)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     if s.score:
         return score(model, enc, s)
     if s.prompt is not None:
-        ids, told = trim([{"role": "user", "content": s.prompt}], enc, model.config.block_size,
-                         min(s.max_new_tokens, model.config.block_size // 4))
-        if told and is_chat:
+        if not is_chat:
+            say(continue_text(model, enc, s.prompt, s))
+            return
+        ids, told = trim([{"role": "user", "content": s.prompt}], enc, model.config.block_size, room(model, s))
+        if told:
             note(told)
-        say(reply(model, enc, ids, s) if is_chat else continue_text(model, enc, s.prompt, s))
+        say(reply(model, enc, ids, s))
         return
     if sys.stdin.isatty():
-        note(f"{s.checkpoint}: {model.num_params():,} parameters, {why}; step {checkpoint['step']} of "
-             f"{checkpoint['max_iters']}. " + ("Ask it something; Ctrl-D leaves." if is_chat else
-                                               "Trained on plain text: it goes on with what you write."))
+        note(f"{name}: {model.num_params():,} parameters, {why}. " +
+             ("Ask it something; Ctrl-D leaves." if is_chat else
+              "It knows no turns: it goes on with what you write. Ctrl-D leaves."))
     chat(model, enc, s, is_chat)
 
 

@@ -1,5 +1,8 @@
-"""GPT-2's architecture, and all that belongs to it: attention, the KV cache, sampling, the optimizers and
-checkpoints. Nothing here is run by itself; `train.py` trains it and `chat.py` talks to it.
+"""GPT-2's architecture, and all that belongs to it: attention, the KV cache, sampling, the optimizers,
+GPT-2's weights and checkpoints. `train.py` trains it and `chat.py` talks to it; run by itself, it turns a
+checkpoint into a folder that other tools open:
+
+    python model.py --checkpoint=out/chat/best.pt --export=out/chat/hf
 
 Read it from top to bottom: a block is layer norm, attention, layer norm and an MLP; a GPT is embeddings,
 a stack of blocks, and the embeddings once more as the output head.
@@ -9,14 +12,19 @@ Papers: Attention Is All You Need (Vaswani et al. 2017); Language Models are Uns
 
 In the shape comments: B batch, T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V vocabulary.
 """
+import json
 import math
 import os
+import struct
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from data.download import download
 
 
 @dataclass
@@ -226,6 +234,62 @@ class GPT(nn.Module):
         finally:
             self.train(was_training)
 
+    @classmethod
+    def from_pretrained(cls, name_or_path, vocab_size=None, block_size=None, dropout=0.0):
+        """GPT-2 with its learned weights.
+
+        name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once, see fetch_gpt2), or a local
+        folder (model.safetensors or pytorch_model.bin, and config.json) or .safetensors file of that shape.
+        vocab_size: how many ids it shall know; more than the file has adds rows at the mean of the learned
+        ones plus a little noise (Hewitt 2021). None: GPT-2's 50257 and the three role tokens, or what another
+        file has. block_size: a shorter context, the learned positions are cropped. Raises ValueError or
+        OSError, saying what does not fit.
+        """
+        path = fetch_gpt2(name_or_path) if name_or_path in GPT2_NAMES else Path(name_or_path)
+        weights = read_gpt2_weights(path)
+        rows, n_embd = weights["wte.weight"].shape
+        longest = weights["wpe.weight"].shape[0]
+        config = GPTConfig(
+            vocab_size=vocab_size or (GPTConfig.vocab_size if rows == 50257 else rows),
+            block_size=block_size or longest, n_layer=1 + max(
+                (int(name.split(".")[1]) for name in weights if name.startswith("h.")), default=-1),
+            n_head=read_n_head(path) or n_embd // 64, n_embd=n_embd, dropout=dropout)
+        if config.block_size > longest:
+            raise ValueError(f"block_size={block_size}: {path} has learned only {longest} positions; use that "
+                             "or less")
+        if config.vocab_size < rows:
+            raise ValueError(f"vocab_size={vocab_size}: {path} has {rows} ids; use that or more")
+        weights["wpe.weight"] = weights["wpe.weight"][:config.block_size].clone()
+        weights["wte.weight"] = grow_rows(weights["wte.weight"], config.vocab_size, config.padded_vocab_size)
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(checked(weights, model.state_dict(), path), assign=True)
+        return model.requires_grad_()
+
+    def save_pretrained(self, folder):
+        """Write config.json, generation_config.json and model.safetensors, as transformers has them for GPT-2
+        (GPT2LMHeadModel). A model without biases gets biases of 0, which change nothing."""
+        folder, c = Path(folder), self.config
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {}
+        for name, tensor in self.state_dict().items():
+            tensor = tensor[:c.vocab_size] if name == "wte.weight" else tensor
+            weights[PREFIX + name] = tensor.t() if name.endswith(TRANSPOSED) else tensor
+            bias = name.removesuffix("weight") + "bias"
+            if not c.bias and name.startswith(("h.", "ln_f")):
+                weights[PREFIX + bias] = torch.zeros(tensor.shape[0])
+        end_of_text = c.vocab_size - 4  # and after it the three role tokens
+        ends = {"bos_token_id": end_of_text, "eos_token_id": [end_of_text, c.vocab_size - 1]}
+        write_safetensors(folder / "model.safetensors", weights)
+        write_json(folder / "config.json", {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size,
+            "n_positions": c.block_size, "n_ctx": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer,
+            "n_head": c.n_head, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+            "attn_pdrop": c.dropout, "embd_pdrop": c.dropout, "resid_pdrop": c.dropout,
+            "tie_word_embeddings": True, "torch_dtype": "float32",
+            "bos_token_id": end_of_text, "eos_token_id": end_of_text})
+        write_json(folder / "generation_config.json", ends)
+
     def configure_optimizers(self, optimizer, learning_rate, embedding_learning_rate, weight_decay, betas):
         """The optimizers for a training run, a list.
 
@@ -347,15 +411,161 @@ def pick_device(device="auto", dtype="auto"):
     return picked, getattr(torch, name), f"{picked} ({why}), {name} ({'fast here' if dtype == 'auto' else 'as set'})"
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values so that `path` is never half-written: to a file beside it,
-    to the disk, then renamed over it. Raises OSError (disk full, no permission); an older file then stays."""
+# ---- GPT-2's weights, in and out ----
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_URL = "{mirror}/openai-community/{name}/resolve/main/model.safetensors"
+
+# GPT-2's tensors have our names and shapes, but for these:
+PREFIX = "transformer."  # stands before every name, or before none
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out)
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # the causal mask; and wte.weight once more
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+          "U8": torch.uint8}
+
+
+def fetch_gpt2(name):
+    """The local model.safetensors of gpt2, gpt2-medium, gpt2-large or gpt2-xl, downloaded at first use.
+
+    From the hub's openai-community repositories, or the mirror that the variable HF_ENDPOINT names; into
+    GPT2_CACHE_DIR, or ~/.cache/gpt2. Raises OSError.
+    """
+    folder = Path(os.environ.get("GPT2_CACHE_DIR") or "~/.cache/gpt2").expanduser() / name
+    path = folder / "model.safetensors"
+    if not path.exists():
+        print(f"downloading {name} into {folder}", file=sys.stderr)
+    mirror = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return download(GPT2_URL.format(mirror=mirror.rstrip("/"), name=name), path)
+
+
+def read_safetensors(path):
+    """Yield (name, tensor) for each tensor of a safetensors file, straight into memory of its own.
+
+    The format: 8 bytes, the length of the header; the header, JSON: {name: {dtype, shape, data_offsets}}; then
+    the bytes of the tensors. Every number is checked before it is used: raises ValueError for a file that is
+    cut short or says anything impossible.
+    """
+    def need(ok, what):
+        if not ok:
+            raise ValueError(f"{path}: not a whole safetensors file ({what}); fetch it again")
+
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        length = int.from_bytes(f.read(8), "little")
+        need(2 <= length <= min(size - 8, 100_000_000), "its header does not fit in it")
+        try:
+            header = json.loads(f.read(length).decode("utf-8"))
+            header.pop("__metadata__", None)
+            entries = [(name, entry["dtype"], list(entry["shape"]), list(entry["data_offsets"]))
+                       for name, entry in header.items()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            entries = None
+        need(entries, "its header is broken or empty")
+        for name, kind, shape, offsets in entries:
+            need(isinstance(kind, str) and kind in DTYPES, f"{name!r} is of unknown type {kind!r}")
+            need(len(offsets) == 2 and all(type(n) is int and n >= 0 for n in shape + offsets),
+                 f"{name!r} has impossible numbers")
+            need(offsets[0] <= offsets[1] <= size - 8 - length, f"{name!r} ends beyond the file")
+            need(offsets[1] - offsets[0] == math.prod(shape) * DTYPES[kind].itemsize,
+                 f"{name!r} has another size than its shape")
+        for name, kind, shape, (start, stop) in entries:
+            tensor = torch.empty(math.prod(shape), dtype=DTYPES[kind])
+            f.seek(8 + length + start)
+            need(f.readinto(tensor.view(torch.uint8).numpy()) == stop - start, f"{name!r} is cut short")
+            yield name, tensor.view(shape)
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor} as float32 in the format that read_safetensors reads; never half a file."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
+                        "data_offsets": [offset, offset := offset + 4 * tensor.numel()]}
+    text = json.dumps(header).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+
+    def write(f):
+        f.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            f.write(tensor.detach().float().cpu().contiguous().numpy().data)
+
+    write_atomically(path, write)
+
+
+def write_json(path, value):
+    write_atomically(path, lambda f: f.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")))
+
+
+def read_gpt2_weights(path):
+    """{our name: tensor} of a file or folder with GPT-2's weights, the transposed ones turned, in float32.
+    Raises ValueError or FileNotFoundError."""
+    files = [path] if path.is_file() else [path / "model.safetensors", path / "pytorch_model.bin"]
+    file = next((f for f in files if f.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{path}: no model.safetensors or pytorch_model.bin there; use a folder that has "
+                                f"one, or one of {', '.join(GPT2_NAMES)}")
+    if file.suffix == ".safetensors":
+        named = read_safetensors(file)
+    else:
+        try:
+            named = torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+        except Exception as error:  # torch has many for a stranger's bytes
+            raise ValueError(f"{file}: not a file of weights, or cut short ({type(error).__name__})") from error
+    weights = {}
+    for name, tensor in named:
+        name = name.removeprefix(PREFIX)
+        if not name.endswith(NOT_WEIGHTS):
+            weights[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).float().contiguous()
+    for name in ("wte.weight", "wpe.weight"):
+        if name not in weights or weights[name].dim() != 2:
+            raise ValueError(f"{file}: holds no {name} table, so these are not GPT-2's weights")
+    return weights
+
+
+def read_n_head(path):
+    """The number of heads that the config.json beside the weights states, or None: it shows in no shape."""
+    try:
+        file = (path if path.is_dir() else path.parent) / "config.json"
+        return int(json.loads(file.read_text(encoding="utf-8"))["n_head"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def grow_rows(table, count, padded, noise=0.01):
+    """An embedding table with rows for ids that are new: (rows, C) -> (padded, C). Up to `count`, the mean of
+    the learned rows plus noise, so that a new id is at first an average one; the padding behind is 0."""
+    rows = table.shape[0]
+    grown = torch.zeros(padded, table.shape[1])
+    grown[:rows] = table
+    generator = torch.Generator().manual_seed(0)
+    grown[rows:count] = table.mean(0) + noise * table.std() * torch.randn(count - rows, table.shape[1],
+                                                                          generator=generator)
+    return grown
+
+
+def checked(weights, expected, path):
+    """`weights`, or a ValueError for the first tensor that is missing, unknown or of another shape."""
+    for name in expected.keys() | weights.keys():
+        if name not in weights or name not in expected:
+            raise ValueError(f"{path}: {name} is " + ("missing" if name in expected else "not part of a GPT-2"))
+        if weights[name].shape != expected[name].shape:
+            raise ValueError(f"{path}: {name} has the shape {tuple(weights[name].shape)}, expected "
+                             f"{tuple(expected[name].shape)}")
+    return weights
+
+
+# ---- checkpoints ----
+
+def write_atomically(path, write):
+    """Call write(f) so that `path` is never half-written: to a file beside it, to the disk, then renamed over
+    it. Raises OSError (disk full, no permission); an older file then stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as f:
-            torch.save(checkpoint, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
@@ -363,6 +573,11 @@ def save_checkpoint(path, checkpoint):
         part.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise OSError(f"{path}: could not be saved ({cause}); an earlier file there is untouched") from error
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values; see write_atomically."""
+    write_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
 def load_checkpoint(path, hint=""):
@@ -376,16 +591,18 @@ def load_checkpoint(path, hint=""):
         raise FileNotFoundError(f"{path}: no such checkpoint. {hint}".strip())
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["model"], checkpoint["config"], checkpoint["tokenizer"]
+        checkpoint["model"], checkpoint["config"], checkpoint["tokenizer"], checkpoint["kind"]
     except Exception as error:  # whatever torch says of a stranger's bytes, the user's next step is the same
         raise ValueError(f"{path}: not a checkpoint of this project, or cut short "
                          f"({type(error).__name__}); make a new one or name another") from error
     return checkpoint
 
 
-def model_checkpoint(model, tokenizer_spec, **extra):
-    """What chat needs of a model: its config, weights and tokenizer; `extra` says how it was made."""
-    return {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer_spec, **extra}
+def model_checkpoint(model, tokenizer_spec, kind, **extra):
+    """What chat needs of a model: its config, weights, tokenizer and kind, "chat" or "text"; `extra` says how
+    it was made."""
+    return {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer_spec,
+            "kind": kind, **extra}
 
 
 def model_from_checkpoint(checkpoint, device="cpu", dropout=0.0):
@@ -400,3 +617,25 @@ def model_from_checkpoint(checkpoint, device="cpu", dropout=0.0):
         raise ValueError(f"the checkpoint's weights do not fit its config: {str(error).splitlines()[-1].strip()}") \
             from error
     return model.to(device)
+
+
+@dataclass
+class ExportSettings:
+    checkpoint: Path = Path("out/chat/best.pt")  # what to export
+    export: Path = Path("out/chat/hf")  # the folder to write: opens with transformers' AutoModelForCausalLM
+
+
+def main(argv):
+    import config  # only the scripts need it
+    from data.conversation import CHAT_TEMPLATE
+    from data.tokenizer import write_hf_tokenizer
+    s = config.load(ExportSettings, argv, __doc__)
+    checkpoint = load_checkpoint(s.checkpoint, "Train one first, or name it with --checkpoint=FILE.")
+    model_from_checkpoint(checkpoint).save_pretrained(s.export)
+    write_hf_tokenizer(s.export, checkpoint["tokenizer"], checkpoint["config"]["block_size"], CHAT_TEMPLATE)
+    print(f"{s.checkpoint} -> {s.export}: {', '.join(sorted(p.name for p in s.export.iterdir()))}")
+
+
+if __name__ == "__main__":
+    import config
+    config.run(main)

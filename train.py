@@ -28,6 +28,7 @@ class Settings:
     data_dir: Path = Path("data/instruction")  # a prepared folder: train.bin, val.bin, meta.json
     out_dir: Path = Path("out/chat")  # where best.pt and last.pt go
     resume: bool = False  # go on from out_dir/last.pt
+    init_from: str = "scratch"  # scratch; or gpt2, gpt2-medium, ... or a folder: then the model is as found there
     # the model
     block_size: int = 128  # context length, in tokens
     n_layer: int = 4  # blocks, one after the other
@@ -205,7 +206,7 @@ def train(s, model, dataset, device, dtype, resumed=None):
         made = {"step": step, "max_iters": s.max_iters, "history": history, "seconds": spent,
                 "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(s).items()}}
         try:
-            save_checkpoint(s.out_dir / name, model_checkpoint(model, dataset.tokenizer, kind=dataset.kind, **made, **extra))
+            save_checkpoint(s.out_dir / name, model_checkpoint(model, dataset.tokenizer, dataset.kind, **made, **extra))
             return True
         except OSError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
@@ -270,7 +271,7 @@ def load_resumed(s, dataset):
     resumed = load_checkpoint(path, "Start without --resume=True.")
     if "optimizers" not in resumed:
         raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may be a best.pt")
-    for name in ("block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "batch_size",
+    for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "batch_size",
                  "gradient_accumulation", "seed"):
         if resumed["settings"][name] != getattr(s, name):
             raise ValueError(f"{path}: was made with {name}={resumed['settings'][name]}, this run has "
@@ -291,15 +292,17 @@ def main(argv):
     torch.set_float32_matmul_precision("high")
     if resumed:
         model = model_from_checkpoint(resumed, device, s.dropout)
+    elif s.init_from != "scratch":
+        model = GPT.from_pretrained(s.init_from, dataset.vocab_size, s.block_size, s.dropout).to(device)
     else:
         model = GPT(GPTConfig(dataset.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout,
                               s.bias)).to(device)
     reason = "as set"
     if s.compile == "auto":
-        s.compile, reason = ("on", "a GPU and batches of one shape") \
-            if device.type == "cuda" and dataset.kind == "text" else ("off", "it pays on a GPU, with batches of one shape")
+        s.compile = "on" if device.type == "cuda" and dataset.kind == "text" else "off"
+        reason = "it pays on a GPU with batches of one shape"
     print(f"{s.data_dir}: {len(dataset.tokens['train']):,} training tokens, {dataset.vocab_size} ids")
-    print(f"model: {model.num_params():,} parameters, {s.n_layer} layers x {s.n_embd}; device: {why}; "
+    print(f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x {model.config.n_embd}; device: {why}; "
           f"compile {s.compile} ({reason}); optimizer {s.optimizer}", flush=True)
     if resumed:
         print(f"resumed at step {resumed['step']}")

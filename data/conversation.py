@@ -18,6 +18,11 @@ from data.tokenizer import END_OF_TEXT, ROLE_TOKENS
 
 USER, ASSISTANT, END = ROLE_TOKENS
 
+# The same format in Jinja, for tools that render chats by template. (They turn a typed "<|end|>" into the
+# token; encode_conversation does not.)
+CHAT_TEMPLATE = (END_OF_TEXT + "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '" + END + "' }}"
+                 "{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}")
+
 
 def special_ids(enc):
     """The ids of <|endoftext|>, <|user|>, <|assistant|> and <|end|> in a tokenizer."""

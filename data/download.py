@@ -25,9 +25,9 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
     """Fetch `url` to `path`, unless it is there, and return the path.
 
     Bytes go to `path.part`; a connection that breaks is taken up where it stopped (HTTP Range), after 1, 2, 4
-    ... seconds (`wait` times that). Proxies are those `requests` finds in the environment. The size the server
-    states, and `size` and `sha256` where given, must be met before the file gets its name. Raises OSError with
-    the address and what to do.
+    ... seconds (`wait` times that). Proxies are those `requests` finds in the environment. The size and the
+    sha256 that the server states, or `size` and `sha256` where given, must be met before the file gets its
+    name. Raises OSError with the address and what to do.
     """
     path = Path(path)
     if path.exists():
@@ -36,7 +36,7 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
     part = path.with_name(path.name + ".part")
     for attempt in range(retries + 1):
         try:
-            total = _fetch(url, part)
+            total, stated = _fetch(url, part)
             break
         except requests.HTTPError as error:
             status = error.response.status_code
@@ -55,22 +55,24 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
     if found != (size or total or found):
         part.unlink()
         raise OSError(f"{url}: {found:,} bytes came, {size or total:,} were expected; nothing was kept, try again")
-    if sha256 and (actual := sha256_of(part)) != sha256:
+    wanted = sha256 or stated
+    if wanted and (actual := sha256_of(part)) != wanted:
         part.unlink()
-        raise OSError(f"{url}: the sha256 is {actual}, expected {sha256}; nothing was kept, try again later")
+        raise OSError(f"{url}: the sha256 is {actual}, expected {wanted}; nothing was kept, try again later")
     os.replace(part, path)
     return path
 
 
 def _fetch(url, part):
-    """One attempt: append to `part` what it lacks. Returns the whole size as the server states it, or None."""
+    """One attempt: append to `part` what it lacks. Returns the whole size and the sha256 as the server states
+    them, each None where it does not."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # nothing after what we have: it is whole, or not this file at all
             total = response.headers.get("Content-Range", "").rpartition("/")[2]
             if total == str(have):
-                return have
+                return have, stated_sha256(response)
             part.unlink()
             raise requests.ConnectionError("the partial file does not fit")
         response.raise_for_status()
@@ -81,7 +83,16 @@ def _fetch(url, part):
         _copy(response, part, have, total)
     if total and part.stat().st_size < total:
         raise requests.ConnectionError("the connection broke")
-    return total
+    return total, stated_sha256(response)
+
+
+def stated_sha256(response):
+    """The sha256 in a model hub's X-Linked-ETag header, which may stand in a redirect, or None."""
+    for r in (*response.history, response):
+        tag = r.headers.get("X-Linked-ETag", "").strip('"').lower()
+        if len(tag) == 64 and set(tag) <= set("0123456789abcdef"):
+            return tag
+    return None
 
 
 def _copy(response, part, have, total):

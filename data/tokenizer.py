@@ -155,6 +155,61 @@ def merge(ids, pair, new_id):
     return merged
 
 
+def printable_bytes():
+    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, others for letters from U+0100
+    on, so that tokens can be written in text files."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def merge_pairs(enc):
+    """The two tokens that each token of more than one byte is merged from, in the order of their ids: what is
+    left of its bytes when only tokens of lower ids may be merged. [(bytes, bytes), ...]"""
+    ranks, pairs = enc._mergeable_ranks, []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = joined.index(min(joined))
+            if joined[i] >= rank:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            pairs.append(tuple(parts))
+    return pairs
+
+
+def write_hf_tokenizer(folder, spec, block_size, chat_template):
+    """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens as this
+    tokenizer; chat_template is Jinja, for its apply_chat_template."""
+    enc, letters = get_tokenizer(spec), printable_bytes()
+
+    def written(token):
+        return "".join(letters[b] for b in token)
+
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": enc._pat_str}, "behavior": "Isolated", "invert": False}
+    specials = sorted(enc._special_tokens.items(), key=lambda item: item[1])
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": True} for token, i in specials],
+        "pre_tokenizer": byte_level | {"use_regex": True} if spec == "gpt2" else
+        {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "vocab": {written(token): i for token, i in enc._mergeable_ranks.items()},
+                  "merges": [[written(a), written(b)] for a, b in merge_pairs(enc)]}}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+              "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
+              "clean_up_tokenization_spaces": False, "chat_template": chat_template}
+    for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+        text = json.dumps(content, ensure_ascii=False, indent=1)
+        (Path(folder) / name).write_text(text + "\n", encoding="utf-8")
+
+
 def token_pieces(enc, ids):
     """Each id's own text; bytes that are only a part of a character show as <e2> and so on."""
     pieces = []

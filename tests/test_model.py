@@ -1,0 +1,668 @@
+"""model.py piece by piece, each against a few lines of NumPy in float64; top to bottom, a lesson."""
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import model as m
+from model import GPT, GPTConfig, KVCache, Muon, newton_schulz, sample
+
+REPO = Path(__file__).parent.parent
+V, T, C, NH = 70, 16, 32, 2  # vocabulary, block size, channels, heads of the toy model
+
+
+def toy(seed=0, spread=0.15, **changes):
+    """A small GPT whose every number is random, so that a forgotten bias or norm shows."""
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(**{**dict(vocab_size=V, block_size=T, n_layer=2, n_head=NH, n_embd=C), **changes}))
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.add_(torch.randn_like(p) * spread)
+    return gpt.eval()
+
+
+def arrays(module):
+    """A module's weights by name, as float64."""
+    return {name: p.detach().double().numpy() for name, p in module.named_parameters()}
+
+
+def random_x(*shape, seed=1):
+    x = np.random.default_rng(seed).normal(size=shape)
+    return x, torch.tensor(x, dtype=torch.float32)
+
+
+def random_ids(*shape, seed=2):
+    return torch.tensor(np.random.default_rng(seed).integers(0, V, shape))
+
+
+def close(ours, oracle, atol=1e-5):
+    np.testing.assert_allclose(ours.detach().double().numpy(), oracle, rtol=0, atol=atol)
+
+
+# The same GPT in NumPy. x is (T, C): one text, no batch.
+
+def np_linear(x, w, name):
+    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+
+def np_layer_norm(x, w, name):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def np_softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def np_one_head(q, k, v):
+    scores = q @ k.T / np.sqrt(q.shape[1])  # (T, T): how well each query fits each key
+    scores[np.triu_indices(len(q), 1)] = -np.inf  # what comes later is not to be seen
+    return np_softmax(scores) @ v
+
+
+def np_heads(x, w, name, n_head):
+    q, k, v = np.split(np_linear(x, w, f"{name}c_attn"), 3, axis=1)
+    return [np_one_head(*(z[:, h * x.shape[1] // n_head:(h + 1) * x.shape[1] // n_head] for z in (q, k, v)))
+            for h in range(n_head)]
+
+
+def np_attention(x, w, name="", n_head=NH):
+    return np_linear(np.concatenate(np_heads(x, w, name, n_head), axis=1), w, f"{name}c_proj")
+
+
+def np_gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def np_mlp(x, w, name=""):
+    return np_linear(np_gelu(np_linear(x, w, f"{name}c_fc")), w, f"{name}c_proj")
+
+
+def np_block(x, w, name=""):
+    x = x + np_attention(np_layer_norm(x, w, f"{name}ln_1"), w, f"{name}attn.")
+    return x + np_mlp(np_layer_norm(x, w, f"{name}ln_2"), w, f"{name}mlp.")
+
+
+def np_gpt(ids, w, n_layer=2):
+    x = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
+    for i in range(n_layer):
+        x = np_block(x, w, f"h.{i}.")
+    return np_layer_norm(x, w, "ln_f") @ w["wte.weight"].T
+
+
+# The pieces
+
+def test_what_enters_the_first_block_is_token_plus_position_embedding():
+    gpt, ids, seen = toy(), random_ids(2, 5), []
+    gpt.h[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    gpt(ids)
+    w = arrays(gpt)
+    for row in range(2):
+        close(seen[0][row], w["wte.weight"][ids[row]] + w["wpe.weight"][[0, 1, 2, 3, 4]])
+
+
+def test_layer_norm_makes_mean_0_and_variance_1_then_scales_and_shifts():
+    ln, (x, tx) = toy().h[0].ln_1, random_x(7, C)
+    w = {f"ln.{name}": value for name, value in arrays(ln).items()}
+    close(ln(tx * 3 + 5), np_layer_norm(x * 3 + 5, w, "ln"))
+
+
+def test_each_head_fills_its_own_channels():
+    attn, (x, tx) = toy(n_head=4).h[0].attn, random_x(6, C)
+    with torch.no_grad():  # a last projection that changes nothing shows the heads side by side
+        attn.c_proj.weight.copy_(torch.eye(C))
+        attn.c_proj.bias.zero_()
+    for h, head in enumerate(np_heads(x, arrays(attn), "", 4)):
+        close(attn(tx[None])[0][:, 8 * h:8 * h + 8], head)
+
+
+def test_attention_is_a_masked_softmax_of_scaled_products():
+    attn, (x, tx) = toy().h[0].attn, random_x(3, 9, C)
+    for row in range(3):
+        close(attn(tx)[row], np_attention(x[row], arrays(attn)))
+
+
+def test_the_first_token_attends_only_to_itself():
+    attn, (x, tx) = toy().h[0].attn, random_x(5, C)
+    w = arrays(attn)
+    value = np_linear(x, w, "c_attn")[0, 2 * C:]  # whatever the query says, all weight is on its own value
+    close(attn(tx[None])[0, 0], np_linear(value, w, "c_proj"))
+
+
+def test_mlp_is_two_linear_layers_around_a_tanh_gelu():
+    mlp, (x, tx) = toy().h[0].mlp, random_x(4, C)
+    assert mlp.c_fc.weight.shape == (4 * C, C)
+    close(mlp(3 * tx), np_mlp(3 * x, arrays(mlp)))
+
+
+def test_a_block_adds_attention_and_mlp_to_the_residual_stream():
+    block, (x, tx) = toy().h[1], random_x(8, C)
+    close(block(tx[None])[0], np_block(x, arrays(block)))
+
+
+def test_the_head_is_the_token_embedding_and_ids_that_do_not_exist_get_minus_infinity():
+    gpt, (x, tx) = toy(), random_x(3, C)
+    logits = gpt.head(tx)
+    assert gpt.config.padded_vocab_size == logits.shape[1] == 128  # 70, up to a multiple of 64
+    close(logits[:, :V], x @ arrays(gpt)["wte.weight"][:V].T)
+    assert (logits[:, V:] == -math.inf).all()
+    assert not any("lm_head" in name for name, _ in gpt.named_parameters())
+
+
+def test_the_whole_model():
+    gpt, ids = toy(), random_ids(3, T)
+    logits = gpt(ids)
+    for row in range(3):
+        close(logits[row, :, :V], np_gpt(ids[row], arrays(gpt))[:, :V], atol=1e-4)
+
+
+def test_a_later_token_cannot_change_an_earlier_logit():
+    gpt, ids = toy(), random_ids(1, T)
+    changed = ids.clone()
+    changed[0, 9] = (ids[0, 9] + 1) % V
+    before, after = gpt(ids)[0, :, :V], gpt(changed)[0, :, :V]
+    assert torch.equal(before[:9], after[:9])
+    assert all((before[t] - after[t]).abs().max() > 1e-4 for t in range(9, T))
+
+
+def test_without_bias_no_layer_has_one():
+    gpt = GPT(GPTConfig(V, T, 2, NH, C, bias=False))
+    assert not [name for name, _ in gpt.named_parameters() if "bias" in name]
+    assert gpt(random_ids(1, 4)).shape == (1, 4, 128)
+
+
+def test_dropout_acts_in_training_only():
+    gpt, ids = toy(dropout=0.5), random_ids(1, T)
+    assert torch.equal(gpt(ids), gpt(ids))
+    gpt.train()
+    assert not torch.equal(gpt(ids), gpt(ids))
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="n_embd=30.*n_head=4"):
+        GPT(GPTConfig(V, T, 1, 4, 30))
+
+
+# The loss and its gradient
+
+def test_the_loss_is_the_sum_of_minus_log_probabilities():
+    gpt, ids, targets = toy(), random_ids(2, 6), random_ids(2, 6, seed=3)
+    by_hand = 0.0
+    for row in range(2):
+        probs = np_softmax(np_gpt(ids[row], arrays(gpt))[:, :V])
+        by_hand -= sum(math.log(probs[t, targets[row, t]]) for t in range(6))
+    assert gpt(ids, targets.flatten()).item() == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_where_picks_the_positions_that_count():
+    gpt, ids = toy(), random_ids(2, 6)
+    picked = [(0, 2), (0, 5), (1, 0), (1, 4)]  # row, position
+    wanted = [11, 5, 69, 0]
+    by_hand = 0.0
+    for (row, t), target in zip(picked, wanted):
+        by_hand -= math.log(np_softmax(np_gpt(ids[row], arrays(gpt))[:, :V])[t, target])
+    where = torch.tensor([row * 6 + t for row, t in picked])
+    assert gpt(ids, torch.tensor(wanted), where).item() == pytest.approx(by_hand, abs=1e-3)
+
+
+def gradients(gpt, *batches):
+    gpt.zero_grad()
+    for ids, targets in batches:
+        gpt(ids, targets.flatten()).backward()
+    return {name: p.grad.clone() for name, p in gpt.named_parameters()}
+
+
+def test_the_gradient_of_eight_rows_is_the_sum_of_each_rows():
+    gpt, ids, targets = toy(), random_ids(8, T), random_ids(8, T, seed=3)
+    at_once = gradients(gpt, (ids, targets))
+    one_by_one = gradients(gpt, *((ids[i:i + 1], targets[i:i + 1]) for i in range(8)))
+    for name in at_once:
+        torch.testing.assert_close(at_once[name], one_by_one[name], rtol=1e-4, atol=1e-4)
+
+
+def test_ids_that_do_not_exist_get_no_gradient():
+    gpt = toy()
+    grad = gradients(gpt, (random_ids(2, 6), random_ids(2, 6, seed=3)))["wte.weight"]
+    assert (grad[:V] != 0).any() and (grad[V:] == 0).all()
+
+
+def test_a_new_model_finds_every_token_about_as_likely():
+    torch.manual_seed(0)
+    gpt, ids, targets = GPT(GPTConfig(V, T, 2, NH, C)), random_ids(8, T), random_ids(8, T, seed=3)
+    assert gpt(ids, targets.flatten()).item() / (8 * T) == pytest.approx(math.log(V), abs=0.1)
+
+
+def test_what_adds_to_the_residual_stream_starts_smaller():
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(V, T, 8, NH, 64))
+    for block in gpt.h:
+        for layer, std in ((block.attn.c_attn, 0.02), (block.mlp.c_fc, 0.02),
+                           (block.attn.c_proj, 0.005), (block.mlp.c_proj, 0.005)):  # 0.02 / sqrt(2 * 8)
+            assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_transformers_gpt2_has_the_same_logits_and_gradients(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, vocab_size=96, n_positions=16,
+        attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    ours = GPT(GPTConfig(96, 16, 2, 2, 32))
+
+    def translate(named):
+        """Their names and layouts to ours: their Conv1D keeps weights (in, out), and nothing is padded."""
+        out = {}
+        for name, value in named:
+            name = name.removeprefix("transformer.")
+            if name == "lm_head.weight" or name.endswith("attn.masked_bias"):
+                continue
+            if re.search(r"c_\w+\.weight", name):
+                value = value.T
+            out[name] = torch.cat([value, torch.zeros(32, 32)]) if name == "wte.weight" else value
+        return out
+
+    ours.load_state_dict(translate((n, p.detach()) for n, p in theirs.named_parameters()))
+    ids = torch.tensor(np.random.default_rng(0).integers(0, 96, (3, 17)))
+    idx, targets = ids[:, :-1], ids[:, 1:]
+    their_logits = theirs(idx).logits
+    torch.testing.assert_close(ours(idx)[..., :96], their_logits, rtol=0, atol=1e-4)
+    targets = targets.flatten()
+    torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), targets, reduction="sum").backward()
+    ours(idx, targets).backward()
+    wanted = translate((n, p.grad) for n, p in theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-3, atol=1e-3)
+
+
+# The KV cache and generate
+
+@pytest.mark.parametrize("sizes", [[1] * T, [5, 1, 1, 3, 6], [T]])
+@torch.no_grad()
+def test_with_a_cache_the_logits_are_those_of_the_full_forward(sizes):
+    gpt, ids = toy(), random_ids(1, T)
+    full, cache, start = gpt(ids), KVCache(gpt), 0
+    for size in sizes:
+        logits = gpt.head(gpt.hidden(ids[:, start:start + size], cache))
+        torch.testing.assert_close(logits[..., :V], full[:, start:start + size, :V], rtol=0, atol=1e-4)
+        start += size
+    assert start == T
+
+
+@torch.no_grad()
+def greedy_without_cache(gpt, ids, n):
+    """The slow way: past block_size the window moves by half a block, and all of it is computed each time."""
+    ids, start, block = list(ids), 0, gpt.config.block_size
+    for _ in range(n):
+        while len(ids) - start > block:
+            start += block // 2
+        ids.append(int(gpt(torch.tensor([ids[start:]]))[0, -1].argmax()))
+    return ids[-n:]
+
+
+def greedy(gpt, ids, n, cache=None):
+    return list(gpt.generate(ids, n, temperature=0, cache=cache))
+
+
+def test_generate_equals_the_slow_way_far_past_block_size():
+    gpt = toy(spread=0.4)
+    slow = greedy_without_cache(gpt, [3, 1, 4], 3 * T)
+    assert len(set(slow)) > 8, "a model that repeats itself would show nothing"
+    assert greedy(gpt, [3, 1, 4], 3 * T) == slow
+
+
+@pytest.mark.parametrize("length", [T - 1, T, T + 1, 2 * T, 3 * T + 3])
+def test_generate_takes_a_prompt_of_any_length(length):
+    gpt, ids = toy(spread=0.4), random_ids(length).tolist()
+    assert greedy(gpt, ids, 12) == greedy_without_cache(gpt, ids, 12)
+
+
+def test_a_cache_kept_for_the_next_turn_changes_nothing_but_the_work(monkeypatch):
+    gpt = toy(spread=0.4)
+    cache, first = KVCache(gpt), [3, 1, 4]
+    replied = greedy(gpt, first, 4, cache)
+    assert replied == greedy_without_cache(gpt, first, 4)
+    second = [*first, *replied, 9, 2, 6]
+    wanted, read, hidden = greedy_without_cache(gpt, second, 5), [], gpt.hidden
+    monkeypatch.setattr(gpt, "hidden", lambda idx, *args: read.append(idx.shape[1]) or hidden(idx, *args))
+    assert greedy(gpt, second, 5, cache) == wanted
+    assert read == [4, 1, 1, 1, 1]  # the reply's last token, the new message's three, then one by one
+
+
+@pytest.mark.parametrize("other", [[3, 1, 4, 15, 9, 2, 6, 5], [7], [3], [3, 1, 4, 1, 5]])
+def test_a_cache_that_holds_something_else_changes_nothing(other):
+    gpt, cache = toy(spread=0.4), None
+    cache = KVCache(gpt)
+    greedy(gpt, [3, 1, 4, 1, 5, 9], 2 * T, cache)  # past the border: what it holds begins anew
+    assert greedy(gpt, other, 10, cache) == greedy_without_cache(gpt, other, 10)
+    greedy(gpt, [3, 1, 4, 1, 5, 9], 3, cache)
+    assert greedy(gpt, other, 2 * T, cache) == greedy_without_cache(gpt, other, 2 * T)
+
+
+def test_generate_left_half_way_leaves_a_cache_that_can_be_used():
+    gpt = toy(spread=0.4)
+    cache = KVCache(gpt)
+    half = gpt.generate([3, 1, 4], 10, temperature=0, cache=cache)
+    begun = [next(half), next(half)]
+    half.close()
+    assert greedy(gpt, [3, 1, 4, *begun], 5, cache) == greedy_without_cache(gpt, [3, 1, 4], 7)[2:]
+
+
+def test_the_same_seed_makes_the_same_ids():
+    gpt = toy()
+    first, again, other = (list(gpt.generate([1, 2], 20, seed=seed)) for seed in (7, 7, 8))
+    assert first == again != other and len(first) == 20
+
+
+def test_generate_leaves_the_random_numbers_of_training_alone():
+    gpt, before = toy(), torch.get_rng_state()
+    for seed in (3, None):
+        list(gpt.generate([1], 5, seed=seed))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_generation_ends_before_a_stop_id():
+    gpt = toy(spread=0.4)
+    free = greedy(gpt, [3, 1, 4], 20)
+    stop = free[6]
+    assert list(gpt.generate([3, 1, 4], 20, temperature=0, stop_ids=(stop, 0))) == free[:min(
+        i for i, token in enumerate(free) if token in (stop, 0))]
+    assert list(gpt.generate([3, 1, 4], 20, temperature=0, stop_ids=free[:1])) == []
+
+
+def test_ids_that_do_not_exist_are_never_sampled():
+    gpt = toy()
+    with torch.no_grad():
+        gpt.wte.weight[V:100] = 1000.0
+        gpt.wte.weight[100:] = -1000.0  # one half of them has huge logits, whatever the hidden state
+    assert (gpt(random_ids(1, 4)).softmax(-1)[..., V:] == 0).all()
+    for temperature in (0, 1.0, 50.0):
+        assert all(i < V for i in gpt.generate([1], 60, temperature=temperature, seed=0))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generate_drops_nothing_out_and_restores_the_mode(training):
+    gpt = toy(dropout=0.5)
+    wanted = greedy(gpt, [3, 1], 6)
+    gpt.train(training)
+    assert greedy(gpt, [3, 1], 6) == wanted and gpt.training is training
+    half = gpt.generate([3, 1], 6)
+    next(half)
+    half.close()
+    assert gpt.training is training and gpt.h[0].training is training
+
+
+# Sampling
+
+PROBS = [0.10, 0.40, 0.05, 0.30, 0.15]  # by likelihood: ids 1, 3, 4, 0, 2
+
+
+def draw(n, probs=PROBS, temperature=1.0, top_k=0, top_p=1.0):
+    generator, logits = torch.Generator().manual_seed(0), torch.tensor(probs).log()
+    return [sample(logits, temperature, top_k, top_p, generator) for _ in range(n)]
+
+
+@pytest.mark.parametrize("knobs", [{"temperature": 0}, {"top_k": 1}, {"top_k": 1, "temperature": 9.0},
+                                   {"top_p": 0.01}, {"temperature": 0.01}])
+def test_only_the_likeliest_is_left(knobs):
+    assert set(draw(200, **knobs)) == {1}
+
+
+@pytest.mark.parametrize("top_k, top_p, left", [
+    (0, 1.0, {0, 1, 2, 3, 4}),
+    (2, 1.0, {1, 3}),
+    (4, 1.0, {1, 3, 4, 0}),
+    (9, 1.0, {0, 1, 2, 3, 4}),
+    (0, 0.35, {1}),  # 0.40 is enough
+    (0, 0.60, {1, 3}),  # 0.40 + 0.30
+    (0, 0.80, {1, 3, 4}),  # 0.40 + 0.30 + 0.15
+    (0, 0.90, {1, 3, 4, 0}),  # 0.40 + 0.30 + 0.15 + 0.10
+    (0, 0.99, {0, 1, 2, 3, 4}),
+    (3, 0.60, {1, 3}),
+    (3, 0.80, {1, 3}),  # of the 0.85 that top_k leaves: 0.70 / 0.85 is over 0.80
+])
+def test_top_k_and_top_p_leave_these_candidates(top_k, top_p, left):
+    assert set(draw(500, top_k=top_k, top_p=top_p)) == left
+
+
+def test_top_p_keeps_no_more_than_the_smallest_set_that_reaches_it():
+    assert set(draw(300, probs=[0.25, 0.25, 0.25, 0.25], top_p=0.5)) == {0, 1}  # 0.25 + 0.25 reaches 0.5
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_those_of_the_softmax(temperature):
+    n = 4000
+    wanted = np_softmax(np.log(PROBS) / temperature)
+    counts = np.bincount(draw(n, temperature=temperature), minlength=5)
+    np.testing.assert_array_less(np.abs(counts - n * wanted), 4 * np.sqrt(n * wanted * (1 - wanted)))
+
+
+# Muon and the optimizers
+
+@pytest.mark.parametrize("rows, cols", [(24, 8), (8, 24), (16, 16)])
+def test_newton_schulz_sets_singular_values_near_1_and_keeps_the_vectors(rows, cols):
+    rng = np.random.default_rng(0)
+    k = min(rows, cols)
+    matrices, batch = [], []
+    for scale in (1.0, 1e-3, 100.0):  # the size of a gradient does not matter
+        u, _ = np.linalg.qr(rng.normal(size=(rows, k)))
+        v, _ = np.linalg.qr(rng.normal(size=(cols, k)))
+        matrices.append((u, v))
+        batch.append(u @ np.diag(scale * np.geomspace(1, 0.03, k)) @ v.T)
+    out = newton_schulz(torch.tensor(np.stack(batch), dtype=torch.float32)).double().numpy()
+    assert out.shape == (3, rows, cols)
+    for (u, v), x in zip(matrices, out):
+        values = np.linalg.svd(x, compute_uv=False)
+        assert 0.6 < values.min() and values.max() < 1.3
+        inside = u.T @ x @ v  # in the basis of the input's singular vectors
+        assert np.abs(inside - np.diag(np.diag(inside))).max() < 1e-3
+        assert np.diag(inside).min() > 0.6
+
+
+def np_orthogonalize(x):
+    """Muon's iteration for one matrix, as its authors give it, in float64."""
+    tall = len(x) > len(x[0])
+    x = x.T if tall else x
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        s = x @ x.T
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    return x.T if tall else x
+
+
+def test_muon_steps_equal_a_plain_loop_over_matrices():
+    gpt, lr, decay, momentum = toy(), 0.02, 0.1, 0.95
+    params = {name: p for name, p in gpt.h.named_parameters() if p.dim() == 2}
+    assert len(params) == 8  # four matrices in each of two blocks
+    expected = {name: p.detach().double().numpy() for name, p in params.items()}
+    buffers = {name: 0.0 for name in params}
+    optimizer, rng = Muon(params.values(), lr, momentum, decay), np.random.default_rng(0)
+    for _ in range(2):
+        for name, p in params.items():
+            grad = rng.normal(size=p.shape)
+            p.grad = torch.tensor(grad, dtype=torch.float32)
+            buffers[name] = momentum * buffers[name] + (1 - momentum) * grad
+            look_ahead = momentum * buffers[name] + (1 - momentum) * grad  # Nesterov's
+            squares = np.split(look_ahead, 3) if "c_attn" in name else [look_ahead]  # q, k, v apart
+            update = np.concatenate([0.2 * math.sqrt(max(x.shape)) * np_orthogonalize(x) for x in squares])
+            expected[name] = expected[name] * (1 - lr * decay) - lr * update
+        optimizer.step()
+    for name, p in params.items():
+        close(p, expected[name], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimizers_hold_every_weight_once_and_decay_no_vector(name):
+    gpt = toy()
+    optimizers = gpt.configure_optimizers(name, 0.01, 0.003, 0.1, (0.9, 0.99))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    held = [id(p) for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in gpt.parameters())
+    for group in groups:
+        assert {group["weight_decay"] > 0} == {p.dim() == 2 for p in group["params"]}
+        assert group["peak_lr"] == group["lr"]
+
+
+def test_muon_has_the_blocks_matrices_and_adamw_the_rest_each_at_its_rate():
+    gpt = toy()
+    rates = {id(p): (type(optimizer).__name__, group["peak_lr"])
+             for optimizer in gpt.configure_optimizers("muon", 0.01, 0.003, 0.1, (0.9, 0.99))
+             for group in optimizer.param_groups for p in group["params"]}
+    for name, p in gpt.named_parameters():
+        of_a_block = name.startswith("h.") and p.dim() == 2
+        assert rates[id(p)] == (("Muon", 0.01) if of_a_block else ("AdamW", 0.003)), name
+
+
+# Checkpoints
+
+def save_toy(path, seed=0):
+    gpt = toy(seed=seed)
+    m.save_checkpoint(path, m.model_checkpoint(gpt, "bytes", kind="text", step=3))
+    return gpt
+
+
+def test_a_checkpoint_gives_back_the_same_logits(tmp_path):
+    gpt, ids = save_toy(tmp_path / "new" / "best.pt"), random_ids(2, T)
+    checkpoint = m.load_checkpoint(tmp_path / "new" / "best.pt")
+    assert (checkpoint["tokenizer"], checkpoint["kind"], checkpoint["step"]) == ("bytes", "text", 3)
+    assert torch.equal(m.model_from_checkpoint(checkpoint).eval()(ids), gpt(ids))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["best.pt"]
+
+
+def test_a_checkpoint_needs_no_trust(tmp_path):
+    gpt = save_toy(tmp_path / "best.pt")
+    loaded = torch.load(tmp_path / "best.pt", weights_only=True)  # no pickled code in it
+    assert set(loaded["model"]) == {name for name, _ in gpt.named_parameters()}
+    assert loaded["config"]["n_embd"] == C
+
+
+class Bomb:
+    """Unpickled without care, it leaves a folder behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(tmp_path):
+    torch.save({"config": {}, "tokenizer": "bytes", "model": Bomb(tmp_path / "owned")}, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="best.pt"):
+        m.load_checkpoint(tmp_path / "best.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_loaded_model_can_be_trained_and_the_file_does_not_change(tmp_path):
+    save_toy(tmp_path / "best.pt")
+    before = (tmp_path / "best.pt").read_bytes()
+    gpt = m.model_from_checkpoint(m.load_checkpoint(tmp_path / "best.pt"), dropout=0.25)
+    assert gpt.config.dropout == 0.25
+    gradients(gpt, (random_ids(1, 4), random_ids(1, 4)))
+    torch.optim.SGD(gpt.parameters(), lr=0.1).step()
+    assert (tmp_path / "best.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.9, 0.999])
+def test_a_checkpoint_cut_short_is_refused_by_name(tmp_path, part):
+    path = tmp_path / "best.pt"
+    save_toy(path)
+    path.write_bytes(path.read_bytes()[:int(part * path.stat().st_size)])
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        m.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [b"garbage", bytes(range(256)) * 20, b"PK\x03\x04" + bytes(100)])
+def test_a_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "best.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        m.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("stranger", [{"weights": 1}, [1, 2, 3]])
+def test_another_programs_checkpoint_is_refused_by_name(tmp_path, stranger):
+    path = tmp_path / "best.pt"
+    torch.save(stranger, path)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        m.load_checkpoint(path)
+
+
+def test_a_missing_checkpoint_or_a_folder_is_named_with_the_hint(tmp_path):
+    for path in (tmp_path / "no.pt", tmp_path):
+        with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(path)) + ".*Bake one"):
+            m.load_checkpoint(path, "Bake one.")
+
+
+def test_weights_that_do_not_fit_the_config_are_a_users_mistake(tmp_path):
+    save_toy(tmp_path / "best.pt")
+    checkpoint = m.load_checkpoint(tmp_path / "best.pt")
+    checkpoint["config"] = {**checkpoint["config"], "n_embd": 2 * C}
+    with pytest.raises(ValueError, match="fit"):
+        m.model_from_checkpoint(checkpoint)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(tmp_path):
+    pytest.importorskip("resource")
+    path = tmp_path / "best.pt"
+    save_toy(path)
+    before = path.read_bytes()
+    program = """if True:
+        import resource, sys, torch
+        from model import save_checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes a file may have
+        for size in (100_000, 6_000):  # far over the limit, and over it with the last few bytes
+            try:
+                save_checkpoint(sys.argv[1], {"model": {"w": torch.zeros(size)}})
+            except OSError as error:
+                print(error)"""
+    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=REPO, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [str(path)] * 2
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+
+
+# Devices
+
+@pytest.fixture
+def only_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_auto_takes_what_there_is(only_cpu):
+    assert m.pick_device()[:2] == (torch.device("cpu"), torch.float32)
+    assert m.pick_device("cpu", "bfloat16")[:2] == (torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu!", "cuda", "cuda:1", "mps", "meta"])
+def test_a_device_that_is_not_there_is_refused(only_cpu, device):
+    with pytest.raises(ValueError, match=f"device='{device}'.*auto"):
+        m.pick_device(device)
+
+
+def test_the_second_gpu_of_a_machine_with_one_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
+    assert m.pick_device("cuda:0")[:2] == (torch.device("cuda:0"), torch.bfloat16)
+    with pytest.raises(ValueError, match="device='cuda:1'"):
+        m.pick_device("cuda:1")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "half", "float16", "load", ""])
+def test_a_precision_that_is_not_offered_is_refused(only_cpu, dtype):
+    with pytest.raises(ValueError, match=f"dtype='{dtype}'.*float32"):
+        m.pick_device("cpu", dtype)

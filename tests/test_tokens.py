@@ -1,0 +1,331 @@
+"""Token files and batches: every batch is recounted in plain Python from the ids of the file."""
+import numpy as np
+import pytest
+
+from data.tokenizer import get_tokenizer
+from data.tokens import ChatDataset, TokenDataset, new_files, open_dataset, write_meta, write_tokens
+
+START, USER, ASSISTANT, END = 256, 257, 258, 259  # of the bytes tokenizer
+META = {"tokenizer": "bytes", "vocab_size": 260}
+
+
+def text_folder(folder, train, val=None, **meta):
+    """A prepared folder of plain text, from lists of ids."""
+    for split, ids in (("train", train), ("val", train if val is None else val)):
+        write_tokens(folder / f"{split}.bin", [ids])
+    write_meta(folder, {"kind": "text", **META, **meta})
+    return folder
+
+
+def chat_folder(folder, train, val=None, **meta):
+    """A prepared folder of chats, from lists of conversations in ids."""
+    for split, conversations in (("train", train), ("val", train if val is None else val)):
+        write_tokens(folder / f"{split}.bin", conversations)
+    write_meta(folder, {"kind": "chat", **META, **meta})
+    return folder
+
+
+def random_ids(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, count).tolist()
+
+
+def random_chats(count, longest=12, seed=0):
+    """Conversations of one to three turns, all different."""
+    rng = np.random.default_rng(seed)
+
+    def text(low):
+        return rng.integers(0, 256, rng.integers(low, longest)).tolist()
+
+    chats = []
+    for number in range(count):
+        ids = [START]
+        for turn in range(rng.integers(1, 4)):
+            asked = [number // 256, number % 256] if turn == 0 else []
+            ids += [USER, *asked, *text(0), END, ASSISTANT, *text(1), END]
+        chats.append(ids)
+    return chats
+
+
+def recount(ids):
+    """(position, token) of everything that the assistant is to say in a conversation."""
+    said, speaking = [], False
+    for position, token in enumerate(ids):
+        if token in (START, USER, ASSISTANT):
+            speaking = token == ASSISTANT
+        elif speaking:
+            said.append((position, token))
+    return said
+
+
+def check_chat_batch(batch, conversations, budget):
+    """Assert that a batch is right in all, and return which conversations it holds."""
+    ids, targets, where = batch
+    rows, length = ids.shape
+    assert ids.dtype == targets.dtype == where.dtype == np.int64 and rows * length <= budget
+    by_start = {tuple(c[:4]): i for i, c in enumerate(conversations)}  # START, USER, its number in two bytes
+    found, wanted = [], []
+    for b, row in enumerate(ids.tolist()):
+        number = by_start[tuple(row[:4])]
+        whole = conversations[number][:length + 1]
+        assert row == (whole + [START] * length)[:length]
+        wanted += [(token, b * length + position - 1) for position, token in recount(whole)]
+        found.append(number)
+    assert list(zip(targets.tolist(), where.tolist(), strict=True)) == wanted
+    assert any(len(conversations[i]) > length for i in found)  # no wider than the longest needs
+    return found
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def whole_epoch(dataset, conversations, start, split="train"):
+    """Read batches from `start` on until each conversation came once: the next index, and the batches."""
+    seen, index, batches = [], start, []
+    while len(seen) < len(conversations):
+        batches.append(dataset.batch(split, index))
+        seen += check_chat_batch(batches[-1], conversations, dataset.budget)
+        index += 1
+    assert sorted(seen) == list(range(len(conversations)))
+    return index, batches
+
+
+def test_tokens_are_written_as_raw_uint16(tmp_path):
+    count = write_tokens(tmp_path / "a.bin", [[1, 2], np.array([65535]), [], [0, 300]])
+    assert count == 5
+    assert (tmp_path / "a.bin").read_bytes() == b"\x01\x00\x02\x00\xff\xff\x00\x00\x2c\x01"
+    assert np.fromfile(tmp_path / "a.bin", np.uint16).tolist() == [1, 2, 65535, 0, 300]
+
+
+def test_an_id_beyond_16_bits_is_refused(tmp_path):
+    for ids, wrong in (([1, 65536], "65536"), ([-1], "-1")):
+        with pytest.raises(ValueError, match=rf"token id {wrong}\b"):
+            write_tokens(tmp_path / "a.bin", [ids])
+
+
+def test_a_batch_of_text_is_runs_of_the_file_with_the_next_tokens_as_targets(tmp_path):
+    train, val = random_ids(300), random_ids(300, seed=1)
+    dataset = TokenDataset(text_folder(tmp_path, train, val), block_size=8, batch_size=5)
+    for split, ids in (("train", train), ("val", val)):
+        runs = {tuple(ids[i:i + 9]) for i in range(len(ids) - 8)}
+        for index in range(20):
+            x, targets, where = dataset.batch(split, index)
+            assert x.shape == (5, 8) and targets.shape == (40,) and where is None
+            assert x.dtype == targets.dtype == np.int64
+            for row, nexts in zip(x.tolist(), targets.reshape(5, 8).tolist(), strict=True):
+                assert row[1:] == nexts[:-1] and (*row, nexts[-1]) in runs
+
+
+def test_batches_of_text_reach_every_window_from_the_first_to_the_last(tmp_path):
+    ids = random_ids(20)
+    dataset = TokenDataset(text_folder(tmp_path, ids), block_size=8, batch_size=30)
+    seen = {(*row.tolist(), last) for index in range(20) for x, y, _ in [dataset.batch("train", index)]
+            for row, last in zip(x, y.reshape(30, 8)[:, -1].tolist(), strict=True)}
+    assert seen == {tuple(ids[i:i + 9]) for i in range(12)}
+
+
+def test_one_token_more_than_block_size_is_enough(tmp_path):
+    ids = random_ids(9)
+    dataset = TokenDataset(text_folder(tmp_path, ids), block_size=8, batch_size=2)
+    x, targets, _ = dataset.batch("val", 3)
+    assert x.tolist() == [ids[:8]] * 2 and targets.tolist() == ids[1:] * 2
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_batch_depends_on_seed_split_and_index_only(tmp_path, kind):
+    if kind == "text":
+        folder = text_folder(tmp_path, random_ids(5000))
+    else:
+        folder = chat_folder(tmp_path, random_chats(200))
+    one, two = (open_dataset(folder, 64, 3, seed=5) for _ in range(2))
+    order = [7, 60, 0, 7, 3, 200, 1, 60]
+    ahead = {index: one.batch("train", index) for index in range(201)}
+    for index in order:  # any order, with evaluations and the other split in between
+        assert same([a for a in two.batch("train", index) if a is not None],
+                    [a for a in ahead[index] if a is not None])
+        two.batch("val", index)
+        list(two.eval_batches("val", 500))
+    other = open_dataset(folder, 64, 3, seed=6)
+    for index in range(5):
+        assert ahead[index][0].tolist() != ahead[index + 1][0].tolist()
+        assert ahead[index][0].tolist() != other.batch("train", index)[0].tolist()
+        assert ahead[index][0].tolist() != two.batch("val", index)[0].tolist()
+
+
+def test_evaluation_windows_of_text_are_fixed_and_do_not_overlap(tmp_path):
+    ids = list(range(104))  # each id is its own position; the last 8 have no 8 targets
+    folder = text_folder(tmp_path, ids)
+    for max_tokens, count in ((1, 1), (8, 1), (31, 3), (50, 6), (96, 12), (10**6, 12)):
+        starts = []
+        for x, targets, where in TokenDataset(folder, 8, 5).eval_batches("train", max_tokens):
+            assert x.shape[0] <= 5 and where is None and targets.tolist() == (x + 1).reshape(-1).tolist()
+            starts += x[:, 0].tolist()
+            assert x.tolist() == [list(range(start, start + 8)) for start in x[:, 0]]
+        assert len(starts) == count and all(b - a >= 8 for a, b in zip(starts, starts[1:], strict=False))
+        other = TokenDataset(folder, 8, 5, seed=9)
+        other.batch("train", 0)
+        assert starts == [i for x, _, _ in other.eval_batches("train", max_tokens) for i in x[:, 0].tolist()]
+    assert starts == list(range(0, 96, 8))  # all that there are
+
+
+def test_every_epoch_of_chats_has_every_conversation_once_and_exact_targets(tmp_path):
+    train, val = random_chats(90), random_chats(20, seed=1)
+    dataset = ChatDataset(chat_folder(tmp_path, train, val), block_size=128, batch_size=2)
+    epochs, index = [], 0
+    for _ in range(4):
+        index, batches = whole_epoch(dataset, train, index)
+        epochs.append([batch[0].tolist() for batch in batches])
+    assert all(epochs[i] != epochs[j] for i in range(4) for j in range(i))
+    whole_epoch(dataset, val, 0, split="val")
+    assert dataset.dropped == {"train": 0, "val": 0}
+
+
+def test_a_batch_of_chats_wastes_little_on_padding(tmp_path):
+    chats = random_chats(400, longest=60)
+    dataset = ChatDataset(chat_folder(tmp_path, chats), block_size=256, batch_size=8)
+    _, batches = whole_epoch(dataset, chats, 0)
+    padded = sum(ids.size for ids, _, _ in batches)
+    assert sum(len(c) - 1 for c in chats) > 0.9 * padded
+
+
+def test_a_conversation_as_long_as_the_budget_is_a_batch_of_its_own(tmp_path):
+    chats = [[START, USER, 0, i, END, ASSISTANT, *[65] * 26, END] for i in range(3)]  # 33 ids each
+    dataset = ChatDataset(chat_folder(tmp_path, chats), block_size=32, batch_size=1)
+    _, batches = whole_epoch(dataset, chats, 0)
+    assert [ids.shape for ids, _, _ in batches] == [(1, 32)] * 3
+
+
+def test_a_short_block_size_cuts_conversations_and_drops_those_without_a_target(tmp_path):
+    block_size = 16
+    chats = random_chats(120)
+    kept = [c[:block_size + 1] for c in chats if recount(c[:block_size + 1])]
+    dataset = ChatDataset(chat_folder(tmp_path, chats), block_size, batch_size=4)
+    assert dataset.dropped == {"train": 120 - len(kept), "val": 120 - len(kept)} and 0 < len(kept) < 120
+    assert any(len(c) > block_size + 1 for c in chats if recount(c[:block_size + 1]))
+    whole_epoch(dataset, kept, whole_epoch(dataset, kept, 0)[0])
+
+
+def test_a_block_size_that_leaves_nothing_is_refused(tmp_path):
+    folder = chat_folder(tmp_path, [[START, USER, *[65] * 50, END, ASSISTANT, 66, END]])
+    with pytest.raises(ValueError, match="block_size=20"):
+        ChatDataset(folder, 20, 4)
+
+
+def test_evaluation_of_chats_is_fixed_without_repeats_and_whole_when_there_is_room(tmp_path):
+    chats = random_chats(80)
+    folder = chat_folder(tmp_path, chats)
+    sizes = []
+    for max_tokens in (1, 500, 10**7):
+        one, two = ChatDataset(folder, 128, 2), ChatDataset(folder, 128, 2, seed=9)
+        two.batch("train", 0)
+        batches = list(one.eval_batches("train", max_tokens))
+        assert all(same(a, b) for a, b in zip(batches, two.eval_batches("train", max_tokens), strict=True))
+        numbers = [i for batch in batches for i in check_chat_batch(batch, chats, 256)]
+        assert len(set(numbers)) == len(numbers)
+        sizes.append(sum(len(chats[i]) for i in numbers))
+    assert len(chats[0]) <= sizes[0] < 250 < sizes[1] < 750 and sizes[2] == sum(map(len, chats))
+
+
+def test_conversations_come_back_whole_and_in_order(tmp_path):
+    train, val = random_chats(9), random_chats(4, seed=3)
+    dataset = ChatDataset(chat_folder(tmp_path, train, val), block_size=16, batch_size=4)
+    assert dataset.conversations("train") == train and dataset.conversations("val") == val
+
+
+def test_the_kind_in_meta_chooses_the_dataset(tmp_path):
+    (tmp_path / "a").mkdir()
+    text = open_dataset(text_folder(tmp_path, random_ids(50)), 8, 2)
+    chat = open_dataset(chat_folder(tmp_path / "a", random_chats(5)), 64, 2)
+    assert (type(text), type(chat)) == (TokenDataset, ChatDataset)
+    assert text.vocab_size == chat.vocab_size == 260
+    write_meta(tmp_path, {"kind": "pictures", **META})
+    with pytest.raises(ValueError, match="'pictures'"):
+        open_dataset(tmp_path, 8, 2)
+
+
+def test_fewer_tokens_than_block_size_is_refused_with_both_numbers_and_the_flag(tmp_path):
+    folder = text_folder(tmp_path, random_ids(100), random_ids(30))
+    with pytest.raises(ValueError, match=r"val\.bin: 30 tokens.*block_size=32.*--block_size=29"):
+        TokenDataset(folder, 32, 2)
+    assert TokenDataset(folder, 29, 2).batch("val", 0)[0].shape == (2, 29)  # the advice works
+
+
+@pytest.mark.parametrize("content", [b"", b"\x01\x00\x02"], ids=["empty", "odd"])
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_an_empty_or_odd_sized_file_is_refused_with_its_name_and_size(tmp_path, kind, content):
+    text_folder(tmp_path, random_ids(50), kind=kind)
+    (tmp_path / "val.bin" if kind == "text" else tmp_path / "train.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"\.bin: {len(content)} bytes"):
+        open_dataset(tmp_path, 8, 2)
+
+
+def test_a_missing_token_file_is_refused_with_its_name(tmp_path):
+    text_folder(tmp_path, random_ids(50))
+    (tmp_path / "val.bin").unlink()
+    with pytest.raises(ValueError, match=r"val\.bin"):
+        open_dataset(tmp_path, 8, 2)
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_ids_beyond_the_vocabulary_are_refused_with_both_numbers(tmp_path, kind):
+    ids = [START, USER, 65, END, ASSISTANT, *[66] * 20, 260, END]
+    (chat_folder if kind == "chat" else text_folder)(tmp_path, [ids] if kind == "chat" else ids)
+    with pytest.raises(ValueError, match=r"train\.bin.*id 260\b.*has 260\b"):
+        open_dataset(tmp_path, 8, 2)
+
+
+def test_chats_without_a_conversation_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no conversation"):
+        ChatDataset(chat_folder(tmp_path, [[65, 66, 67]]), 8, 2)
+
+
+def test_a_folder_without_meta_says_how_to_prepare_one(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match="prepare_alpaca.py") as caught:
+            open_dataset(folder, 8, 2)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b"{}",
+                                     b'{"kind": "text", "tokenizer": "bytes"}',
+                                     b'{"kind": "text", "vocab_size": 260}',
+                                     b'{"tokenizer": "bytes", "vocab_size": 260}'])
+def test_a_broken_meta_is_refused_with_its_path(tmp_path, content):
+    text_folder(tmp_path, random_ids(50))
+    (tmp_path / "meta.json").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        open_dataset(tmp_path, 8, 2)
+    assert str(tmp_path / "meta.json") in str(caught.value)
+
+
+def test_a_tokenizer_file_is_looked_for_in_the_folder(tmp_path):
+    spec = '{"pattern": "a+|b", "merges": [[97, 97]]}'
+    (tmp_path / "tokenizer.json").write_text(spec, encoding="utf-8")
+    dataset = TokenDataset(text_folder(tmp_path, random_ids(50), tokenizer="tokenizer.json"), 8, 2)
+    assert get_tokenizer(dataset.tokenizer).encode_ordinary("aab") == [256, 98]
+
+
+def test_new_files_appear_together_and_only_after_the_block(tmp_path):
+    folder = tmp_path / "deep" / "out"
+    with new_files(folder) as part:
+        for name in ("train.bin", "meta.json"):
+            (part / name).write_text(name, encoding="utf-8")
+        assert not (folder / "train.bin").exists()
+    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "train.bin"]
+
+
+def test_when_the_block_fails_earlier_files_stay_and_nothing_else(tmp_path):
+    (tmp_path / "train.bin").write_text("old", encoding="utf-8")
+    with pytest.raises(KeyError), new_files(tmp_path) as part:
+        (part / "train.bin").write_text("new", encoding="utf-8")
+        (part / "meta.json").write_text("new", encoding="utf-8")
+        raise KeyError
+    assert [(p.name, p.read_text(encoding="utf-8")) for p in tmp_path.iterdir()] == [("train.bin", "old")]
+
+
+def test_what_a_killed_run_left_is_not_mixed_in(tmp_path):
+    (tmp_path / ".part").mkdir()
+    (tmp_path / ".part" / "stale.bin").write_text("stale", encoding="utf-8")
+    with new_files(tmp_path) as part:
+        (part / "train.bin").write_text("new", encoding="utf-8")
+    assert [p.name for p in tmp_path.iterdir()] == ["train.bin"]

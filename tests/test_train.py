@@ -1,0 +1,444 @@
+"""train.py on toy folders: the schedule, the step, resuming bit for bit, saving, and what goes wrong."""
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import config
+import data.text
+import prepare_alpaca
+import train
+from data.tokens import open_dataset
+from model import GPT, GPTConfig, load_checkpoint, model_from_checkpoint
+
+REPO = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=2, max_iters=6, warmup_iters=2,
+            learning_rate=0.01, eval_interval=100, eval_tokens=200, log_interval=100, device="cpu")
+
+WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Prepared toy data: {"text": folder, "chat": folder}."""
+    root = tmp_path_factory.mktemp("toy")
+    rows = [{"instruction": f"Count {'on ' * (i % 4)}from {word}.", "output": " ".join(WORDS[i:i + 3])}
+            for i, word in enumerate(WORDS)]  # of several lengths
+    (root / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    (root / "words.txt").write_text(" ".join(WORDS) * 12, encoding="utf-8")
+    prepare_alpaca.main([f"--source={root / 'rows.json'}", f"--out_dir={root / 'chat'}", "--tokenizer=bytes",
+                         "--val_fraction=0.25"])
+    data.text.main([f"--source={root / 'words.txt'}", f"--out_dir={root / 'text'}", "--val_fraction=0.3"])
+    return {"text": root / "text", "chat": root / "chat", "rows": root / "rows.json"}
+
+
+def flags(folder, out_dir, **changes):
+    settings = {**TINY, "data_dir": folder, "out_dir": out_dir, **changes}
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def run(folder, out_dir, **changes):
+    """Train; returns last.pt."""
+    train.main(flags(folder, out_dir, **changes))
+    return load_checkpoint(out_dir / "last.pt")
+
+
+def toy(dataset, **changes):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=dataset.vocab_size, block_size=32, n_layer=1, n_head=2, n_embd=16)
+    return GPT(GPTConfig(**{**shape, **changes}))
+
+
+def loss_of(model, dataset, split, max_tokens=10**6):
+    return train.evaluate(model, dataset, split, max_tokens, CPU, contextlib.nullcontext())
+
+
+# The schedule
+
+def test_warm_up_rises_in_equal_parts_and_ends_at_the_peak():
+    s = train.Settings(warmup_iters=4, max_iters=24)
+    assert [train.get_lr(step, s) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert train.get_lr(0, replace(s, warmup_iters=0)) == 1.0
+
+
+@pytest.mark.parametrize("decay, final_lr, quarter, middle, last, end", [
+    ("linear", 0.0, 0.75, 0.5, 0.05, 0.0),
+    ("linear", 0.2, 0.8, 0.6, 0.24, 0.2),
+    ("cosine", 0.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.cos(math.pi / 20)) / 2, 0.0),
+    ("cosine", 0.1, 0.1 + 0.45 * (1 + math.sqrt(0.5)), 0.55, 0.1 + 0.45 * (1 - math.cos(math.pi / 20)), 0.1),
+    ("constant", 0.0, 1.0, 1.0, 1.0, 1.0),
+])
+def test_the_decay_goes_from_the_peak_to_final_lr(decay, final_lr, quarter, middle, last, end):
+    s = train.Settings(warmup_iters=4, max_iters=24, decay=decay, final_lr=final_lr)  # decays over 20 steps
+    factors = [train.get_lr(step, s) for step in (4, 9, 14, 23, 24)]
+    assert factors == pytest.approx([1, quarter, middle, last, end])
+
+
+@pytest.mark.parametrize("setting", [
+    "block_size=0", "n_layer=0", "n_head=-1", "n_embd=0", "batch_size=0", "gradient_accumulation=0",
+    "max_iters=0", "log_interval=0", "eval_interval=0", "eval_tokens=0", "learning_rate=0.0",
+    "learning_rate=-1.0", "embedding_learning_rate=0.0", "weight_decay=-0.1", "grad_clip=-1.0",
+    "warmup_iters=-1", "seed=-1", "dropout=1.0", "dropout=-0.1", "beta1=1.0", "beta2=2.0", "final_lr=1.5", "final_lr=-0.5",
+    "optimizer=sgd", "decay=step", "best_by=luck", "compile=yes"])
+def test_a_setting_out_of_range_is_refused_by_name_and_value(setting):
+    with pytest.raises(ValueError, match=f"^{re.escape(setting)}:"):
+        train.check_settings(config.load(train.Settings, [f"--{setting}"]))
+
+
+def test_the_defaults_and_the_extremes_are_accepted():
+    train.check_settings(train.Settings())
+    train.check_settings(train.Settings(block_size=1, n_layer=1, max_iters=1, grad_clip=0, warmup_iters=0,
+                                        final_lr=1, dropout=0.0, seed=0, beta1=0.0, weight_decay=0.0))
+
+
+# The step
+
+class PlainDescent:
+    """Weights minus learning rate times gradient, in the shape that train_step wants an optimizer."""
+
+    def __init__(self, model, rate):
+        self.param_groups = [{"params": list(model.parameters()), "peak_lr": rate, "lr": None}]
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data -= self.param_groups[0]["lr"] * p.grad
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.param_groups[0]["params"]:
+            p.grad = None
+
+
+def step_once(model, dataset, step=0, rate=0.5, **changes):
+    s = train.Settings(**{**dict(warmup_iters=0, grad_clip=0.0, max_iters=10, decay="constant"), **changes})
+    descent = PlainDescent(model, rate)
+    return train.train_step(model, [descent], dataset, step, s, CPU, contextlib.nullcontext())
+
+
+def length(tensors):
+    """The Euclidean norm of all their numbers together."""
+    return math.sqrt(sum((t.detach()**2).sum().item() for t in tensors))
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_accumulated_batches_count_every_target_alike(folders, kind):
+    dataset = open_dataset(folders[kind], 32, 2)
+    stepped, model = toy(dataset), toy(dataset)
+    batches = [dataset.batch("train", i) for i in (4, 5, 6, 7)]  # those of step 1
+    loss, norm, read = step_once(stepped, dataset, step=1, gradient_accumulation=4)
+    losses = []  # by hand: minus the log-probability of every target, one row at a time
+    for idx, targets, where in batches:
+        where = range(idx.size) if where is None else where
+        for position, target in zip(where, targets):
+            b, t = divmod(int(position), idx.shape[1])
+            losses.append(-model(torch.tensor(idx[b:b + 1]))[0, t].log_softmax(-1)[target])
+    mean = torch.stack(losses).mean()
+    mean.backward()
+    assert loss == pytest.approx(mean.item(), rel=1e-5)
+    assert norm == pytest.approx(length(p.grad for p in model.parameters()), rel=1e-4)
+    assert read == sum(idx.size for idx, _, _ in batches)
+    if kind == "chat":
+        assert len({len(targets) for _, targets, _ in batches}) > 1, "equal batches would hide a wrong weight"
+    for ours, p in zip(stepped.parameters(), model.parameters()):
+        torch.testing.assert_close(ours, p.detach() - 0.5 * p.grad, rtol=0, atol=1e-5)
+
+
+def test_the_gradient_is_clipped_to_the_norm_asked_for(folders):
+    dataset = open_dataset(folders["chat"], 32, 2)
+    free, clipped, start = toy(dataset), toy(dataset), toy(dataset)
+    _, norm, _ = step_once(free, dataset, rate=1.0)
+    assert step_once(clipped, dataset, rate=1.0, grad_clip=norm / 4)[1] == pytest.approx(norm)  # as it was
+
+    def moved(model):
+        return length(a - b for a, b in zip(model.parameters(), start.parameters()))
+    assert moved(free) == pytest.approx(norm, rel=1e-3)
+    assert moved(clipped) == pytest.approx(norm / 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("optimizer, rate", [("muon", 0.02), ("adamw", 0.01)])
+def test_a_tiny_model_learns_a_few_chats(tmp_path, folders, optimizer, rate):
+    rows = json.loads(folders["rows"].read_text(encoding="utf-8"))[:8]
+    (tmp_path / "few.json").write_text(json.dumps(rows), encoding="utf-8")
+    prepare_alpaca.main([f"--source={tmp_path / 'few.json'}", f"--out_dir={tmp_path / 'few'}",
+                         "--tokenizer=bytes", "--val_fraction=0.25"])
+    dataset = open_dataset(tmp_path / "few", 64, 6)
+    assert len(dataset.conversations("train")) == 6
+    model = toy(dataset, block_size=64, n_layer=2, n_embd=32)
+    before = loss_of(model, dataset, "train")
+    s = train.Settings(data_dir=tmp_path / "few", out_dir=tmp_path / "out", optimizer=optimizer,
+                       learning_rate=rate, embedding_learning_rate=0.01, warmup_iters=10, max_iters=150,
+                       eval_interval=150)
+    assert train.train(s, model, dataset, CPU, torch.float32) == 0
+    after = loss_of(model, dataset, "train")
+    assert before == pytest.approx(math.log(260), abs=0.3) and after < 0.2 * before
+
+
+# Evaluation
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_an_evaluation_repeats_itself_and_takes_no_random_numbers(folders, kind):
+    dataset = open_dataset(folders[kind], 32, 2)
+    model = toy(dataset, dropout=0.5).train()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    losses = [loss_of(model, dataset, "val", 200) for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training and model.h[0].training
+
+
+def test_an_evaluation_is_the_mean_over_targets_of_every_conversation(folders):
+    dataset = open_dataset(folders["chat"], 64, 1)
+    model, total, count = toy(dataset, block_size=64), 0.0, 0
+    sizes = [len(targets) for _, targets, _ in dataset.eval_batches("val", 10**6)]
+    assert len(set(sizes)) > 1, "equal batches would hide a wrong weight"
+    for ids in dataset.conversations("val"):
+        logits = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+        for t in range(ids.index(258), len(ids) - 1):  # from <|assistant|> on, the next token is the answer's
+            total, count = total - logits[t, ids[t + 1]].item(), count + 1
+    assert loss_of(model, dataset, "val") == pytest.approx(total / count, rel=1e-5)
+
+
+# Stopping and going on
+
+def stop_at(monkeypatch, wanted, number):
+    """A signal arrives while step `wanted` (counted from 0) is computed."""
+    real = train.train_step
+
+    def step_then_signal(*args, **kwargs):
+        result = real(*args, **kwargs)
+        if args[3] == wanted:
+            os.kill(os.getpid(), number)
+        return result
+    monkeypatch.setattr(train, "train_step", step_then_signal)
+
+
+@pytest.mark.parametrize("kind, number, code", [("text", signal.SIGTERM, 143), ("chat", signal.SIGINT, 130)])
+def test_resumed_equals_straight_through_bit_for_bit(folders, tmp_path, monkeypatch, kind, number, code):
+    knobs = dict(max_iters=30, dropout=0.1, eval_interval=10, gradient_accumulation=2)
+    straight = run(folders[kind], tmp_path / "straight", **knobs)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 13, number)
+        with pytest.raises(SystemExit) as stopped:
+            run(folders[kind], tmp_path / "stopped", **knobs)
+    assert stopped.value.code == code
+    assert load_checkpoint(tmp_path / "stopped" / "last.pt")["step"] == 14
+    resumed = run(folders[kind], tmp_path / "stopped", resume=True, **knobs)
+    assert resumed["step"] == straight["step"] == 30
+    assert straight["model"].keys() == resumed["model"].keys()
+    for name, weight in straight["model"].items():
+        assert torch.equal(weight, resumed["model"][name]), name
+    assert resumed["history"][-1] == straight["history"][-1]
+    assert torch.equal(resumed["rng"], straight["rng"])
+
+
+class SignalWhen(io.StringIO):
+    """A standard output; a SIGTERM comes while a line with `text` is printed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def write(self, line):
+        if self.text and self.text in line:
+            self.text = None
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(line)
+
+
+def test_a_signal_between_a_step_and_the_next_saves_too(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", SignalWhen("3/6"))
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags(folders["text"], tmp_path, log_interval=1))
+    assert stopped.value.code == 143
+    assert load_checkpoint(tmp_path / "last.pt")["step"] in (3, 4)
+
+
+def test_after_a_run_signals_mean_what_they_meant_before(folders, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    run(folders["text"], tmp_path, max_iters=1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_first_signal_is_noted_and_the_second_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), train.stop_signals() as caught:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("change", ["n_embd=32", "n_layer=2", "n_head=1", "block_size=16", "batch_size=3",
+                                    "gradient_accumulation=2", "seed=5", "optimizer=adamw", "bias=False"])
+def test_resuming_with_another_model_is_refused_by_name(folders, tmp_path_factory, change):
+    out_dir = tmp_path_factory.getbasetemp() / "resume_me"
+    if not out_dir.exists():
+        run(folders["text"], out_dir, max_iters=1)
+    name, _, value = change.partition("=")
+    with pytest.raises(ValueError, match=f"last.pt.*{name}=.*{change}"):
+        run(folders["text"], out_dir, resume=True, **{name: value})
+
+
+def test_resuming_from_a_best_pt_is_refused(folders, tmp_path):
+    run(folders["text"], tmp_path)
+    shutil.copy(tmp_path / "best.pt", tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt.*optimizer"):
+        run(folders["text"], tmp_path, resume=True)
+
+
+def test_resuming_with_another_tokenizer_is_refused(folders, tmp_path):
+    run(folders["chat"], tmp_path / "out")
+    prepare_alpaca.main([f"--source={folders['rows']}", f"--out_dir={tmp_path / 'bpe'}", "--tokenizer=bpe",
+                         "--vocab_size=260", "--val_fraction=0.25"])
+    with pytest.raises(ValueError, match="last.pt.*tokenizer"):
+        run(tmp_path / "bpe", tmp_path / "out", resume=True)
+
+
+def test_resuming_what_was_never_begun_says_what_to_do(folders, tmp_path):
+    with pytest.raises(FileNotFoundError, match="last.pt.*without --resume"):
+        run(folders["text"], tmp_path, resume=True)
+
+
+def test_resuming_keeps_the_best_so_far(folders, tmp_path, monkeypatch):
+    run(folders["text"], tmp_path, max_iters=3)
+    best = (tmp_path / "best.pt").read_bytes()
+    monkeypatch.setattr(train, "evaluate", lambda *args: 99.0)  # from now on it is worse
+    last = run(folders["text"], tmp_path, max_iters=6, resume=True)
+    assert [step for step, _, _ in last["history"]] == [3, 6]
+    assert (tmp_path / "best.pt").read_bytes() == best
+
+
+# What is saved
+
+@pytest.mark.parametrize("best_by, column", [("train", 1), ("val", 2)])
+def test_best_pt_has_the_lowest_loss_and_no_optimizer(folders, tmp_path, best_by, column):
+    last = run(folders["chat"], tmp_path, max_iters=80, eval_interval=5, n_embd=32, block_size=64,
+               best_by=best_by)
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert len(last["history"]) == 16
+    lowest = min(last["history"], key=lambda entry: entry[column])
+    by_the_other = min(last["history"], key=lambda entry: entry[3 - column])
+    assert lowest[0] != by_the_other[0], "both would be the same checkpoint"
+    assert best["step"] == lowest[0]
+    dataset = open_dataset(folders["chat"], 64, 2)
+    loss = loss_of(model_from_checkpoint(best), dataset, best_by, 200)
+    assert loss == pytest.approx(lowest[column], rel=1e-5)
+    assert "optimizers" in last and "optimizers" not in best
+    assert best["kind"] == "chat" and best["tokenizer"] == "bytes"
+
+
+def test_without_resume_a_run_begins_anew(folders, tmp_path):
+    first, second = run(folders["text"], tmp_path), run(folders["text"], tmp_path)
+    assert first["history"] == second["history"] and second["step"] == 6
+
+
+@pytest.mark.parametrize("history, expected", [
+    ([], False),
+    ([(1, 3.0, 3.0), (2, 2.0, 3.1)], False),  # too few to say
+    ([(1, 3.0, 3.0), (2, 2.0, 2.0), (3, 1.5, 2.1), (4, 1.0, 2.2)], True),
+    ([(1, 2.0, 2.0), (2, 1.5, 2.1), (3, 1.0, 2.2)], True),
+    ([(1, 3.0, 3.0), (2, 2.0, 2.0), (3, 1.5, 1.9), (4, 1.0, 1.8)], False),  # still better
+    ([(1, 3.0, 3.0), (2, 2.0, 2.0), (3, 1.5, 2.1), (4, 1.0, 2.05)], False),  # up once, then down
+    ([(1, 3.0, 3.0), (2, 2.0, 2.0), (3, 1.5, 2.01), (4, 1.0, 2.015)], False),  # within one per cent: noise
+    ([(1, 3.0, 3.0), (2, 2.0, 2.0), (3, 2.1, 2.1), (4, 2.2, 2.2)], False),  # training rises as well
+])
+def test_memorizing_is_validation_rising_twice_while_training_falls(history, expected):
+    assert train.is_memorizing(history) is expected
+
+
+def test_a_run_that_memorizes_says_so_once(folders, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, 3.0, 2.0, 2.0, 1.5, 2.1, 1.0, 2.2, 0.5, 2.3])
+    monkeypatch.setattr(train, "evaluate", lambda *args: next(losses))
+    run(folders["text"], tmp_path, max_iters=5, eval_interval=1)
+    assert capsys.readouterr().out.count("Validation has turned up") == 1
+
+
+# What goes wrong
+
+def poison(monkeypatch, wanted):
+    """Before step `wanted` (counted from 0), one weight becomes NaN."""
+    real = train.train_step
+
+    def step(model, *args):
+        if args[2] == wanted:
+            model.h[0].ln_1.weight.data[0] = math.nan
+        return real(model, *args)
+    monkeypatch.setattr(train, "train_step", step)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(folders, tmp_path, monkeypatch):
+    poison(monkeypatch, 4)
+    with pytest.raises(ValueError, match=r"step [45]\b.*nan.*learning_rate.*0\.01"):
+        run(folders["text"], tmp_path, eval_interval=2)
+    last = load_checkpoint(tmp_path / "last.pt")
+    assert last["step"] == 4 and all(weight.isfinite().all() for weight in last["model"].values())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_learning_rate_far_too_high_never_replaces_a_good_checkpoint(folders, tmp_path, optimizer):
+    knobs = dict(eval_interval=1, optimizer=optimizer, warmup_iters=0)
+    run(folders["text"], tmp_path, max_iters=3, **knobs)
+    with pytest.raises(ValueError, match="learning_rate.*1e\\+30"):
+        run(folders["text"], tmp_path, resume=True, learning_rate=1e30, embedding_learning_rate=1e30, **knobs)
+    for name in ("best.pt", "last.pt"):
+        checkpoint = load_checkpoint(tmp_path / name)
+        dataset = open_dataset(folders["text"], 32, 2)
+        assert loss_of(model_from_checkpoint(checkpoint), dataset, "val") < 6, name
+
+
+def test_when_saving_fails_training_goes_on_to_the_end_and_exits_with_1(folders, tmp_path):
+    pytest.importorskip("resource")
+    program = ("import resource, config, train; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); "
+               "config.run(train.main)")
+    done = subprocess.run([sys.executable, "-c", program, *flags(folders["text"], tmp_path, eval_interval=3)],
+                          cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"step +6/6", done.stdout)
+    lines = done.stderr.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["warning"] * (len(lines) - 1) + ["error"]
+    for name in ("best.pt", "last.pt"):
+        assert any(str(tmp_path / name) in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_failed_once_is_made_up_for(folders, tmp_path, monkeypatch):
+    real, losses, tried = train.save_checkpoint, iter(range(100)), []
+
+    def save(path, checkpoint):
+        tried.append(path)
+        if len(tried) <= 2:  # the disk is full at the first evaluation, and free again at the next
+            raise OSError(f"{path}: disk full")
+        real(path, checkpoint)
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(train, "evaluate", lambda *args: float(next(losses)))  # worse each time
+    assert run(folders["text"], tmp_path, max_iters=4, eval_interval=1)["step"] == 4
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 2  # the best of those that could be saved
+
+
+def test_text_too_short_for_a_window_is_one_line_and_exit_code_1(tmp_path):
+    (tmp_path / "short.txt").write_text("Far too short.", encoding="utf-8")
+    data.text.main([f"--source={tmp_path / 'short.txt'}", f"--out_dir={tmp_path / 'short'}"])
+    command = [sys.executable, str(REPO / "train.py"), *flags(tmp_path / "short", tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "train.bin" in done.stderr and "block_size=32" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_do_not_divide_the_width_end_as_one_line(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags(folders["text"], tmp_path, n_head=3)])
+    with pytest.raises(SystemExit) as ended:
+        config.run(train.main)
+    assert "n_embd=16" in ended.value.code and "n_head=3" in ended.value.code and "\n" not in ended.value.code
