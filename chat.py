@@ -1,13 +1,13 @@
 """Talk to a model that train.py made.
 
-    python chat.py                                       # out/chat/best.pt; Ctrl-D leaves
-    python chat.py --prompt="What is the plural of box?" # one reply, and done
-    python chat.py < questions.txt                       # a message a line, a reply each
-    python chat.py --score=data/instruction              # how many answers are right, word for word
-    python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 as it is: it goes on with the text
+    python chat.py                                       # out/chat/best.pt; Ctrl-D leaves python chat.py
+    --prompt="What is the plural of box?" # one reply, and done python chat.py < questions.txt
+    # a message a line, a reply each python chat.py --score=data/instruction              # how many answers
+    are right, word for word python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 as it
+    is: it goes on with the text
 
-Only replies go to standard output; all else goes to standard error. A model trained on plain text has no turns:
-it goes on writing what you began.
+Only replies go to standard output; all else goes to standard error. A model trained on plain text has no
+turns: it goes on writing what you began.
 """
 import codecs
 import os
@@ -26,7 +26,7 @@ from model import GPT, KVCache, load_checkpoint, model_from_checkpoint, pick_dev
 @dataclass
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to talk to
-    init_from: str | None = None  # gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder, instead of a checkpoint
+    init_from: str | None = None  # gpt2, gpt2-medium, ... or a folder with such weights, instead
     prompt: str | None = None  # one message: print the reply and leave
     max_new_tokens: int = 200  # longest reply, in tokens
     temperature: float = 0.5  # 0: always the likeliest token; 1: as the model learned; above: wilder
@@ -81,7 +81,8 @@ def trim(messages, enc, block_size, room):
 
 
 def reply(model, enc, ids, s, cache=None):
-    """Yield the reply to a prompt (ids) piece by piece, as text: never half a character, never a role token.
+    """Yield the reply to a prompt (ids) piece by piece, as text: never half a character, never a role
+    token.
 
     A turn ends at <|end|>, at any other special token, after max_new_tokens, or where the context is full.
     """
@@ -96,7 +97,8 @@ def reply(model, enc, ids, s, cache=None):
 
 
 def continue_text(model, enc, text, s):
-    """Yield what a model trained on plain text writes after `text`, piece by piece; it has no turns to end."""
+    """Yield what a model trained on plain text writes after `text`, piece by piece; it has no turns to
+    end."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ids = enc.encode_ordinary(text) or special_ids(enc)[:1]
     for i in model.generate(ids, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
@@ -161,8 +163,10 @@ def score(model, enc, s):
     """Answer rows of a prepared folder greedily, held-out and training ones, and print by category how many
     answers are right word for word (white space aside). Groups are what stands before a category's "/"."""
     meta = read_meta(s.score)
-    if meta["kind"] != "chat" or get_tokenizer(folder_tokenizer(s.score))._mergeable_ranks != enc._mergeable_ranks:
-        raise ValueError(f"{s.score}: not chats in this model's tokenizer; score with the data it was trained on")
+    theirs = get_tokenizer(folder_tokenizer(s.score))
+    if meta["kind"] != "chat" or theirs._mergeable_ranks != enc._mergeable_ranks:
+        raise ValueError(f"{s.score}: not chats in this model's tokenizer; score with the data it was "
+                         "trained on")
     dataset = open_dataset(s.score, model.config.block_size, 1)
     right, total = defaultdict(int), defaultdict(int)
     for split in ("val", "train"):
@@ -185,18 +189,22 @@ def score(model, enc, s):
     print(f"{'answers right, word for word':<32}{'held out':>18}{'trained on':>20}")
     names = {name for _, name in total} - {""}
     for name in sorted(names, key=lambda n: (n == "all", n.partition("/")[0], "/" not in n, n)):
-        cells = [f"{right[split, name]:>5} of {total[split, name]:>5} {right[split, name] / max(total[split, name], 1):>4.0%}"
+        cells = [f"{right[split, name]:>5} of {total[split, name]:>5} "
+                 f"{right[split, name] / max(total[split, name], 1):>4.0%}"
                  for split in ("val", "train")]
-        print(f"{'  ' if '/' in name else ''}{name:<{30 if '/' in name else 32}}{cells[0]:>18}  {cells[1]:>18}")
+        indented = "  " * ("/" in name) + name
+        print(f"{indented:<32}{cells[0]:>18}  {cells[1]:>18}")
 
 
 def load_model(s, device, dtype):
-    """(model, tokenizer, whether it chats, what to call it) for the settings. Raises ValueError or OSError."""
+    """(model, tokenizer, whether it chats, what to call it) for the settings. Raises ValueError or
+    OSError."""
     if s.init_from:  # weights as they came, without role tokens: they go on with a text
         model, enc = GPT.from_pretrained(s.init_from, vocab_size=50257), get_tokenizer("gpt2")
         return model.to(device, dtype).eval(), enc, False, s.init_from
-    checkpoint = load_checkpoint(s.checkpoint, "Make one: python prepare_alpaca.py config/prepare_instruction.py "
-                                 "&& python train.py config/train_chat.py (or: make chat)")
+    checkpoint = load_checkpoint(s.checkpoint, "Make one: python prepare_alpaca.py "
+                                 "config/prepare_instruction.py && python train.py config/train_chat.py "
+                                 "(or: make chat)")
     model = model_from_checkpoint(checkpoint, device).to(dtype).eval()
     name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
     return model, get_tokenizer(checkpoint["tokenizer"]), checkpoint["kind"] == "chat", name
@@ -216,7 +224,8 @@ def main(argv):
         if not is_chat:
             say(continue_text(model, enc, s.prompt, s))
             return
-        ids, told = trim([{"role": "user", "content": s.prompt}], enc, model.config.block_size, room(model, s))
+        messages = [{"role": "user", "content": s.prompt}]
+        ids, told = trim(messages, enc, model.config.block_size, room(model, s))
         if told:
             note(told)
         say(reply(model, enc, ids, s))

@@ -10,7 +10,8 @@ a stack of blocks, and the embeddings once more as the output head.
 Papers: Attention Is All You Need (Vaswani et al. 2017); Language Models are Unsupervised Multitask Learners
 (Radford et al. 2019, "GPT-2").
 
-In the shape comments: B batch, T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V vocabulary.
+In the shape comments: B batch, T tokens, C = n_embd channels, nh heads of hs = C / nh channels, V
+vocabulary.
 """
 import json
 import math
@@ -51,7 +52,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value in one
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -114,7 +115,7 @@ class LayerCache:
 
     def __init__(self, config, batch_size, device, dtype):
         shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)  # (B, nh, block_size, hs), filled up to length
+        self.k = torch.empty(shape, device=device, dtype=dtype)  # (B, nh, block_size, hs), full up to length
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
 
@@ -146,8 +147,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd={config.n_embd} cannot be split into n_head={config.n_head} equal heads: "
-                             "make n_embd a multiple of n_head")
+            raise ValueError(f"n_embd={config.n_embd} cannot be split into n_head={config.n_head} equal "
+                             "heads: make n_embd a multiple of n_head")
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)  # what each token is
         self.wpe = nn.Embedding(config.block_size, config.n_embd)  # where it stands
@@ -188,8 +189,8 @@ class GPT(nn.Module):
 
         idx: token ids (B, T). targets: None, or the ids that should come next, one for each position that
         the loss looks at. where: the flat indices (b * T + t) of those positions, None for all B * T.
-        Returns the logits (B, T, padded V), or with targets the *sum* of their cross-entropies (a scalar, in
-        float32): the caller knows how many targets the whole step has, and divides by that.
+        Returns the logits (B, T, padded V), or with targets the *sum* of their cross-entropies (a scalar,
+        in float32): the caller knows how many targets the whole step has, and divides by that.
         """
         x = self.hidden(idx)
         if targets is None:
@@ -204,10 +205,10 @@ class GPT(nn.Module):
                  cache=None):
         """Continue `ids` (a list, at least one): yields new ids one by one, ending before any of stop_ids.
 
-        temperature 0 takes the likeliest token each time; top_k and top_p as in `sample`. The same seed gives
-        the same ids. `cache` is a KVCache to go on from: whatever of `ids` it already holds is not computed
-        again. Past block_size, the window slides by half a block: positions are learned, so what it still
-        holds is computed anew from position 0.
+        temperature 0 takes the likeliest token each time; top_k and top_p as in `sample`. The same seed
+        gives the same ids. `cache` is a KVCache to go on from: whatever of `ids` it already holds is not
+        computed again. Past block_size, the window slides by half a block: positions are learned, so what
+        it still holds is computed anew from position 0.
         """
         ids = list(ids)
         assert ids, "generate needs at least one id to go on from"
@@ -241,9 +242,9 @@ class GPT(nn.Module):
         name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once, see fetch_gpt2), or a local
         folder (model.safetensors or pytorch_model.bin, and config.json) or .safetensors file of that shape.
         vocab_size: how many ids it shall know; more than the file has adds rows at the mean of the learned
-        ones plus a little noise (Hewitt 2021). None: GPT-2's 50257 and the three role tokens, or what another
-        file has. block_size: a shorter context, the learned positions are cropped. Raises ValueError or
-        OSError, saying what does not fit.
+        ones plus a little noise (Hewitt 2021). None: GPT-2's 50257 and the three role tokens, or what
+        another file has. block_size: a shorter context, the learned positions are cropped. Raises
+        ValueError or OSError, saying what does not fit.
         """
         path = fetch_gpt2(name_or_path) if name_or_path in GPT2_NAMES else Path(name_or_path)
         weights = read_gpt2_weights(path)
@@ -255,8 +256,8 @@ class GPT(nn.Module):
                 (int(name.split(".")[1]) for name in weights if name.startswith("h.")), default=-1),
             n_head=read_n_head(path) or n_embd // 64, n_embd=n_embd, dropout=dropout)
         if config.block_size > longest:
-            raise ValueError(f"block_size={block_size}: {path} has learned only {longest} positions; use that "
-                             "or less")
+            raise ValueError(f"block_size={block_size}: {path} has learned only {longest} positions; use "
+                             "that or less")
         if config.vocab_size < rows:
             raise ValueError(f"vocab_size={vocab_size}: {path} has {rows} ids; use that or more")
         weights["wpe.weight"] = weights["wpe.weight"][:config.block_size].clone()
@@ -267,8 +268,8 @@ class GPT(nn.Module):
         return model.requires_grad_()
 
     def save_pretrained(self, folder):
-        """Write config.json, generation_config.json and model.safetensors, as transformers has them for GPT-2
-        (GPT2LMHeadModel). A model without biases gets biases of 0, which change nothing."""
+        """Write config.json, generation_config.json and model.safetensors, as transformers has them for
+        GPT-2 (GPT2LMHeadModel). A model without biases gets biases of 0, which change nothing."""
         folder, c = Path(folder), self.config
         folder.mkdir(parents=True, exist_ok=True)
         weights = {}
@@ -293,9 +294,10 @@ class GPT(nn.Module):
     def configure_optimizers(self, optimizer, learning_rate, embedding_learning_rate, weight_decay, betas):
         """The optimizers for a training run, a list.
 
-        "adamw": one AdamW (Loshchilov & Hutter 2019) for all, at learning_rate. "muon": Muon for the blocks'
-        matrices at learning_rate, AdamW for embeddings, norms and biases at embedding_learning_rate. Weights
-        of two dimensions are decayed, norms and biases are not. Each group keeps its peak as group["peak_lr"].
+        "adamw": one AdamW (Loshchilov & Hutter 2019) for all, at learning_rate. "muon": Muon for the
+        blocks' matrices at learning_rate, AdamW for embeddings, norms and biases at
+        embedding_learning_rate. Weights of two dimensions are decayed, norms and biases are not. Each group
+        keeps its peak as group["peak_lr"].
         """
         blocks = [p for p in self.h.parameters() if p.dim() == 2]
         tables = [self.wte.weight, self.wpe.weight]
@@ -322,8 +324,8 @@ def common_prefix(a, b):
 
 
 def window_start(length, block_size):
-    """Where the context of a text of `length` tokens starts: 0, or past block_size the first multiple of half
-    a block from which the rest fits."""
+    """Where the context of a text of `length` tokens starts: 0, or past block_size the first multiple of
+    half a block from which the rest fits."""
     half = max(block_size // 2, 1)
     return 0 if length <= block_size else -(-(length - block_size) // half) * half
 
@@ -407,8 +409,9 @@ def pick_device(device="auto", dtype="auto"):
     name = fast if dtype == "auto" else dtype
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: use auto, float32 or bfloat16")
-    why = f"{'the only one here' if best == 'cpu' else 'found'}" if device == "auto" else "as set"
-    return picked, getattr(torch, name), f"{picked} ({why}), {name} ({'fast here' if dtype == 'auto' else 'as set'})"
+    why = "as set" if device != "auto" else "the only one here" if best == "cpu" else "found"
+    why_dtype = "as set" if dtype != "auto" else "fast here"
+    return picked, getattr(torch, name), f"{picked} ({why}), {name} ({why_dtype})"
 
 
 # ---- GPT-2's weights, in and out ----
@@ -419,7 +422,7 @@ GPT2_URL = "{mirror}/openai-community/{name}/resolve/main/model.safetensors"
 # GPT-2's tensors have our names and shapes, but for these:
 PREFIX = "transformer."  # stands before every name, or before none
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out)
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # the causal mask; and wte.weight once more
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # the causal mask; wte.weight once more
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
           "U8": torch.uint8}
@@ -442,9 +445,9 @@ def fetch_gpt2(name):
 def read_safetensors(path):
     """Yield (name, tensor) for each tensor of a safetensors file, straight into memory of its own.
 
-    The format: 8 bytes, the length of the header; the header, JSON: {name: {dtype, shape, data_offsets}}; then
-    the bytes of the tensors. Every number is checked before it is used: raises ValueError for a file that is
-    cut short or says anything impossible.
+    The format: 8 bytes, the length of the header; the header, JSON: {name: {dtype, shape, data_offsets}};
+    then the bytes of the tensors. Every number is checked before it is used: raises ValueError for a file
+    that is cut short or says anything impossible.
     """
     def need(ok, what):
         if not ok:
@@ -494,7 +497,8 @@ def write_safetensors(path, tensors):
 
 
 def write_json(path, value):
-    write_atomically(path, lambda f: f.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")))
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode("utf-8")))
 
 
 def read_gpt2_weights(path):
@@ -503,15 +507,16 @@ def read_gpt2_weights(path):
     files = [path] if path.is_file() else [path / "model.safetensors", path / "pytorch_model.bin"]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
-        raise FileNotFoundError(f"{path}: no model.safetensors or pytorch_model.bin there; use a folder that has "
-                                f"one, or one of {', '.join(GPT2_NAMES)}")
+        raise FileNotFoundError(f"{path}: no model.safetensors or pytorch_model.bin there; use a folder "
+                                f"that has one, or one of {', '.join(GPT2_NAMES)}")
     if file.suffix == ".safetensors":
         named = read_safetensors(file)
     else:
         try:
             named = torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
         except Exception as error:  # torch has many for a stranger's bytes
-            raise ValueError(f"{file}: not a file of weights, or cut short ({type(error).__name__})") from error
+            raise ValueError(f"{file}: not a file of weights, or cut short "
+                             f"({type(error).__name__})") from error
     weights = {}
     for name, tensor in named:
         name = name.removeprefix(PREFIX)
@@ -533,8 +538,8 @@ def read_n_head(path):
 
 
 def grow_rows(table, count, padded, noise=0.01):
-    """An embedding table with rows for ids that are new: (rows, C) -> (padded, C). Up to `count`, the mean of
-    the learned rows plus noise, so that a new id is at first an average one; the padding behind is 0."""
+    """An embedding table with rows for ids that are new: (rows, C) -> (padded, C). Up to `count`, the mean
+    of the learned rows plus noise, so that a new id is at first an average one; the padding behind is 0."""
     rows = table.shape[0]
     grown = torch.zeros(padded, table.shape[1])
     grown[:rows] = table
@@ -548,7 +553,8 @@ def checked(weights, expected, path):
     """`weights`, or a ValueError for the first tensor that is missing, unknown or of another shape."""
     for name in expected.keys() | weights.keys():
         if name not in weights or name not in expected:
-            raise ValueError(f"{path}: {name} is " + ("missing" if name in expected else "not part of a GPT-2"))
+            problem = "is missing" if name in expected else "does not belong to a GPT-2"
+            raise ValueError(f"{path}: the tensor {name} {problem}")
         if weights[name].shape != expected[name].shape:
             raise ValueError(f"{path}: {name} has the shape {tuple(weights[name].shape)}, expected "
                              f"{tuple(expected[name].shape)}")
@@ -558,8 +564,8 @@ def checked(weights, expected, path):
 # ---- checkpoints ----
 
 def write_atomically(path, write):
-    """Call write(f) so that `path` is never half-written: to a file beside it, to the disk, then renamed over
-    it. Raises OSError (disk full, no permission); an older file then stays."""
+    """Call write(f) so that `path` is never half-written: to a file beside it, to the disk, then renamed
+    over it. Raises OSError (disk full, no permission); an older file then stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -583,8 +589,8 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, hint=""):
     """The dict that save_checkpoint wrote, its tensors mapped from the file (read when first used).
 
-    Raises FileNotFoundError, or ValueError for a file that is no checkpoint or is cut short; `hint` ends the
-    first message, and should say how to make one.
+    Raises FileNotFoundError, or ValueError for a file that is no checkpoint or is cut short; `hint` ends
+    the first message, and should say how to make one.
     """
     path = Path(path)
     if not path.is_file():
@@ -599,22 +605,23 @@ def load_checkpoint(path, hint=""):
 
 
 def model_checkpoint(model, tokenizer_spec, kind, **extra):
-    """What chat needs of a model: its config, weights, tokenizer and kind, "chat" or "text"; `extra` says how
-    it was made."""
+    """What chat needs of a model: its config, weights, tokenizer and kind, "chat" or "text"; `extra` says
+    how it was made."""
     return {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer_spec,
             "kind": kind, **extra}
 
 
 def model_from_checkpoint(checkpoint, device="cpu", dropout=0.0):
-    """The GPT in a checkpoint, with no random initialisation on the way. Raises ValueError where the weights
-    do not fit the config."""
+    """The GPT in a checkpoint, with no random initialisation on the way. Raises ValueError where the
+    weights do not fit the config."""
     config = GPTConfig(**{**checkpoint["config"], "dropout": dropout})
     with torch.device("meta"):
         model = GPT(config)
     try:
         model.load_state_dict(checkpoint["model"], assign=True)
     except RuntimeError as error:
-        raise ValueError(f"the checkpoint's weights do not fit its config: {str(error).splitlines()[-1].strip()}") \
+        raise ValueError("the checkpoint's weights do not fit its config: "
+                         f"{str(error).splitlines()[-1].strip()}") \
             from error
     return model.to(device)
 

@@ -1,11 +1,12 @@
 """Instruction data -> chats -> token files.
 
     python prepare_alpaca.py config/prepare_instruction.py     # the small data set of this repository
-    python prepare_alpaca.py                                   # Stanford Alpaca, 52,002 rows (downloads 23 MB)
+    python prepare_alpaca.py                                   # Stanford Alpaca, 52,002 rows, 23 MB
     python prepare_alpaca.py --source=my.jsonl --out_dir=data/mine
 
-The source is a JSON list or JSON lines of {"instruction", "input", "output"} or {"messages": [...]}. It writes
-chat_corpus.txt (the chats as people read them), train.bin, val.bin and meta.json, and reports what it kept.
+The source is a JSON list or JSON lines of {"instruction", "input", "output"} or {"messages": [...]}. It
+writes chat_corpus.txt (the chats as people read them), train.bin, val.bin and meta.json, and reports what
+it kept.
 """
 import random
 import sys
@@ -50,14 +51,14 @@ def fetch(source, out_dir):
     actual = sha256_of(path)
     print(f"{path}: {path.stat().st_size:,} bytes, sha256 {actual}", file=sys.stderr)
     if source == ALPACA_URL and actual != ALPACA_SHA256:
-        print(f"  note: this is not the file known to this project (sha256 {ALPACA_SHA256}); going on with it",
-              file=sys.stderr)
+        print(f"  note: this is not the file that was known in 2023 (sha256 {ALPACA_SHA256}); going on with "
+              "it", file=sys.stderr)
     return path
 
 
 def select(conversations, drop_duplicates):
-    """Drop what cannot teach: returns (kept conversations, Counter of reasons). Alpaca writes "<noinput>" and
-    the like where a row has no input; such placeholders are removed."""
+    """Drop what cannot teach: returns (kept conversations, Counter of reasons). Alpaca writes "<noinput>"
+    and the like where a row has no input; such placeholders are removed."""
     kept, dropped, seen = [], Counter(), set()
     for messages, category in conversations:
         question, _, placeholder = messages[0]["content"].rpartition("\n")
@@ -77,8 +78,8 @@ def select(conversations, drop_duplicates):
 
 
 def split_rows(conversations, val_fraction, seed):
-    """{"train": [...], "val": [...]}: the same share of every category is held out, at least one row where a
-    category has two. Raises ValueError when nothing is left for one side."""
+    """{"train": [...], "val": [...]}: the same share of every category is held out, at least one row where
+    a category has two. Raises ValueError when nothing is left for one side."""
     by_category = defaultdict(list)
     for number, (_, category) in enumerate(conversations):
         by_category[category].append(number)
@@ -91,14 +92,14 @@ def split_rows(conversations, val_fraction, seed):
     splits = {"train": [c for i, c in enumerate(conversations) if i not in held_out],
               "val": [c for i, c in enumerate(conversations) if i in held_out]}
     if not splits["train"] or not splits["val"]:
-        raise ValueError(f"{len(conversations)} rows are too few to train on some and hold out others; use at least "
-                         "two rows of one category")
+        raise ValueError(f"{len(conversations)} rows are too few to train on some and hold out others; use "
+                         "at least two rows of one category")
     return splits
 
 
 def join_rows(conversations, join, seed):
-    """The conversations once more, in random order, chained into longer ones of 2 to `join` each: a model that
-    only ever saw single questions would be lost at the second one of a chat."""
+    """The conversations once more, in random order, chained into longer ones of 2 to `join` each: a model
+    that only ever saw single questions would be lost at the second one of a chat."""
     rng = random.Random(seed)
     rest, joined = rng.sample(conversations, len(conversations)), []
     while rest:
@@ -153,20 +154,24 @@ def main(argv):
     with new_files(settings.out_dir) as part:
         spec = settings.tokenizer
         if spec == "bpe":
-            spec = train_bpe((m["content"] for messages, _ in splits["train"] for m in messages), settings.vocab_size)
+            texts = (m["content"] for messages, _ in splits["train"] for m in messages)
+            spec = train_bpe(texts, settings.vocab_size)
         spec = read_spec(spec)
         enc = get_tokenizer(spec)
         if isinstance(spec, dict):
             write_spec(part / "tokenizer.json", spec)
         meta = {"kind": "chat", "tokenizer": "tokenizer.json" if isinstance(spec, dict) else spec,
-                "vocab_size": enc.n_vocab, "seed": settings.seed, "source": path.name, "sha256": sha256_of(path)}
+                "vocab_size": enc.n_vocab, "seed": settings.seed, "source": path.name,
+                "sha256": sha256_of(path)}
         names = sorted({category for rows in splits.values() for _, category in rows})
         meta["categories"] = names
         report = Counter()
         for split in SPLITS:
-            rows, categories = encode_split(splits[split], enc, settings.max_tokens, settings.too_long, report)
+            rows, categories = encode_split(splits[split], enc, settings.max_tokens, settings.too_long,
+                                            report)
             if not rows:
-                raise ValueError(f"{path}: no {split} row is left at max_tokens={settings.max_tokens}; use more")
+                raise ValueError(f"{path}: no {split} row is left at max_tokens={settings.max_tokens}; use "
+                                 "more")
             meta[f"{split}_rows"] = len(rows)
             meta[f"{split}_tokens"] = write_tokens(part / f"{split}.bin", rows)
             meta[f"{split}_categories"] = [names.index(c) for c in categories] if names != [""] else []
@@ -183,10 +188,9 @@ def print_report(settings, path, conversations, dropped, report, meta):
     tokens = meta["train_tokens"] + meta["val_tokens"]
     lines = [("rows read", len(conversations))]
     lines += [(f"  dropped: {reason}", count) for reason, count in sorted(dropped.items())]
-    long = f"longer than {settings.max_tokens} tokens"
-    lines += [(f"  {'dropped' if settings.too_long == 'drop' else 'answer cut'}: {long}", report[long])] * (long in report)
-    empty = "nothing of the answer fits"
-    lines += [(f"  dropped: {empty}", report[empty])] * (empty in report)
+    for reason in (f"longer than {settings.max_tokens} tokens", "nothing of the answer fits"):
+        cut = settings.too_long == "cut" and reason.startswith("longer")
+        lines += [(f"  {'answer cut' if cut else 'dropped'}: {reason}", report[reason])] * (reason in report)
     lines += [("training rows", meta["train_rows"]), ("held-out rows", meta["val_rows"]), ("tokens", tokens),
               ("  supervised", report["supervised"]), ("longest conversation", report["longest"]),
               ("ids in the vocabulary", meta["vocab_size"])]

@@ -19,7 +19,15 @@ import torch
 
 import config
 from data.tokens import open_dataset
-from model import GPT, GPTConfig, load_checkpoint, model_checkpoint, model_from_checkpoint, pick_device, save_checkpoint
+from model import (
+    GPT,
+    GPTConfig,
+    load_checkpoint,
+    model_checkpoint,
+    model_from_checkpoint,
+    pick_device,
+    save_checkpoint,
+)
 
 
 @dataclass
@@ -28,7 +36,7 @@ class Settings:
     data_dir: Path = Path("data/instruction")  # a prepared folder: train.bin, val.bin, meta.json
     out_dir: Path = Path("out/chat")  # where best.pt and last.pt go
     resume: bool = False  # go on from out_dir/last.pt
-    init_from: str = "scratch"  # scratch; or gpt2, gpt2-medium, ... or a folder: then the model is as found there
+    init_from: str = "scratch"  # scratch; or gpt2, gpt2-medium, ... or a folder: the model found there
     # the model
     block_size: int = 128  # context length, in tokens
     n_layer: int = 4  # blocks, one after the other
@@ -69,8 +77,8 @@ def check_settings(s):
         if not ok:
             raise ValueError(f"{name}={getattr(s, name)}: must be {what}")
 
-    for name in ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation", "max_iters",
-                 "log_interval", "eval_interval", "eval_tokens"):
+    for name in ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation",
+                 "max_iters", "log_interval", "eval_interval", "eval_tokens"):
         need(getattr(s, name) >= 1, name, "1 or more")
     for name in ("learning_rate", "embedding_learning_rate"):
         need(getattr(s, name) > 0, name, "above 0")
@@ -100,8 +108,8 @@ def to_device(batch, device):
 
 @torch.no_grad()
 def evaluate(model, dataset, split, max_tokens, device, autocast):
-    """Mean loss per target, in nats, over the dataset's fixed evaluation batches of a split. Takes nothing from
-    any random generator that training uses."""
+    """Mean loss per target, in nats, over the dataset's fixed evaluation batches of a split. Takes nothing
+    from any random generator that training uses."""
     model.eval()
     total, count = 0.0, 0
     for idx, targets, where in dataset.eval_batches(split, max_tokens):
@@ -114,8 +122,8 @@ def evaluate(model, dataset, split, max_tokens, device, autocast):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Within it, the first Ctrl-C or SIGTERM is noted in the list it yields, for the loop to end in order; a
-    second one ends the program at once."""
+    """Within it, the first Ctrl-C or SIGTERM is noted in the list it yields, for the loop to end in order;
+    a second one ends the program at once."""
     caught = []
 
     def handler(number, frame):
@@ -135,10 +143,9 @@ def stop_signals():
 
 def duration(seconds):
     """Seconds as people say them: 45s, 3m05s, 2h10m."""
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    return f"{seconds // 60}m{seconds % 60:02}s" if seconds < 3600 else f"{seconds // 3600}h{seconds // 60 % 60:02}m"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
 def is_memorizing(history):
@@ -169,8 +176,9 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
     total, norm = total.item(), norm.item()
     if not math.isfinite(total + norm):
-        raise ValueError(f"step {step}: the loss is {total} and the gradient norm {norm}; the last good checkpoint "
-                         f"is kept. Try a lower learning_rate (now {s.learning_rate:g}) or more warmup_iters")
+        raise ValueError(f"step {step}: the loss is {total} and the gradient norm {norm}; the last good "
+                         f"checkpoint is kept. Try a lower learning_rate (now {s.learning_rate:g}) or more "
+                         "warmup_iters")
     factor = get_lr(step, s)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -183,17 +191,18 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
 def train(s, model, dataset, device, dtype, resumed=None):
     """The training loop: steps, evaluations, checkpoints, until max_iters or a signal.
 
-    s: Settings. model: a GPT on `device`. dataset: see data/tokens.py. resumed: the dict of a last.pt, whose
-    optimizers, counters and random state are taken over. Returns the number of the signal that stopped it, or 0.
+    s: Settings. model: a GPT on `device`. dataset: see data/tokens.py. resumed: the dict of a last.pt,
+    whose optimizers, counters and random state are taken over. Returns the number of the signal that
+    stopped it, or 0.
     """
-    optimizers = model.configure_optimizers(s.optimizer, s.learning_rate, s.embedding_learning_rate, s.weight_decay,
-                                            (s.beta1, s.beta2))
+    optimizers = model.configure_optimizers(s.optimizer, s.learning_rate, s.embedding_learning_rate,
+                                            s.weight_decay, (s.beta1, s.beta2))
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     run = torch.compile(model) if s.compile == "on" else model  # what computes; checkpoints take `model`
     start, history, best, told, spent = 0, [], math.inf, False, 0.0
     if resumed:
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
-            peaks = [group["peak_lr"] for group in optimizer.param_groups]  # the settings of today, not the file's
+            peaks = [group["peak_lr"] for group in optimizer.param_groups]  # today's settings, not the file's
             optimizer.load_state_dict(state)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["peak_lr"] = peak
@@ -206,7 +215,8 @@ def train(s, model, dataset, device, dtype, resumed=None):
         made = {"step": step, "max_iters": s.max_iters, "history": history, "seconds": spent,
                 "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(s).items()}}
         try:
-            save_checkpoint(s.out_dir / name, model_checkpoint(model, dataset.tokenizer, dataset.kind, **made, **extra))
+            checkpoint = model_checkpoint(model, dataset.tokenizer, dataset.kind, **made, **extra)
+            save_checkpoint(s.out_dir / name, checkpoint)
             return True
         except OSError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
@@ -229,16 +239,16 @@ def train(s, model, dataset, device, dtype, resumed=None):
             if last or done % s.eval_interval == 0 or done % s.log_interval == 0 or done == 1:
                 speed = tokens / (time.monotonic() - since)
                 left = spent / done * (s.max_iters - done)
-                print(f"{line}  lr {get_lr(step, s) * s.learning_rate:.1e}  norm {norm:.2f}  {speed:,.0f} tokens/s  "
-                      f"{duration(left)} left", flush=True)
+                print(f"{line}  lr {get_lr(step, s) * s.learning_rate:.1e}  norm {norm:.2f}  {speed:,.0f} "
+                      f"tokens/s  {duration(left)} left", flush=True)
                 tokens, since = 0, time.monotonic()
             if last or done % s.eval_interval == 0:
                 if not told and is_memorizing(history):
                     told = True
                     low = min(history, key=lambda entry: entry[2])
-                    print(f"  Validation has turned up: {low[2]:.3f} at step {low[0]}, {val_loss:.3f} now, while the "
-                          f"training loss fell from {low[1]:.3f} to {train_loss:.3f}. From here on the model "
-                          "memorizes more than it generalizes.", flush=True)
+                    print(f"  Validation has turned up: {low[2]:.3f} at step {low[0]}, {val_loss:.3f} now, "
+                          f"while the training loss fell from {low[1]:.3f} to {train_loss:.3f}. From here "
+                          "on the model memorizes more than it generalizes.", flush=True)
                 by = train_loss if s.best_by == "train" else val_loss
                 if by < best:
                     best = by
@@ -250,7 +260,8 @@ def train(s, model, dataset, device, dtype, resumed=None):
                 break
     report(s, history, spent)
     if not saved:
-        raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and --resume=True")
+        raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and "
+                      "--resume=True")
     return caught[0] if caught else 0
 
 
@@ -261,7 +272,7 @@ def report(s, history, spent):
     kept = min(history, key=lambda entry: entry[1]) if s.best_by == "train" else low
     print(f"{step} steps in {duration(spent)}: training loss {train_loss:.4f}, validation {val_loss:.4f} "
           f"(lowest {low[2]:.4f} at step {low[0]})")
-    print(f"best.pt holds step {kept[0]}, the lowest {'training' if s.best_by == 'train' else 'validation'} loss; "
+    print(f"best.pt holds step {kept[0]}, the lowest {s.best_by} loss; talk to it: "
           f"python chat.py --checkpoint={s.out_dir / 'best.pt'}", flush=True)
 
 
@@ -270,15 +281,16 @@ def load_resumed(s, dataset):
     path = s.out_dir / "last.pt"
     resumed = load_checkpoint(path, "Start without --resume=True.")
     if "optimizers" not in resumed:
-        raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may be a best.pt")
+        raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may be a "
+                         "best.pt")
     for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "batch_size",
                  "gradient_accumulation", "seed"):
         if resumed["settings"][name] != getattr(s, name):
             raise ValueError(f"{path}: was made with {name}={resumed['settings'][name]}, this run has "
                              f"{name}={getattr(s, name)}; use the same, or another out_dir")
     if resumed["tokenizer"] != dataset.tokenizer:
-        raise ValueError(f"{path}: was made with another tokenizer than that of data_dir={s.data_dir}; use the same "
-                         "data, or another out_dir")
+        raise ValueError(f"{path}: was made with another tokenizer than that of data_dir={s.data_dir}; use "
+                         "the same data, or another out_dir")
     return resumed
 
 
@@ -302,8 +314,9 @@ def main(argv):
         s.compile = "on" if device.type == "cuda" and dataset.kind == "text" else "off"
         reason = "it pays on a GPU with batches of one shape"
     print(f"{s.data_dir}: {len(dataset.tokens['train']):,} training tokens, {dataset.vocab_size} ids")
-    print(f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x {model.config.n_embd}; device: {why}; "
-          f"compile {s.compile} ({reason}); optimizer {s.optimizer}", flush=True)
+    print(f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x "
+          f"{model.config.n_embd}; device: {why}; compile {s.compile} ({reason}); optimizer {s.optimizer}",
+          flush=True)
     if resumed:
         print(f"resumed at step {resumed['step']}")
     stopped_by = train(s, model, dataset, device, dtype, resumed)

@@ -9,7 +9,8 @@ A script declares its settings once, as a dataclass whose fields have a type, a 
     class Settings:
         batch_size: int = 32  # sequences per step
 
-A config file is Python: assignments to those names, arithmetic allowed. Names that start with `_` are its own.
+A config file is Python: assignments to those names, arithmetic allowed. Names that start with `_` are its
+own.
 """
 import ast
 import dataclasses
@@ -28,9 +29,9 @@ REPO = Path(__file__).resolve().parent.parent
 def load(settings_class, argv, doc=""):
     """Build settings_class from its defaults, then each config file and --key=value in argv, in order.
 
-    Relative paths (fields of type Path) count from the repository in defaults and config files, and from the
-    current folder in flags. Raises ValueError naming the setting, the value and what to do; --help prints
-    every setting and leaves.
+    Relative paths (fields of type Path) count from the repository in defaults and config files, and from
+    the current folder in flags. Raises ValueError naming the setting, the value and what to do; --help
+    prints every setting and leaves.
     """
     if "--help" in argv or "-h" in argv:
         print(describe(settings_class, doc))
@@ -63,7 +64,8 @@ def find_config(arg):
     for path in (Path(arg), REPO / arg):
         if path.is_file():
             return path
-    close = difflib.get_close_matches(arg, [f"config/{p.name}" for p in sorted((REPO / "config").glob("*.py"))], 1)
+    known = [f"config/{p.name}" for p in sorted((REPO / "config").glob("*.py"))]
+    close = difflib.get_close_matches(arg, known, 1)
     raise ValueError(f"{arg}: no such config file" + (f"; did you mean {close[0]}?" if close else
                      "; settings are written --name=value"))
 
@@ -99,9 +101,10 @@ def parse(text, wanted):
 
 
 def cast(name, value, wanted, source, base):
-    """`value` as the type `wanted`, or a ValueError. int is a float too, 1e3 is an int; nothing else is bent.
-    Relative paths start at the folder `base`."""
-    options = typing.get_args(wanted) if typing.get_origin(wanted) in (typing.Union, types.UnionType) else (wanted,)
+    """`value` as the type `wanted`, or a ValueError. int is a float too, 1e3 is an int; nothing else is
+    bent. Relative paths start at the folder `base`."""
+    union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
+    options = typing.get_args(wanted) if union else (wanted,)
     if type(None) in options and (value is None or value == "None"):
         return None
     for option in options:
@@ -131,8 +134,8 @@ def describe(settings_class, doc=""):
 
 
 def run(main):
-    """Call main(sys.argv[1:]) as a script's last line: a user's mistake (ValueError, OSError) ends as one line
-    on standard error and exit code 1, Ctrl-C as 130."""
+    """Call main(sys.argv[1:]) as a script's last line: a user's mistake (ValueError, OSError) ends as one
+    line on standard error and exit code 1, Ctrl-C as 130."""
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -5,9 +5,9 @@ first. As token ids it is
 
     <|endoftext|> <|user|> How are you? <|end|> <|assistant|> Fine, thanks. <|end|> <|user|> ...
 
-where each `<|...|>` is a single id. A model is trained on the ids that follow `<|assistant|>`, up to and with
-`<|end|>`: it learns to answer and to stop, and not to ask. What people write is always encoded as ordinary
-text, so typing "<|end|>" makes six harmless tokens, never the one that ends a turn.
+where each `<|...|>` is a single id. A model is trained on the ids that follow `<|assistant|>`, up to and
+with `<|end|>`: it learns to answer and to stop, and not to ask. What people write is always encoded as
+ordinary text, so typing "<|end|>" makes six harmless tokens, never the one that ends a turn.
 """
 import json
 from pathlib import Path
@@ -20,8 +20,8 @@ USER, ASSISTANT, END = ROLE_TOKENS
 
 # The same format in Jinja, for tools that render chats by template. (They turn a typed "<|end|>" into the
 # token; encode_conversation does not.)
-CHAT_TEMPLATE = (END_OF_TEXT + "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '" + END + "' }}"
-                 "{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}")
+CHAT_TEMPLATE = (END_OF_TEXT + "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '" + END +
+                 "' }}{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}")
 
 
 def special_ids(enc):
@@ -89,9 +89,9 @@ def to_text(messages):
 def to_messages(row, where):
     """One row of a file as a list of messages and its category.
 
-    A row is {"instruction", "input", "output"} (`input` may be missing or empty, and follows the instruction
-    on a new line) or {"messages": [...]}; `category` is optional in both. `where` names the file and row in
-    the ValueError that a row of another shape raises.
+    A row is {"instruction", "input", "output"} (`input` may be missing or empty, and follows the
+    instruction on a new line) or {"messages": [...]}; `category` is optional in both. `where` names the
+    file and row in the ValueError that a row of another shape raises.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with instruction, input and output, found "
@@ -101,8 +101,8 @@ def to_messages(row, where):
         return check_messages(row["messages"], where), str(category)
     for field in ("instruction", "output"):
         if field not in row:
-            raise ValueError(f"{where}: no field {field!r}; found {', '.join(map(repr, row)) or 'none'}, expected "
-                             "'instruction', 'input', 'output' (or 'messages')")
+            raise ValueError(f"{where}: no field {field!r}; found {', '.join(map(repr, row)) or 'none'}, "
+                             "expected 'instruction', 'input', 'output' (or 'messages')")
     for field in ("instruction", "input", "output", "category"):
         if not isinstance(row.get(field, ""), str):
             raise ValueError(f"{where}: field {field!r} must be text, found {type(row[field]).__name__} "
@@ -117,22 +117,26 @@ def check_messages(messages, where):
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{where}: 'messages' must be a list of messages")
     for i, m in enumerate(messages):
-        if not isinstance(m, dict) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
-            raise ValueError(f"{where}, message {i + 1}: expected an object with the texts 'role' and 'content'")
+        if not isinstance(m, dict) or not all(isinstance(m.get(field), str) for field in ("role", "content")):
+            raise ValueError(f"{where}, message {i + 1}: expected an object with the texts 'role' and "
+                             "'content'")
         if m["role"] not in ("user", "assistant"):
-            raise ValueError(f"{where}, message {i + 1}: unknown role {m['role']!r}; use 'user' or 'assistant'")
+            raise ValueError(f"{where}, message {i + 1}: unknown role {m['role']!r}; use 'user' or "
+                             "'assistant'")
         if m["role"] != ("user", "assistant")[i % 2]:
-            raise ValueError(f"{where}, message {i + 1}: the role is {m['role']!r}, but turns alternate, user first")
+            raise ValueError(f"{where}, message {i + 1}: the role is {m['role']!r}, but turns alternate, "
+                             "user first")
     if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: the conversation ends with the user; its last message must be the assistant's")
+        raise ValueError(f"{where}: the conversation ends with the user; its last message must be the "
+                         "assistant's")
     return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
 def read_conversations(path):
     """All rows of a JSON list or a JSON-lines file, as (messages, category) pairs; see to_messages.
 
-    Raises FileNotFoundError, or ValueError naming the file and the row: empty, not UTF-8, not JSON, cut short,
-    or a row of another shape.
+    Raises FileNotFoundError, or ValueError naming the file and the row: empty, not UTF-8, not JSON, cut
+    short, or a row of another shape.
     """
     path = Path(path)
     if not path.is_file():
@@ -147,8 +151,9 @@ def read_conversations(path):
         if text.lstrip().startswith("["):
             rows = json.loads(text)
         else:  # JSON lines
-            rows = []
-            for number, line in enumerate(text.split("\n"), 1):
+            rows, number = [], 0
+            for line in text.split("\n"):
+                number += 1
                 rows += [json.loads(line)] if line.strip() else []
     except json.JSONDecodeError as error:
         line = error.lineno if text.lstrip().startswith("[") else number

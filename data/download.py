@@ -24,10 +24,10 @@ def sha256_of(path):
 def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
     """Fetch `url` to `path`, unless it is there, and return the path.
 
-    Bytes go to `path.part`; a connection that breaks is taken up where it stopped (HTTP Range), after 1, 2, 4
-    ... seconds (`wait` times that). Proxies are those `requests` finds in the environment. The size and the
-    sha256 that the server states, or `size` and `sha256` where given, must be met before the file gets its
-    name. Raises OSError with the address and what to do.
+    Bytes go to `path.part`; a connection that breaks is taken up where it stopped (HTTP Range), after 1, 2,
+    4 ... seconds (`wait` times that). Proxies are those `requests` finds in the environment. The size and
+    the sha256 that the server states, or `size` and `sha256` where given, must be met before the file gets
+    its name. Raises OSError with the address and what to do.
     """
     path = Path(path)
     if path.exists():
@@ -41,20 +41,21 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
         except requests.HTTPError as error:
             status = error.response.status_code
             if status < 500 and status not in (408, 429):
-                raise OSError(f"{url}: the server answers {status} {error.response.reason}; check the address, or "
-                              "fetch the file by hand and name it instead") from error
+                raise OSError(f"{url}: the server answers {status} {error.response.reason}; check the "
+                              "address, or fetch the file by hand and name it instead") from error
             problem = f"{status} {error.response.reason}"
         except (requests.RequestException, ConnectionError) as error:
             problem = type(error).__name__
         if attempt == retries:
-            raise OSError(f"{url}: {problem}, {retries + 1} times; run it again to go on where it stopped, or fetch "
-                          "the file by hand and name it instead")
+            raise OSError(f"{url}: {problem}, {retries + 1} times; run it again to go on where it stopped, "
+                          "or fetch the file by hand and name it instead")
         print(f"{url}: {problem}; trying again", file=sys.stderr)
         time.sleep(wait * 2**attempt)
     found = part.stat().st_size
     if found != (size or total or found):
         part.unlink()
-        raise OSError(f"{url}: {found:,} bytes came, {size or total:,} were expected; nothing was kept, try again")
+        raise OSError(f"{url}: {found:,} bytes came, {size or total:,} were expected; nothing was kept, "
+                      "try again")
     wanted = sha256 or stated
     if wanted and (actual := sha256_of(part)) != wanted:
         part.unlink()
@@ -64,8 +65,8 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
 
 
 def _fetch(url, part):
-    """One attempt: append to `part` what it lacks. Returns the whole size and the sha256 as the server states
-    them, each None where it does not."""
+    """One attempt: append to `part` what it lacks. Returns the whole size and the sha256 as the server
+    states them, each None where it does not."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
@@ -96,7 +97,8 @@ def stated_sha256(response):
 
 
 def _copy(response, part, have, total):
-    """Stream a response's bytes to `part`, from byte `have` on, with a line of progress on standard error."""
+    """Stream a response's bytes to `part`, from byte `have` on, with a line of progress on standard
+    error."""
     started, done, shown = time.monotonic(), have, 0.0
     with open(part, "r+b" if have else "wb") as f:
         f.seek(have)

@@ -28,8 +28,9 @@ class Settings:
 
 
 def read_text(path, start, stop, digest=None):
-    """Yield bytes start..stop of a UTF-8 file as strings of about BLOCK bytes, cut after line ends where there
-    are any, so that no word is torn. Feeds `digest` what it reads. Raises ValueError for other encodings."""
+    """Yield bytes start..stop of a UTF-8 file as strings of about BLOCK bytes, cut after line ends where
+    there are any, so that no word is torn. Feeds `digest` what it reads. Raises ValueError for other
+    encodings."""
     decoder, kept = codecs.getincrementaldecoder("utf-8")(), ""
     with open(path, "rb") as f:
         f.seek(start)
@@ -41,8 +42,8 @@ def read_text(path, start, stop, digest=None):
             try:
                 kept += decoder.decode(block, final=start >= stop)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: not UTF-8 text (near byte {start - len(block) + error.start}); save it "
-                                 "as UTF-8") from error
+                raise ValueError(f"{path}: not UTF-8 text (near byte {start - len(block) + error.start}); "
+                                 "save it as UTF-8") from error
             at = kept.rfind("\n") + 1 or len(kept)
             yield kept[:at]
             kept = kept[at:]
@@ -87,7 +88,7 @@ def main(argv):
         counts = {f"{which}_tokens": write_tokens(part / f"{which}.bin", map(
             enc.encode_ordinary, read_text(path, start, stop, digest)))
             for which, start, stop in (("train", 0, split), ("val", split, size))}
-        if str(name).endswith(".json") and settings.tokenizer != "bpe":  # a tokenizer made elsewhere comes along
+        if str(name).endswith(".json") and settings.tokenizer != "bpe":  # made elsewhere: comes along
             (part / "tokenizer.json").write_bytes(Path(name).read_bytes())
         stored = "tokenizer.json" if str(name).endswith(".json") else name
         write_meta(part, {"kind": "text", "tokenizer": stored, "vocab_size": enc.n_vocab, **counts,

@@ -2,8 +2,9 @@
 
     python -m data.tokenizer "Hello,   world! naive 👋"    # see how text becomes tokens
 
-Every tokenizer is a tiktoken.Encoding, so encode_ordinary, decode and n_vocab work on all of them, and every
-one knows `<|endoftext|>` and the three role tokens of a chat as single ids after its last ordinary id.
+Every tokenizer is a tiktoken.Encoding, so encode_ordinary, decode and n_vocab work on all of them, and
+every one knows `<|endoftext|>` and the three role tokens of a chat as single ids after its last ordinary
+id.
 """
 import heapq
 import json
@@ -19,9 +20,9 @@ END_OF_TEXT = "<|endoftext|>"
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
 # How text is cut before bytes are paired (no pair crosses a cut): words, single digits (so that numbers are
-# spelled, and sums can be learned), runs of punctuation, white space. GPT-2 glues a space to the word behind it;
-# here it stands alone, so that a word is the same id wherever it stands and a small model learns it once.
-# It is written for both Python's re, which trains, and tiktoken's engine, which encodes.
+# spelled, and sums can be learned), runs of punctuation, white space. GPT-2 glues a space to the word
+# behind it; here it stands alone, so that a word is the same id wherever it stands and a small model learns
+# it once. It is written for both Python's re, which trains, and tiktoken's engine, which encodes.
 SPLIT_PATTERN = r"[^\W\d_]+|\d|(?:[^\s\w]|_)+|\s+"
 
 
@@ -33,10 +34,11 @@ def build(name, pattern, token_bytes):
 
 
 def get_tokenizer(spec):
-    """The tokenizer named by `spec`: "gpt2", "bytes", the path of a tokenizer.json, or what read_spec returns.
+    """The tokenizer named by `spec`: "gpt2", "bytes", the path of a tokenizer.json, or what read_spec
+    returns.
 
-    Raises ValueError where there is none of that name, the file is not one, or GPT-2's vocabulary can neither
-    be found nor downloaded.
+    Raises ValueError where there is none of that name, the file is not one, or GPT-2's vocabulary can
+    neither be found nor downloaded.
     """
     spec = read_spec(spec)
     if spec == "bytes":
@@ -59,13 +61,15 @@ def read_spec(spec):
         return spec
     path = Path(spec)
     if not path.is_file():
-        raise ValueError(f"tokenizer {str(spec)!r}: no such file; use gpt2, bytes or the path of a tokenizer.json")
+        raise ValueError(f"tokenizer {str(spec)!r}: no such file; use gpt2, bytes or the path of a "
+                         "tokenizer.json")
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         spec = {"pattern": str(loaded["pattern"]), "merges": [[int(a), int(b)] for a, b in loaded["merges"]]}
         assert all(0 <= min(pair) <= max(pair) < 256 + i for i, pair in enumerate(spec["merges"]))
     except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path}: not a tokenizer.json of this project; make a new one by preparing the data") \
+        raise ValueError(f"{path}: not a tokenizer.json of this project; make a new one by preparing the "
+                         "data") \
             from error
     return spec
 
@@ -82,22 +86,23 @@ def load_gpt2():
     except Exception as error:  # requests, urllib3 and tiktoken each have their own
         folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or "unset"
         raise ValueError(
-            f"GPT-2's vocabulary could not be loaded ({type(error).__name__}). It is two files, vocab.bpe and "
-            "encoder.json, that tiktoken downloads once. Without a network, copy tiktoken's cache folder from "
-            f"another machine and set TIKTOKEN_CACHE_DIR to it (now: {folder})") from error
+            f"GPT-2's vocabulary could not be loaded ({type(error).__name__}). It is two files, vocab.bpe "
+            "and encoder.json, that tiktoken downloads once. Without a network, copy tiktoken's cache "
+            f"folder from another machine and set TIKTOKEN_CACHE_DIR to it (now: {folder})") from error
 
 
 def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN, min_count=2):
     """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): the merges that make vocab_size ids.
 
-    texts: an iterable of strings; words are not joined across two of them. Start from the 256 bytes; again and
-    again the most frequent pair of neighbours becomes a new id (among equals the smallest pair), until there
-    are vocab_size ids or no pair is left that occurs min_count times. For example "aab aab" first merges
-    (a, a), which occurs twice, then (aa, b). Returns {"pattern": ..., "merges": [[id, id], ...]}, where
-    merge i makes id 256 + i. Raises ValueError for fewer than 256 ids.
+    texts: an iterable of strings; words are not joined across two of them. Start from the 256 bytes; again
+    and again the most frequent pair of neighbours becomes a new id (among equals the smallest pair), until
+    there are vocab_size ids or no pair is left that occurs min_count times. For example "aab aab" first
+    merges (a, a), which occurs twice, then (aa, b). Returns {"pattern": ..., "merges": [[id, id], ...]},
+    where merge i makes id 256 + i. Raises ValueError for fewer than 256 ids.
     """
     if vocab_size < 256:
-        raise ValueError(f"vocab_size={vocab_size}: a byte-pair encoding starts from 256 bytes; use 256 or more")
+        raise ValueError(f"vocab_size={vocab_size}: a byte-pair encoding starts from 256 bytes; use 256 or "
+                         "more")
     splitter = re.compile(pattern)
     word_counts = Counter()
     for text in texts:
@@ -156,16 +161,16 @@ def merge(ids, pair, new_id):
 
 
 def printable_bytes():
-    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, others for letters from U+0100
-    on, so that tokens can be written in text files."""
+    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, others for letters from
+    U+0100 on, so that tokens can be written in text files."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def merge_pairs(enc):
-    """The two tokens that each token of more than one byte is merged from, in the order of their ids: what is
-    left of its bytes when only tokens of lower ids may be merged. [(bytes, bytes), ...]"""
+    """The two tokens that each token of more than one byte is merged from, in the order of their ids: what
+    is left of its bytes when only tokens of lower ids may be merged. [(bytes, bytes), ...]"""
     ranks, pairs = enc._mergeable_ranks, []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
@@ -241,17 +246,20 @@ def show(text, colour):
     yield from step("1. White space", "Simple, but 'world!' and 'world' are strangers.", text.split())
     yield from step("2. White space and punctuation", "Better; yet every unseen word is an unknown one.",
                     re.findall(r"\w+|[^\w\s]", text))
-    yield from step("3. Characters", "Nothing unknown in one script, but 150,000 of them exist, and texts get long.",
+    yield from step("3. Characters", "Nothing unknown in one script, but 150,000 of them exist, and texts "
+                                     "get long.",
                     list(text), [ord(c) for c in text])
     enc = get_tokenizer("bytes")
     ids = enc.encode_ordinary(text)
-    yield from step("4. Bytes", "256 ids write everything; texts get longer still.", token_pieces(enc, ids), ids)
+    yield from step("4. Bytes", "256 ids write everything; texts get longer still.",
+                    token_pieces(enc, ids), ids)
     source = Path(__file__).parent / "instruction" / "instruction-data.json"
     spec = train_bpe([source.read_text(encoding="utf-8")], 1024)
     enc = get_tokenizer(spec)
     ids = enc.encode_ordinary(text)
     yield from step("5. Byte pairs, learned here", f"{len(spec['merges'])} merges of frequent neighbours in "
-                    f"{source.name}: common words are one piece, nothing is unknown.", token_pieces(enc, ids), ids)
+                    f"{source.name}: common words are one piece, nothing is unknown.",
+                    token_pieces(enc, ids), ids)
     word = max(re.findall(spec["pattern"], text), key=lambda w: len(w.encode("utf-8")), default="")
     ids = list(word.encode("utf-8"))
     yield f"   Merge by merge, the longest word: {paint(token_pieces(enc, ids), False)}"
@@ -266,7 +274,8 @@ def show(text, colour):
         yield f"\n6. GPT-2's byte pairs: not shown. {error}"
         return
     ids = enc.encode_ordinary(text)
-    yield from step("6. GPT-2's byte pairs", "The same method with 50,000 merges, learned on 40 GB of web pages.",
+    yield from step("6. GPT-2's byte pairs", "The same method with 50,000 merges, learned on 40 GB of web "
+                                             "pages.",
                     token_pieces(enc, ids), ids)
     yield "   In a chat, role tokens follow: " + ", ".join(
         f"{t} is id {enc.encode_single_token(t)}" for t in ROLE_TOKENS)

@@ -1,9 +1,9 @@
 """Token files and the batches made of them.
 
-A prepared folder holds train.bin and val.bin (token ids as raw uint16, nothing else, so np.memmap opens them)
-and meta.json, which says what the ids mean. TokenDataset cuts plain text into windows, ChatDataset keeps
-conversations whole; training calls both the same way: batch(split, index) is a pure function of the seed and
-the index, so a run that is resumed, or spread over machines, sees the same batches.
+A prepared folder holds train.bin and val.bin (token ids as raw uint16, nothing else, so np.memmap opens
+them) and meta.json, which says what the ids mean. TokenDataset cuts plain text into windows, ChatDataset
+keeps conversations whole; training calls both the same way: batch(split, index) is a pure function of the
+seed and the index, so a run that is resumed, or spread over machines, sees the same batches.
 """
 import contextlib
 import json
@@ -43,7 +43,8 @@ def write_tokens(path, chunks):
         for ids in chunks:
             ids = np.asarray(ids)
             if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
-                raise ValueError(f"{path}: token id {ids.max()} does not fit in 16 bits; use a smaller vocabulary")
+                raise ValueError(f"{path}: token id {ids.max()} does not fit in 16 bits; use a smaller "
+                                 "vocabulary")
             f.write(ids.astype(np.uint16).tobytes())
             total += ids.size
     return total
@@ -63,7 +64,8 @@ def read_meta(folder):
         meta["kind"], meta["tokenizer"], meta["vocab_size"]
     except FileNotFoundError:
         raise ValueError(f"{folder}: no meta.json there; prepare the data first: python prepare_alpaca.py "
-                         "config/prepare_instruction.py (chats), or python -m data.text (plain text)") from None
+                         "config/prepare_instruction.py (chats), or python -m data.text (plain "
+                         "text)") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a meta.json of this project; prepare the folder again") from error
     return meta
@@ -79,19 +81,21 @@ def open_dataset(folder, block_size, batch_size, seed=0):
     """The TokenDataset or ChatDataset of a prepared folder, as its meta.json says. Raises ValueError."""
     kind = {"text": TokenDataset, "chat": ChatDataset}.get(read_meta(folder)["kind"])
     if kind is None:
-        raise ValueError(f"{folder}/meta.json: kind {read_meta(folder)['kind']!r} is neither 'text' nor 'chat'")
+        raise ValueError(f"{folder}/meta.json: kind {read_meta(folder)['kind']!r} is neither 'text' nor "
+                         "'chat'")
     return kind(folder, block_size, batch_size, seed)
 
 
 def open_tokens(folder, split, vocab_size):
-    """The ids of one split as a read-only memmap (n,). Raises ValueError for a file that cannot be right."""
+    """The ids of one split as a read-only memmap (n,). Raises ValueError for a file that cannot be
+    right."""
     path = Path(folder) / f"{split}.bin"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; prepare the folder again")
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise ValueError(f"{path}: {size} bytes are not 16-bit token ids; the file is cut short or empty, prepare "
-                         "the folder again")
+        raise ValueError(f"{path}: {size} bytes are not 16-bit token ids; the file is cut short or empty, "
+                         "prepare the folder again")
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
     check_ids(tokens[:10_000_000], vocab_size, path)
     return tokens
@@ -99,8 +103,8 @@ def open_tokens(folder, split, vocab_size):
 
 def check_ids(ids, vocab_size, path):
     if ids.max() >= vocab_size:
-        raise ValueError(f"{path}: holds token id {ids.max()}, but the vocabulary has {vocab_size}; it was made "
-                         "with another tokenizer, prepare the folder again")
+        raise ValueError(f"{path}: holds token id {ids.max()}, but the vocabulary has {vocab_size}; it was "
+                         "made with another tokenizer, prepare the folder again")
 
 
 class TokenDataset:
@@ -115,7 +119,8 @@ class TokenDataset:
         for split, tokens in self.tokens.items():
             if len(tokens) <= block_size:
                 raise ValueError(f"{self.folder}/{split}.bin: {len(tokens)} tokens are too few for "
-                                 f"block_size={block_size}; use more text, or --block_size={max(len(tokens) - 1, 1)}")
+                                 f"block_size={block_size}; use more text, or "
+                                 f"--block_size={max(len(tokens) - 1, 1)}")
 
     def batch(self, split, index):
         """The index-th batch of random windows: ids (B, T) int64, targets (B * T,) int64, where None: every
@@ -125,8 +130,8 @@ class TokenDataset:
         return self.windows(split, starts)
 
     def eval_batches(self, split, max_tokens):
-        """Fixed windows, spread evenly, without overlap and together at most max_tokens (at least one window),
-        in batches like those of batch()."""
+        """Fixed windows, spread evenly, without overlap and together at most max_tokens (at least one
+        window), in batches like those of batch()."""
         windows = (len(self.tokens[split]) - 1) // self.block_size
         wanted = min(windows, max(max_tokens // self.block_size, 1))
         starts = np.linspace(0, windows - 1, wanted).round().astype(np.int64) * self.block_size
@@ -142,10 +147,11 @@ class TokenDataset:
 class ChatDataset:
     """Chats: whole conversations, each from position 0, batched with others of about its length.
 
-    A batch holds as many conversations as fit into batch_size * block_size tokens, padding counted, so it costs
-    the memory that a batch of text does. Every epoch sorts by length, equals in a new random order, cuts at a
-    random phase and shuffles the batches. Only the assistant's tokens are targets. A conversation longer than
-    block_size + 1 is cut there; one that has no target left is dropped (`dropped` counts them by split).
+    A batch holds as many conversations as fit into batch_size * block_size tokens, padding counted, so it
+    costs the memory that a batch of text does. Every epoch sorts by length, equals in a new random order,
+    cuts at a random phase and shuffles the batches. Only the assistant's tokens are targets. A conversation
+    longer than block_size + 1 is cut there; one that has no target left is dropped (`dropped` counts them
+    by split).
     """
 
     kind = "chat"
@@ -168,8 +174,8 @@ class ChatDataset:
             kept = before[starts + lengths] > before[starts]
             self.dropped[split] = int((~kept).sum())
             if not kept.any():
-                raise ValueError(f"{folder}/{split}.bin: at block_size={block_size} no conversation has anything of "
-                                 "the assistant's left; use a larger block_size")
+                raise ValueError(f"{folder}/{split}.bin: at block_size={block_size} no conversation has "
+                                 "anything of the assistant's left; use a larger block_size")
             self.tokens[split], self.targets[split] = tokens, is_target
             self.starts[split], self.lengths[split] = starts[kept], lengths[kept]
         self._plans = {}  # the newest epoch's batches, by split
@@ -201,7 +207,8 @@ class ChatDataset:
         return self.rows(split, self.plan(split, epoch)[index - self.batches_until(split, epoch)])
 
     def eval_batches(self, split, max_tokens):
-        """Fixed conversations, spread evenly and together about max_tokens at most, in batches like batch()'s."""
+        """Fixed conversations, spread evenly and together about max_tokens at most, in batches like
+        batch()'s."""
         lengths = self.lengths[split]
         wanted = max(1, min(len(lengths), int(max_tokens / lengths.mean())))
         rows = np.linspace(0, len(lengths) - 1, wanted).round().astype(np.int64)
