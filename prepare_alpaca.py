@@ -9,6 +9,7 @@ writes chat_corpus.txt (the chats as people read them), train.bin, val.bin and m
 it kept.
 """
 import random
+import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from data.tokens import SPLITS, new_files, write_meta, write_tokens
 
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 ALPACA_SHA256 = "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"
+NO_INPUT = re.compile(r"\W*no ?input( required| needed)?\W*", re.IGNORECASE)  # Alpaca's ways of saying so
 BATCH = 2000  # conversations encoded at a time
 
 
@@ -62,7 +64,7 @@ def select(conversations, drop_duplicates):
     kept, dropped, seen = [], Counter(), set()
     for messages, category in conversations:
         question, _, placeholder = messages[0]["content"].rpartition("\n")
-        if placeholder.strip().strip("<>").replace(" ", "").rstrip(".").lower() == "noinput":
+        if NO_INPUT.fullmatch(placeholder):
             messages[0]["content"] = question
         key = tuple(m["content"] for m in messages)
         if not all(m["content"].strip() for m in messages if m["role"] == "assistant"):
@@ -102,16 +104,23 @@ def join_rows(conversations, join, seed):
     that only ever saw single questions would be lost at the second one of a chat."""
     rng = random.Random(seed)
     rest, joined = rng.sample(conversations, len(conversations)), []
-    while rest:
+    while len(rest) > 1:
         count = rng.randint(2, join)
         joined.append(([m for messages, _ in rest[:count] for m in messages], "several turns"))
         rest = rest[count:]
     return joined
 
 
+def cut_answer(ids, enc, max_tokens):
+    """Conversation ids cut to at most max_tokens, inside the last of the assistant's turns that still has some
+    text then, and ended with <|end|>; what came after is left out."""
+    _, _, assistant, end = special_ids(enc)
+    last = max((i for i, token in enumerate(ids[:max_tokens - 2]) if token == assistant), default=0)
+    return ids[:min(ids.index(end, last), max_tokens - 1)] + [end]
+
+
 def encode_split(conversations, enc, max_tokens, too_long, report):
     """Encode one split: returns (list of id arrays, their categories), counting into `report`."""
-    end = special_ids(enc)[3]
     rows, categories = [], []
     for start in range(0, len(conversations), BATCH):
         batch = conversations[start:start + BATCH]
@@ -121,7 +130,7 @@ def encode_split(conversations, enc, max_tokens, too_long, report):
                 report[f"longer than {max_tokens} tokens"] += 1
                 if too_long == "drop":
                     continue
-                ids = ids[:max_tokens - 1] + [end]
+                ids = cut_answer(ids, enc, max_tokens)
             ids = np.array(ids)
             targets = int(supervised(ids, enc)[:max_tokens].sum())
             if targets < 2:  # <|end|> alone teaches nothing
@@ -143,10 +152,14 @@ def main(argv):
         raise ValueError(f"too_long={settings.too_long!r}: use cut or drop")
     if not 0 < settings.val_fraction < 1:
         raise ValueError(f"val_fraction={settings.val_fraction}: use a value between 0 and 1, such as 0.05")
+    if settings.join < 1:
+        raise ValueError(f"join={settings.join}: use 1 (each row by itself) or more")
     if settings.max_tokens < 8:
         raise ValueError(f"max_tokens={settings.max_tokens}: no conversation fits; use 8 or more")
     path = fetch(settings.source, settings.out_dir)
     conversations = read_conversations(path)
+    if not conversations:
+        raise ValueError(f"{path}: holds no row")
     kept, dropped = select(conversations, settings.drop_duplicates)
     splits = split_rows(kept, settings.val_fraction, settings.seed)
     if settings.join > 1:

@@ -16,6 +16,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import runpy
 import sys
@@ -92,11 +93,12 @@ def check_name(name, fields, source):
 
 def parse(text, wanted):
     """A flag's text as a Python value; what is not a literal, or is wanted as text, stays text."""
-    if wanted in (str, Path):
-        return text
+    options = typing.get_args(wanted) or (wanted,)
+    if str in options or Path in options:
+        return None if text == "None" and type(None) in options else text
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return {"true": True, "false": False, "none": None}.get(text.strip().lower(), text)
 
 
@@ -109,7 +111,7 @@ def cast(name, value, wanted, source, base):
         return None
     for option in options:
         if option is Path and isinstance(value, (str, Path)) and str(value):
-            return base / Path(value).expanduser()
+            return base / os.path.expanduser(value)
         if option is float and type(value) is int:
             return float(value)
         if option is int and type(value) is float and value.is_integer():

@@ -160,4 +160,11 @@ def read_conversations(path):
         cut = "; the file seems cut short" if error.pos >= len(error.doc.rstrip()) - 1 or \
             error.msg.startswith("Unterminated") else ""
         raise ValueError(f"{path}, line {line}: not JSON: {error.msg}{cut}") from error
-    return [to_messages(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    conversations = [to_messages(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+    for number, (messages, _) in enumerate(conversations, 1):
+        try:
+            "".join(m["content"] for m in messages).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}, row {number}: holds half of a surrogate pair "
+                             f"({ascii(error.object[error.start])}), which is no character; take it out") from error
+    return conversations

@@ -8,7 +8,7 @@ from pathlib import Path
 import requests
 
 RETRIES = 5
-CHUNK = 1 << 20  # bytes read at a time
+CHUNK = 1 << 16  # bytes read at a time; what a broken connection loses
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
 
 

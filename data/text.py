@@ -36,6 +36,8 @@ def read_text(path, start, stop, digest=None):
         f.seek(start)
         while start < stop:
             block = f.read(min(BLOCK, stop - start))
+            if not block:
+                raise ValueError(f"{path}: became shorter while it was read; run it again")
             start += len(block)
             if digest:
                 digest.update(block)
@@ -52,14 +54,18 @@ def read_text(path, start, stop, digest=None):
 
 
 def find_split(path, val_fraction):
-    """(train bytes, all bytes): where validation starts, moved to the start of a character."""
+    """(train bytes, all bytes): where validation starts."""
     size = path.stat().st_size
-    split = int(size * (1 - val_fraction))
+    return character_start(path, int(size * (1 - val_fraction))), size
+
+
+def character_start(path, at):
+    """The first byte at or after `at` where a UTF-8 character starts, or the end of the file."""
     with open(path, "rb") as f:
-        f.seek(split)
-        while split < size and (byte := f.read(1)) and byte[0] & 0xC0 == 0x80:  # inside a character
-            split += 1
-    return split, size
+        f.seek(at)
+        while (byte := f.read(1)) and byte[0] & 0xC0 == 0x80:  # inside a character
+            at += 1
+    return at
 
 
 def main(argv):
@@ -80,8 +86,9 @@ def main(argv):
     with new_files(settings.out_dir) as part:
         if name == "bpe":
             print(f"training a byte-pair encoding of {settings.vocab_size} ids ...", file=sys.stderr)
+            learned = min(split, character_start(path, settings.bpe_bytes))
             write_spec(part / "tokenizer.json",
-                       train_bpe(read_text(path, 0, min(split, settings.bpe_bytes)), settings.vocab_size))
+                       train_bpe(read_text(path, 0, learned), settings.vocab_size))
             name = part / "tokenizer.json"
         enc = get_tokenizer(name)
         digest = hashlib.sha256()

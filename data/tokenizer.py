@@ -66,8 +66,9 @@ def read_spec(spec):
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
         spec = {"pattern": str(loaded["pattern"]), "merges": [[int(a), int(b)] for a, b in loaded["merges"]]}
+        re.compile(spec["pattern"])
         assert all(0 <= min(pair) <= max(pair) < 256 + i for i, pair in enumerate(spec["merges"]))
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AssertionError, re.error) as error:
         raise ValueError(f"{path}: not a tokenizer.json of this project; make a new one by preparing the "
                          "data") \
             from error
@@ -285,5 +286,5 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__.strip())
     sys.stdout.reconfigure(encoding="utf-8")
-    for line in show(sys.argv[1], colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):
+    for line in show(sys.argv[1].encode("utf-8", "replace").decode("utf-8"), colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):
         print(line)

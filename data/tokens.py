@@ -43,7 +43,8 @@ def write_tokens(path, chunks):
         for ids in chunks:
             ids = np.asarray(ids)
             if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
-                raise ValueError(f"{path}: token id {ids.max()} does not fit in 16 bits; use a smaller "
+                wrong = ids.max() if ids.max() >= 2**16 else ids.min()
+                raise ValueError(f"{path}: token id {wrong} does not fit in 16 bits; use a smaller "
                                  "vocabulary")
             f.write(ids.astype(np.uint16).tobytes())
             total += ids.size
@@ -61,7 +62,8 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        meta["kind"], meta["tokenizer"], meta["vocab_size"]
+        if not (type(meta["kind"]) is type(meta["tokenizer"]) is str and type(meta["vocab_size"]) is int):
+            raise TypeError
     except FileNotFoundError:
         raise ValueError(f"{folder}: no meta.json there; prepare the data first: python prepare_alpaca.py "
                          "config/prepare_instruction.py (chats), or python -m data.text (plain "

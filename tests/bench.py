@@ -5,7 +5,6 @@
 """
 import contextlib
 import io
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -39,7 +38,8 @@ def quiet(function, *args):
 def train_and_measure(argv, folder, out_dir):
     """Run train.py's loop: (seconds of training and saving, loss on all of the validation text)."""
     s = config.load(train.Settings, [str(REPO / "config/train_shakespeare.py"), f"--data_dir={folder}",
-                                     f"--out_dir={out_dir}", "--eval_interval=1000000", "--eval_tokens=64", *argv])
+                                     f"--out_dir={out_dir}", "--eval_interval=1000000", "--eval_tokens=64",
+                                     *argv])
     device, dtype, _ = pick_device("cpu", "float32")
     torch.manual_seed(s.seed)
     dataset = open_dataset(folder, s.block_size, s.batch_size, s.seed)
@@ -51,15 +51,16 @@ def train_and_measure(argv, folder, out_dir):
 
 def shakespeare(settings):
     """Time to a validation loss: Muon against AdamW with nanoGPT's recipe for a CPU, the same model."""
-    adamw = ["--optimizer=adamw", "--batch_size=12", "--max_iters=2000", "--learning_rate=1e-3", "--final_lr=0.1",
-             "--decay=cosine", "--warmup_iters=100", "--weight_decay=0.1", "--beta2=0.99"]
+    adamw = ["--optimizer=adamw", "--batch_size=12", "--max_iters=2000", "--learning_rate=1e-3",
+             "--final_lr=0.1", "--decay=cosine", "--warmup_iters=100", "--weight_decay=0.1", "--beta2=0.99"]
     with tempfile.TemporaryDirectory() as folder:
         quiet(data.text.main, [f"--source={settings.source}", f"--out_dir={folder}", "--tokenizer=bytes"])
         for run in range(settings.runs):
             rows = [(name, *train_and_measure(argv, folder, f"{folder}/{run}/{name}")) for name, argv in (
                 ("short", SHORT), ("adamw", adamw), ("long", []))]
             base = rows[1][1]
-            print(f"{'tiny Shakespeare, run ' + str(run + 1):<26}{'validation':>12}{'seconds':>10}{'of AdamW':>10}")
+            title = f"tiny Shakespeare, run {run + 1}"
+            print(f"{title:<26}{'validation':>12}{'seconds':>10}{'of AdamW':>10}")
             for (_, seconds, loss), name in zip(rows, (
                     "Muon, " + SHORT[0][2:], "AdamW, nanoGPT's recipe", "Muon, as configured")):
                 print(f"{name:<26}{loss:>12.4f}{seconds:>10.1f}{seconds / base:>10.2f}", flush=True)

@@ -194,6 +194,18 @@ def test_a_wrong_sha256_keeps_nothing(tmp_path, serve):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("tag, fits", [(SHA256, True), ("0" * 64, False), ("no sha256", True)])
+def test_a_sha256_that_the_servers_redirect_states_must_be_met(tmp_path, serve, tag, fits):
+    headers = {"Location": "/real", "X-Linked-ETag": f'"{tag}"', "Content-Length": 0}
+    server = serve(lambda wanted: (302, headers, b""), whole)
+    if fits:
+        assert download(server.url, tmp_path / "file.bin").read_bytes() == BODY
+    else:
+        with pytest.raises(OSError, match=SHA256):
+            download(server.url, tmp_path / "file.bin")
+        assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("size", [len(BODY) - 1, len(BODY) + 1, 3 * len(BODY)])
 def test_a_wrong_size_keeps_nothing(tmp_path, serve, size):
     server = serve(whole)
