@@ -1,10 +1,10 @@
 """Talk to a model that train.py made.
 
-    python chat.py                                       # out/chat/best.pt; Ctrl-D leaves python chat.py
-    --prompt="What is the plural of box?" # one reply, and done python chat.py < questions.txt
-    # a message a line, a reply each python chat.py --score=data/instruction              # how many answers
-    are right, word for word python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 as it
-    is: it goes on with the text
+    python chat.py                                         # out/chat/best.pt; Ctrl-D leaves
+    python chat.py --prompt="What is the plural of box?"   # one reply, and done
+    python chat.py < questions.txt                         # a message a line, a reply each
+    python chat.py --score=data/instruction                # how many answers are right, word for word
+    python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 as it is: it goes on with the text
 
 Only replies go to standard output; all else goes to standard error. A model trained on plain text has no
 turns: it goes on writing what you began.
@@ -122,7 +122,7 @@ def say(pieces):
 
 def chat(model, enc, s, is_chat):
     """Read messages from standard input, a line each, and answer them until it ends."""
-    tty = sys.stdin.isatty()
+    tty = sys.stdin.isatty() and sys.stdout.isatty()
     if tty:
         try:
             import readline  # noqa: F401  (line editing and history for input(), where there is one)

@@ -333,13 +333,13 @@ def window_start(length, block_size):
 def sample(logits, temperature, top_k, top_p, generator):
     """One id from logits (V,): the likeliest at temperature 0; else by chance among the top_k likeliest
     (0: all) that make up at least top_p of the probability (nucleus sampling, Holtzman et al. 2020)."""
-    if temperature == 0:
+    if temperature < 1e-5:  # smaller ones would overflow float32
         return int(logits.argmax())
     probs, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
     if top_k:
         probs[top_k:] = 0
     if top_p < 1:
-        probs[probs.cumsum(-1) - probs > top_p * probs.sum()] = 0  # the first one always stays
+        probs[1:][probs.cumsum(-1)[:-1] >= top_p * probs.sum()] = 0  # the first one always stays
     return int(order[torch.multinomial(probs, 1, generator=generator)])
 
 
@@ -403,7 +403,8 @@ def pick_device(device="auto", dtype="auto"):
         picked = torch.device(best if device == "auto" else device)
     except RuntimeError:
         raise ValueError(f"device={device!r} is not a device: use auto, cpu, cuda, cuda:1 or mps") from None
-    if picked.type not in ("cpu", best):
+    missing = picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count()
+    if picked.type not in ("cpu", best) or missing:
         raise ValueError(f"device={device!r} is not available on this machine: use auto or {best}")
     fast = "bfloat16" if picked.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     name = fast if dtype == "auto" else dtype

@@ -112,8 +112,8 @@ def join_rows(conversations, join, seed):
 
 
 def cut_answer(ids, enc, max_tokens):
-    """Conversation ids cut to at most max_tokens, inside the last of the assistant's turns that still has some
-    text then, and ended with <|end|>; what came after is left out."""
+    """Conversation ids cut to at most max_tokens, inside the last of the assistant's turns that still has
+    some text then, and ended with <|end|>; what came after is left out."""
     _, _, assistant, end = special_ids(enc)
     last = max((i for i, token in enumerate(ids[:max_tokens - 2]) if token == assistant), default=0)
     return ids[:min(ids.index(end, last), max_tokens - 1)] + [end]

@@ -158,6 +158,33 @@ def is_memorizing(history):
     return best[2] * 1.01 < val_before < val_now and train_now < train_before < best[1]
 
 
+def not_finite(step, what, s):
+    """The error of a run that has left the real numbers."""
+    return ValueError(f"step {step}: {what}; the last good checkpoint is kept. Try a lower learning_rate "
+                      f"(now {s.learning_rate:g}) or more warmup_iters")
+
+
+def rng_states(device):
+    """The states of the random generators that dropout uses."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def restore_rng(states, device):
+    """Put back what rng_states returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def restore_optimizer(optimizer, state):
+    """Take over an optimizer's momenta from a checkpoint, but keep the learning rates, decay and so on of
+    this run's settings."""
+    mine = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, mine):
+        group.update(values)
+
+
 def train_step(model, optimizers, dataset, step, s, device, autocast):
     """One step on the batches that belong to it: (mean loss per target, gradient norm, tokens read).
 
@@ -176,9 +203,7 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
     total, norm = total.item(), norm.item()
     if not math.isfinite(total + norm):
-        raise ValueError(f"step {step}: the loss is {total} and the gradient norm {norm}; the last good "
-                         f"checkpoint is kept. Try a lower learning_rate (now {s.learning_rate:g}) or more "
-                         "warmup_iters")
+        raise not_finite(step + 1, f"the loss is {total} and the gradient norm {norm}", s)
     factor = get_lr(step, s)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -202,17 +227,15 @@ def train(s, model, dataset, device, dtype, resumed=None):
     start, history, best, told, spent = 0, [], math.inf, False, 0.0
     if resumed:
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
-            peaks = [group["peak_lr"] for group in optimizer.param_groups]  # today's settings, not the file's
-            optimizer.load_state_dict(state)
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["peak_lr"] = peak
+            restore_optimizer(optimizer, state)
         start, best, told, spent = (resumed[name] for name in ("step", "best", "told", "seconds"))
         history = [tuple(entry) for entry in resumed["history"]]
-        torch.set_rng_state(resumed["rng"])
+        restore_rng(resumed["rng"], device)
     model.train()
 
     def save(name, step, **extra):
         made = {"step": step, "max_iters": s.max_iters, "history": history, "seconds": spent,
+                "data": dataset.fingerprint,
                 "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(s).items()}}
         try:
             checkpoint = model_checkpoint(model, dataset.tokenizer, dataset.kind, **made, **extra)
@@ -233,6 +256,8 @@ def train(s, model, dataset, device, dtype, resumed=None):
             if last or done % s.eval_interval == 0:
                 train_loss, val_loss = (evaluate(run, dataset, split, s.eval_tokens, device, autocast)
                                         for split in ("train", "val"))
+                if not math.isfinite(train_loss + val_loss):
+                    raise not_finite(done, f"the losses are {train_loss} and {val_loss}", s)
                 history.append((done, train_loss, val_loss))
                 line += f"  train {train_loss:.4f}  val {val_loss:.4f}"
             spent += time.monotonic() - began
@@ -250,13 +275,13 @@ def train(s, model, dataset, device, dtype, resumed=None):
                           f"while the training loss fell from {low[1]:.3f} to {train_loss:.3f}. From here "
                           "on the model memorizes more than it generalizes.", flush=True)
                 by = train_loss if s.best_by == "train" else val_loss
-                if by < best:
-                    best = by
-                    saved = save("best.pt", done)
-                saved &= save("last.pt", done, best=best, told=told, rng=torch.get_rng_state(),
+                better = by < best
+                saved = not better or save("best.pt", done)
+                best = by if better and saved else best
+                saved &= save("last.pt", done, best=best, told=told, rng=rng_states(device),
                               optimizers=[optimizer.state_dict() for optimizer in optimizers])
                 since = time.monotonic()
-            if caught:
+            if last:
                 break
     report(s, history, spent)
     if not saved:
@@ -284,13 +309,16 @@ def load_resumed(s, dataset):
         raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may be a "
                          "best.pt")
     for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "batch_size",
-                 "gradient_accumulation", "seed"):
+                 "gradient_accumulation", "best_by", "seed"):
         if resumed["settings"][name] != getattr(s, name):
             raise ValueError(f"{path}: was made with {name}={resumed['settings'][name]}, this run has "
                              f"{name}={getattr(s, name)}; use the same, or another out_dir")
     if resumed["tokenizer"] != dataset.tokenizer:
         raise ValueError(f"{path}: was made with another tokenizer than that of data_dir={s.data_dir}; use "
                          "the same data, or another out_dir")
+    if resumed["data"] != dataset.fingerprint:
+        raise ValueError(f"{path}: was made with other data (data_dir={resumed['settings']['data_dir']}, as it "
+                         f"was then) than data_dir={s.data_dir} is now; use the same, or another out_dir")
     return resumed
 
 

@@ -140,6 +140,9 @@ def run(main):
     line on standard error and exit code 1, Ctrl-C as 130."""
     try:
         main(sys.argv[1:])
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

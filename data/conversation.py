@@ -165,6 +165,7 @@ def read_conversations(path):
         try:
             "".join(m["content"] for m in messages).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"{path}, row {number}: holds half of a surrogate pair "
-                             f"({ascii(error.object[error.start])}), which is no character; take it out") from error
+            half = ascii(error.object[error.start])
+            raise ValueError(f"{path}, row {number}: holds half of a surrogate pair ({half}), which is no "
+                             "character; take it out") from error
     return conversations

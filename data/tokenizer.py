@@ -286,5 +286,6 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__.strip())
     sys.stdout.reconfigure(encoding="utf-8")
-    for line in show(sys.argv[1].encode("utf-8", "replace").decode("utf-8"), colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):
+    text = sys.argv[1].encode("utf-8", "replace").decode("utf-8")  # a broken byte becomes a question mark
+    for line in show(text, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):
         print(line)

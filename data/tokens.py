@@ -109,6 +109,12 @@ def check_ids(ids, vocab_size, path):
                          "made with another tokenizer, prepare the folder again")
 
 
+def fingerprint(folder):
+    """What tells one prepared folder from another: its source's sha256 and how many tokens came of it."""
+    meta = read_meta(folder)
+    return [str(meta.get(name)) for name in ("kind", "sha256", "seed", "train_tokens", "val_tokens")]
+
+
 class TokenDataset:
     """Plain text: windows of block_size tokens from random places, each target the token after."""
 
@@ -117,6 +123,7 @@ class TokenDataset:
     def __init__(self, folder, block_size, batch_size, seed=0):
         self.folder, self.block_size, self.batch_size, self.seed = Path(folder), block_size, batch_size, seed
         self.tokenizer, self.vocab_size = folder_tokenizer(folder), read_meta(folder)["vocab_size"]
+        self.fingerprint = fingerprint(folder)
         self.tokens = {split: open_tokens(folder, split, self.vocab_size) for split in SPLITS}
         for split, tokens in self.tokens.items():
             if len(tokens) <= block_size:
@@ -162,6 +169,7 @@ class ChatDataset:
         self.folder, self.block_size, self.seed = Path(folder), block_size, seed
         self.budget = batch_size * block_size  # tokens per batch, padding counted
         self.tokenizer, self.vocab_size = folder_tokenizer(folder), read_meta(folder)["vocab_size"]
+        self.fingerprint = fingerprint(folder)
         enc = get_tokenizer(self.tokenizer)
         self.pad_id = special_ids(enc)[0]
         self.tokens, self.targets, self.starts, self.lengths, self.dropped = {}, {}, {}, {}, {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import chat
@@ -221,18 +221,17 @@ def test_typed_role_tokens_are_ordinary_text(talk):
     assert out.count("\n") == 1 and err == ""
 
 
-def in_turns(texts):
-    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+texts = st.text(max_size=500)
+turns = st.lists(st.tuples(texts, texts), max_size=4)  # what was said before the last message
 
 
-# 1, 3, 5, 7 or 9 messages: the last one is the user's.
-conversations = st.lists(st.text(max_size=500), min_size=1, max_size=9).filter(lambda x: len(x) % 2).map(in_turns)
-
-
-@settings(max_examples=150, deadline=None, database=None, derandomize=True)
-@given(conversations, st.integers(16, 2000), st.integers(1, 500))
-def test_trim_leaves_out_as_few_whole_oldest_turns_as_it_can(messages, block_size, room):
-    limit = max(block_size - room, block_size // 2)
+@settings(max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=HealthCheck)
+@given(turns, texts, st.integers(16, 2000), st.integers(2, 50))
+def test_trim_leaves_out_as_few_whole_oldest_turns_as_it_can(before, last, block_size, share):
+    room = block_size // share
+    messages = [message for asked, replied in before
+                for message in (user(asked), {"role": "assistant", "content": replied})] + [user(last)]
+    limit = block_size - room
     given_to_it = json.dumps(messages)
     ids, told = chat.trim(messages, BYTES, block_size, room)
     assert json.dumps(messages) == given_to_it, "the conversation itself stays whole"
@@ -310,17 +309,21 @@ def test_a_reply_ends_where_the_context_is_full(length):
 
 
 def test_a_reply_that_fills_the_context_never_slides_it(made, talk, monkeypatch):
-    read, real = [], chat.model_from_checkpoint
+    widths, real = [], chat.model_from_checkpoint
 
     def watched(*args):
         model = real(*args)
         hidden = model.hidden
-        monkeypatch.setattr(model, "hidden", lambda idx, cache: read.append(idx.shape[1]) or hidden(idx, cache))
+
+        def noted(idx, cache):
+            widths.append(idx.shape[1])
+            return hidden(idx, cache)
+        monkeypatch.setattr(model, "hidden", noted)
         monkeypatch.setattr(chat, "special_ids", lambda enc: (999, 999, 999, 999))  # nothing ends the reply
         return model
     monkeypatch.setattr(chat, "model_from_checkpoint", watched)
     talk("--prompt=Hm", "--max_new_tokens=500", "--temperature=0")
-    assert read == [6] + [1] * 122  # the prompt, then token by token until 128 are read
+    assert widths == [6] + [1] * 122  # the prompt, then token by token until 128 are read
 
 
 def test_ctrl_c_ends_the_reply_and_keeps_what_was_said(capsys):
