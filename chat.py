@@ -105,6 +105,8 @@ def continue_text(model, enc, text, s):
                             seed=s.seed, stop_ids=special_ids(enc)):
         if piece := decoder.decode(enc.decode_single_token_bytes(i)):
             yield piece
+    if piece := decoder.decode(b"", final=True):
+        yield piece
 
 
 def say(pieces):

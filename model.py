@@ -21,9 +21,11 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from data.download import download
 
@@ -247,25 +249,27 @@ class GPT(nn.Module):
         ValueError or OSError, saying what does not fit.
         """
         path = fetch_gpt2(name_or_path) if name_or_path in GPT2_NAMES else Path(name_or_path)
-        weights = read_gpt2_weights(path)
-        rows, n_embd = weights["wte.weight"].shape
-        longest = weights["wpe.weight"].shape[0]
-        config = GPTConfig(
-            vocab_size=vocab_size or (GPTConfig.vocab_size if rows == 50257 else rows),
-            block_size=block_size or longest, n_layer=1 + max(
-                (int(name.split(".")[1]) for name in weights if name.startswith("h.")), default=-1),
-            n_head=read_n_head(path) or n_embd // 64, n_embd=n_embd, dropout=dropout)
-        if config.block_size > longest:
-            raise ValueError(f"block_size={block_size}: {path} has learned only {longest} positions; use "
-                             "that or less")
-        if config.vocab_size < rows:
-            raise ValueError(f"vocab_size={vocab_size}: {path} has {rows} ids; use that or more")
-        weights["wpe.weight"] = weights["wpe.weight"][:config.block_size].clone()
-        weights["wte.weight"] = grow_rows(weights["wte.weight"], config.vocab_size, config.padded_vocab_size)
-        with torch.device("meta"):
+        weights, vocab_size = read_gpt2_weights(path, vocab_size)
+        longest, n_embd = weights["wpe.weight"].shape[0], weights["wte.weight"].shape[1]
+        n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
+        n_head = read_n_head(path) or max(n_embd // 64, 1)
+        if n_embd == 0 or n_head < 1 or n_embd % n_head:
+            raise ValueError(f"{path}: its {n_embd} channels cannot be split into {n_head} equal heads; check "
+                             "n_head in the config.json beside it")
+        config = GPTConfig(vocab_size, longest, n_layer, n_head, n_embd, dropout)
+        with torch.device("meta"), NoInit():
             model = cls(config)
         model.load_state_dict(checked(weights, model.state_dict(), path), assign=True)
-        return model.requires_grad_()
+        model.crop_block_size(block_size or longest)
+        return model
+
+    def crop_block_size(self, block_size):
+        """Keep only the first block_size learned positions. Raises ValueError for more than there are."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"block_size={block_size}: the model has learned only {self.config.block_size} "
+                             "positions; use that or less")
+        self.config.block_size = block_size
+        self.wpe = nn.Embedding.from_pretrained(self.wpe.weight.detach()[:block_size].clone(), freeze=False)
 
     def save_pretrained(self, folder):
         """Write config.json, generation_config.json and model.safetensors, as transformers has them for
@@ -279,8 +283,8 @@ class GPT(nn.Module):
             bias = name.removesuffix("weight") + "bias"
             if not c.bias and name.startswith(("h.", "ln_f")):
                 weights[PREFIX + bias] = torch.zeros(tensor.shape[0])
-        end_of_text = c.vocab_size - 4  # and after it the three role tokens
-        ends = {"bos_token_id": end_of_text, "eos_token_id": [end_of_text, c.vocab_size - 1]}
+        end_of_text = c.vocab_size - (1 if c.vocab_size == 50257 else 4)  # the three role tokens follow it
+        ends = {"bos_token_id": end_of_text, "eos_token_id": sorted({end_of_text, c.vocab_size - 1})}
         write_safetensors(folder / "model.safetensors", weights)
         write_json(folder / "config.json", {
             "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": c.vocab_size,
@@ -315,6 +319,14 @@ class GPT(nn.Module):
         for group in (g for o in optimizers for g in o.param_groups):
             group["peak_lr"] = group["lr"]
         return optimizers
+
+
+class NoInit(TorchFunctionMode):
+    """Within it, new modules draw no random numbers: loaded weights will replace them anyway. (Drawing them
+    for the meta device would also import half of torch, which takes a second.)"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
 
 
 def common_prefix(a, b):
@@ -444,7 +456,7 @@ def fetch_gpt2(name):
 
 
 def read_safetensors(path):
-    """Yield (name, tensor) for each tensor of a safetensors file, straight into memory of its own.
+    """Yield (name, tensor) for each tensor of a safetensors file, the largest first, in memory of its own.
 
     The format: 8 bytes, the length of the header; the header, JSON: {name: {dtype, shape, data_offsets}};
     then the bytes of the tensors. Every number is checked before it is used: raises ValueError for a file
@@ -468,16 +480,18 @@ def read_safetensors(path):
         need(entries, "its header is broken or empty")
         for name, kind, shape, offsets in entries:
             need(isinstance(kind, str) and kind in DTYPES, f"{name!r} is of unknown type {kind!r}")
-            need(len(offsets) == 2 and all(type(n) is int and n >= 0 for n in shape + offsets),
-                 f"{name!r} has impossible numbers")
+            need(len(offsets) == 2 and all(type(n) is int and 0 <= n for n in shape + offsets) and
+                 math.prod(n or 1 for n in shape) < 2**60, f"{name!r} has impossible numbers")
             need(offsets[0] <= offsets[1] <= size - 8 - length, f"{name!r} ends beyond the file")
             need(offsets[1] - offsets[0] == math.prod(shape) * DTYPES[kind].itemsize,
                  f"{name!r} has another size than its shape")
-        for name, kind, shape, (start, stop) in entries:
-            tensor = torch.empty(math.prod(shape), dtype=DTYPES[kind])
+        for name, kind, shape, (start, stop) in sorted(entries, key=lambda e: e[3][0] - e[3][1]):
+            raw = np.empty(stop - start, np.uint8)  # NumPy's memory is reused better than torch's, once freed
             f.seek(8 + length + start)
-            need(f.readinto(tensor.view(torch.uint8).numpy()) == stop - start, f"{name!r} is cut short")
+            need(f.readinto(raw) == stop - start, f"{name!r} is cut short")
+            tensor = torch.from_numpy(raw).view(DTYPES[kind]) if raw.size else torch.empty(0)
             yield name, tensor.view(shape)
+            del raw, tensor
 
 
 def write_safetensors(path, tensors):
@@ -502,9 +516,9 @@ def write_json(path, value):
     write_atomically(path, lambda f: f.write(text.encode("utf-8")))
 
 
-def read_gpt2_weights(path):
-    """{our name: tensor} of a file or folder with GPT-2's weights, the transposed ones turned, in float32.
-    Raises ValueError or FileNotFoundError."""
+def read_gpt2_weights(path, vocab_size):
+    """A file or folder with GPT-2's weights as ({our name: tensor}, vocab_size): the transposed ones turned,
+    in float32, wte grown to vocab_size (see from_pretrained). Raises ValueError or FileNotFoundError."""
     files = [path] if path.is_file() else [path / "model.safetensors", path / "pytorch_model.bin"]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
@@ -514,19 +528,30 @@ def read_gpt2_weights(path):
         named = read_safetensors(file)
     else:
         try:
-            named = torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            named = [(str(name), tensor.float()) for name, tensor in loaded.items()]
         except Exception as error:  # torch has many for a stranger's bytes
             raise ValueError(f"{file}: not a file of weights, or cut short "
                              f"({type(error).__name__})") from error
     weights = {}
     for name, tensor in named:
         name = name.removeprefix(PREFIX)
-        if not name.endswith(NOT_WEIGHTS):
-            weights[name] = (tensor.t() if name.endswith(TRANSPOSED) else tensor).float().contiguous()
+        if name.endswith(NOT_WEIGHTS):
+            continue
+        if name.endswith(TRANSPOSED) and tensor.dim() == 2:
+            tensor = tensor.t()
+        if name == "wte.weight" and tensor.dim() == 2:  # the largest, so while little else is in memory
+            rows = tensor.shape[0]
+            vocab_size = vocab_size or (GPTConfig.vocab_size if rows == 50257 else rows)
+            if vocab_size < rows:
+                raise ValueError(f"vocab_size={vocab_size}: {path} has {rows} ids; use that or more")
+            tensor = grow_rows(tensor, vocab_size, GPTConfig(vocab_size).padded_vocab_size)
+        weights[name] = tensor.float().contiguous()
+        del tensor
     for name in ("wte.weight", "wpe.weight"):
         if name not in weights or weights[name].dim() != 2:
             raise ValueError(f"{file}: holds no {name} table, so these are not GPT-2's weights")
-    return weights
+    return weights, vocab_size
 
 
 def read_n_head(path):
@@ -534,7 +559,7 @@ def read_n_head(path):
     try:
         file = (path if path.is_dir() else path.parent) / "config.json"
         return int(json.loads(file.read_text(encoding="utf-8"))["n_head"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -545,14 +570,14 @@ def grow_rows(table, count, padded, noise=0.01):
     grown = torch.zeros(padded, table.shape[1])
     grown[:rows] = table
     generator = torch.Generator().manual_seed(0)
-    grown[rows:count] = table.mean(0) + noise * table.std() * torch.randn(count - rows, table.shape[1],
-                                                                          generator=generator)
+    drawn = torch.randn(count - rows, table.shape[1], generator=generator)
+    grown[rows:count] = table.mean(0) + noise * table.std(correction=0) * drawn
     return grown
 
 
 def checked(weights, expected, path):
     """`weights`, or a ValueError for the first tensor that is missing, unknown or of another shape."""
-    for name in expected.keys() | weights.keys():
+    for name in [*sorted(weights.keys() - expected.keys()), *expected]:  # the unknown ones first
         if name not in weights or name not in expected:
             problem = "is missing" if name in expected else "does not belong to a GPT-2"
             raise ValueError(f"{path}: the tensor {name} {problem}")
@@ -616,7 +641,7 @@ def model_from_checkpoint(checkpoint, device="cpu", dropout=0.0):
     """The GPT in a checkpoint, with no random initialisation on the way. Raises ValueError where the
     weights do not fit the config."""
     config = GPTConfig(**{**checkpoint["config"], "dropout": dropout})
-    with torch.device("meta"):
+    with torch.device("meta"), NoInit():
         model = GPT(config)
     try:
         model.load_state_dict(checkpoint["model"], assign=True)

@@ -26,6 +26,7 @@ from data.tokens import SPLITS, new_files, write_meta, write_tokens
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 ALPACA_SHA256 = "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"
 NO_INPUT = re.compile(r"\W*no ?input( required| needed)?\W*", re.IGNORECASE)  # Alpaca's ways of saying so
+CHAINED = "several turns"  # the category of rows that were joined
 BATCH = 2000  # conversations encoded at a time
 
 
@@ -46,9 +47,7 @@ class Settings:
 def fetch(source, out_dir):
     """The local path of a source; an address is downloaded into out_dir first. Raises OSError."""
     if not source.startswith(("http://", "https://")):
-        path = Path(source).expanduser()
-        in_repo = config.repo_folder() / path
-        return in_repo if in_repo.exists() and not path.exists() else path
+        return config.local_path(source)
     path = download(source, out_dir / source.rpartition("/")[2])
     actual = sha256_of(path)
     print(f"{path}: {path.stat().st_size:,} bytes, sha256 {actual}", file=sys.stderr)
@@ -106,7 +105,7 @@ def join_rows(conversations, join, seed):
     rest, joined = rng.sample(conversations, len(conversations)), []
     while len(rest) > 1:
         count = rng.randint(2, join)
-        joined.append(([m for messages, _ in rest[:count] for m in messages], "several turns"))
+        joined.append(([m for messages, _ in rest[:count] for m in messages], CHAINED))
         rest = rest[count:]
     return joined
 
@@ -204,9 +203,11 @@ def print_report(settings, path, conversations, dropped, report, meta):
     for reason in (f"longer than {settings.max_tokens} tokens", "nothing of the answer fits"):
         cut = settings.too_long == "cut" and reason.startswith("longer")
         lines += [(f"  {'answer cut' if cut else 'dropped'}: {reason}", report[reason])] * (reason in report)
-    lines += [("training rows", meta["train_rows"]), ("held-out rows", meta["val_rows"]), ("tokens", tokens),
-              ("  supervised", report["supervised"]), ("longest conversation", report["longest"]),
-              ("ids in the vocabulary", meta["vocab_size"])]
+    chained = sum(meta["categories"][i] == CHAINED for i in meta["train_categories"])
+    lines += [("training rows", meta["train_rows"] - chained)]
+    lines += [("  and once more, chained: chats", chained)] * bool(chained)
+    lines += [("held-out rows", meta["val_rows"]), ("tokens", tokens), ("  supervised", report["supervised"]),
+              ("longest conversation", report["longest"]), ("ids in the vocabulary", meta["vocab_size"])]
     print(f"{path} -> {settings.out_dir}")
     for name, count in lines:
         print(f"  {name:<42}{count:>12,}")

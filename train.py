@@ -31,23 +31,17 @@ from model import (
 
 
 @dataclass
-class Settings:
+class LoopSettings:
+    """What the training loop reads; finetune.py has these too."""
     # what and where
     data_dir: Path = Path("data/instruction")  # a prepared folder: train.bin, val.bin, meta.json
     out_dir: Path = Path("out/chat")  # where best.pt and last.pt go
     resume: bool = False  # go on from out_dir/last.pt
-    init_from: str = "scratch"  # scratch; or gpt2, gpt2-medium, ... or a folder: the model found there
-    # the model
-    block_size: int = 128  # context length, in tokens
-    n_layer: int = 4  # blocks, one after the other
-    n_head: int = 4  # attention heads in each block
-    n_embd: int = 256  # channels: the width of the model
-    dropout: float = 0.0  # share of activations zeroed while training; slows memorizing
-    bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
     # one step
     batch_size: int = 8  # windows of text, or as many chats as fit into batch_size * block_size tokens
     gradient_accumulation: int = 1  # batches summed up for one step
     max_iters: int = 2000  # steps
+    dropout: float = 0.0  # share of activations zeroed while training; slows memorizing
     # the optimizer
     optimizer: str = "muon"  # muon (the blocks' matrices; AdamW for the rest) or adamw (all)
     learning_rate: float = 0.01  # peak, of muon, or of adamw where it has all
@@ -64,11 +58,23 @@ class Settings:
     eval_interval: int = 250  # steps between evaluations, each saves last.pt too
     eval_tokens: int = 20_000  # tokens of an evaluation, of each split; always the same ones
     best_by: str = "val"  # best.pt has the lowest loss on val; or on train, for a model that shall memorize
+    patience: int = 0  # stop after so many evaluations without a lower validation loss; 0: never
     # the machine
     seed: int = 1337  # of the first weights, the batches and the dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (matrix products; weights stay float32)
     compile: str = "auto"  # torch.compile: auto, on or off
+
+
+@dataclass
+class Settings(LoopSettings):
+    """The loop's settings, and those of a model made from scratch."""
+    init_from: str = "scratch"  # scratch; or gpt2, gpt2-medium, ... or a folder: the model found there
+    block_size: int = 128  # context length, in tokens
+    n_layer: int = 4  # blocks, one after the other
+    n_head: int = 4  # attention heads in each block
+    n_embd: int = 256  # channels: the width of the model
+    bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
 
 
 def check_settings(s):
@@ -79,11 +85,12 @@ def check_settings(s):
 
     for name in ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation",
                  "max_iters", "log_interval", "eval_interval", "eval_tokens"):
-        need(getattr(s, name) >= 1, name, "1 or more")
+        need(getattr(s, name, 1) >= 1, name, "1 or more")  # a model found somewhere has its own shape
     for name in ("learning_rate", "embedding_learning_rate"):
         need(getattr(s, name) > 0, name, "above 0")
-    for name in ("weight_decay", "grad_clip", "warmup_iters", "seed"):
+    for name in ("weight_decay", "grad_clip", "warmup_iters", "patience"):
         need(getattr(s, name) >= 0, name, "0 or more")
+    need(0 <= s.seed < 2**63, "seed", "from 0 to 2**63 - 1")
     for name in ("dropout", "beta1", "beta2"):
         need(0 <= getattr(s, name) < 1, name, "from 0 to below 1")
     need(0 <= s.final_lr <= 1, "final_lr", "from 0 to 1, a fraction of the peak")
@@ -185,6 +192,12 @@ def restore_optimizer(optimizer, state):
         group.update(values)
 
 
+def evaluations_since_best(history):
+    """How many evaluations have gone by since the lowest validation loss; history as in is_memorizing."""
+    losses = [val_loss for _, _, val_loss in history]
+    return len(losses) - 1 - losses.index(min(losses))
+
+
 def train_step(model, optimizers, dataset, step, s, device, autocast):
     """One step on the batches that belong to it: (mean loss per target, gradient norm, tokens read).
 
@@ -216,7 +229,7 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
 def train(s, model, dataset, device, dtype, resumed=None):
     """The training loop: steps, evaluations, checkpoints, until max_iters or a signal.
 
-    s: Settings. model: a GPT on `device`. dataset: see data/tokens.py. resumed: the dict of a last.pt,
+    s: LoopSettings. model: a GPT on `device`. dataset: see data/tokens.py. resumed: the dict of a last.pt,
     whose optimizers, counters and random state are taken over. Returns the number of the signal that
     stopped it, or 0.
     """
@@ -281,6 +294,9 @@ def train(s, model, dataset, device, dtype, resumed=None):
                 saved &= save("last.pt", done, best=best, told=told, rng=rng_states(device),
                               optimizers=[optimizer.state_dict() for optimizer in optimizers])
                 since = time.monotonic()
+                if s.patience and not last and evaluations_since_best(history) >= s.patience:
+                    print(f"stopped: {s.patience} evaluations without a lower validation loss (patience)")
+                    break
             if last:
                 break
     report(s, history, spent)
@@ -310,33 +326,22 @@ def load_resumed(s, dataset):
                          "best.pt")
     for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer", "batch_size",
                  "gradient_accumulation", "best_by", "seed"):
-        if resumed["settings"][name] != getattr(s, name):
-            raise ValueError(f"{path}: was made with {name}={resumed['settings'][name]}, this run has "
-                             f"{name}={getattr(s, name)}; use the same, or another out_dir")
+        then, now = resumed["settings"].get(name), getattr(s, name, None)
+        if then != now:
+            raise ValueError(f"{path}: was made with {name}={then}, this run has {name}={now}; use the same, "
+                             "or another out_dir")
     if resumed["tokenizer"] != dataset.tokenizer:
         raise ValueError(f"{path}: was made with another tokenizer than that of data_dir={s.data_dir}; use "
                          "the same data, or another out_dir")
     if resumed["data"] != dataset.fingerprint:
-        raise ValueError(f"{path}: was made with other data (data_dir={resumed['settings']['data_dir']}, as it "
-                         f"was then) than data_dir={s.data_dir} is now; use the same, or another out_dir")
+        raise ValueError(f"{path}: was made with other data (data_dir={resumed['settings']['data_dir']}, as "
+                         f"it was then) than data_dir={s.data_dir} is now; use the same, or another out_dir")
     return resumed
 
 
-def main(argv):
-    s = config.load(Settings, argv, __doc__)
-    check_settings(s)
-    device, dtype, why = pick_device(s.device, s.dtype)
-    dataset = open_dataset(s.data_dir, s.block_size, s.batch_size, s.seed)
-    resumed = load_resumed(s, dataset) if s.resume else None
-    torch.manual_seed(s.seed)
+def run(s, model, dataset, device, dtype, why, resumed):
+    """Say what is about to be trained, train it, and leave with the signal's exit code if one stopped it."""
     torch.set_float32_matmul_precision("high")
-    if resumed:
-        model = model_from_checkpoint(resumed, device, s.dropout)
-    elif s.init_from != "scratch":
-        model = GPT.from_pretrained(s.init_from, dataset.vocab_size, s.block_size, s.dropout).to(device)
-    else:
-        model = GPT(GPTConfig(dataset.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout,
-                              s.bias)).to(device)
     reason = "as set"
     if s.compile == "auto":
         s.compile = "on" if device.type == "cuda" and dataset.kind == "text" else "off"
@@ -350,6 +355,23 @@ def main(argv):
     stopped_by = train(s, model, dataset, device, dtype, resumed)
     if stopped_by:
         raise SystemExit(128 + stopped_by)
+
+
+def main(argv):
+    s = config.load(Settings, argv, __doc__)
+    check_settings(s)
+    device, dtype, why = pick_device(s.device, s.dtype)
+    dataset = open_dataset(s.data_dir, s.block_size, s.batch_size, s.seed)
+    resumed = load_resumed(s, dataset) if s.resume else None
+    torch.manual_seed(s.seed)
+    if resumed:
+        model = model_from_checkpoint(resumed, device, s.dropout)
+    elif s.init_from != "scratch":
+        model = GPT.from_pretrained(s.init_from, dataset.vocab_size, s.block_size, s.dropout).to(device)
+    else:
+        model = GPT(GPTConfig(dataset.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout,
+                              s.bias)).to(device)
+    run(s, model, dataset, device, dtype, why, resumed)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,12 @@ def repo_folder():
     return Path() if Path.cwd() == REPO else REPO
 
 
+def local_path(text):
+    """A path that is written as text: as it stands, or where there is no such file, in the repository."""
+    path = Path(text).expanduser()
+    return path if path.exists() or not (REPO / path).exists() else REPO / path
+
+
 def find_config(arg):
     """The config file meant by arg: in the current folder, or in the repository."""
     for path in (Path(arg), REPO / arg):
@@ -127,7 +133,7 @@ def cast(name, value, wanted, source, base):
 def describe(settings_class, doc=""):
     """The text of --help: every setting with its default and the comment that stands behind it."""
     lines = [doc.strip(), "", "Settings (--name=value, or name = value in a config file):", ""]
-    source = inspect.getsource(settings_class)
+    source = "".join(inspect.getsource(c) for c in settings_class.__mro__ if dataclasses.is_dataclass(c))
     for field in dataclasses.fields(settings_class):
         comment = re.search(rf"^\s+{field.name}\s*:[^#\n]*(?:#\s*(.*))?$", source, re.MULTILINE)
         default = f"--{field.name}={field.default}"

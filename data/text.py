@@ -74,7 +74,7 @@ def main(argv):
         raise ValueError("no text given: use --source=FILE, or config/prepare_shakespeare.py")
     if not 0 < settings.val_fraction < 1:
         raise ValueError(f"val_fraction={settings.val_fraction}: use a value between 0 and 1, such as 0.1")
-    path = Path(settings.source).expanduser()
+    path = config.local_path(settings.source)
     if settings.source.startswith(("http://", "https://")):
         path = download(settings.source, settings.out_dir / settings.source.rpartition("/")[2])
     if not path.is_file():

@@ -22,8 +22,9 @@ ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 # How text is cut before bytes are paired (no pair crosses a cut): words, single digits (so that numbers are
 # spelled, and sums can be learned), runs of punctuation, white space. GPT-2 glues a space to the word
 # behind it; here it stands alone, so that a word is the same id wherever it stands and a small model learns
-# it once. It is written for both Python's re, which trains, and tiktoken's engine, which encodes.
-SPLIT_PATTERN = r"[^\W\d_]+|\d|(?:[^\s\w]|_)+|\s+"
+# it once. It is written for Python's re, which trains, tiktoken's engine, which encodes, and that of
+# exported tokenizers; they disagree on whether the joiners in emoji (U+200C, U+200D) are letters: here not.
+SPLIT_PATTERN = "[^\\W\\d_\u200c\u200d]+|\\d|(?:[^\\s\\w]|[_\u200c\u200d])+|\\s+"
 
 
 def build(name, pattern, token_bytes):

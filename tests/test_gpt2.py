@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import chat
@@ -35,6 +35,11 @@ PROPERTY = settings(max_examples=60, deadline=None, database=None, derandomize=T
                     suppress_health_check=list(HealthCheck))
 
 
+class Parts(SimpleNamespace):
+    """Values with names, which a failing test does not spell out."""
+    __repr__ = object.__repr__
+
+
 def hf_gpt2(n_embd=64, n_head=1, vocab_size=100, n_layer=2, seed=0):
     """A GPT-2 by transformers whose every number is random, so that a forgotten bias or norm shows."""
     torch.manual_seed(seed)
@@ -43,9 +48,9 @@ def hf_gpt2(n_embd=64, n_head=1, vocab_size=100, n_layer=2, seed=0):
         resid_pdrop=0, embd_pdrop=0, initializer_range=1.2 / n_embd**0.5, bos_token_id=0, eos_token_id=0,
         attn_implementation="eager"))
     with torch.no_grad():
-        for p in hf.parameters():
-            if p.dim() == 1:
-                p.add_(0.2 * torch.randn_like(p))
+        for name, p in hf.named_parameters():
+            if p.dim() == 1:  # the residual stream starts small, and c_proj's biases add to it
+                p.add_((0.01 if name.endswith("c_proj.bias") else 0.2) * torch.randn_like(p))
     return hf.eval()
 
 
@@ -56,7 +61,7 @@ def random_ids(vocab_size, *shape, seed=1):
 def close(ours, theirs, tolerance=1e-4):
     """No number differs by more than `tolerance` of the largest."""
     assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
+    assert (ours - theirs).norm(torch.inf) <= tolerance * theirs.norm(torch.inf)
 
 
 @torch.no_grad()
@@ -89,7 +94,7 @@ def tensors_of(hf):
 def pair(request, tmp_path_factory):
     """(a GPT-2 of one of the four shapes by transformers, the same loaded from its file by model.py)."""
     n_embd, n_head = SHAPES[request.param]
-    hf = hf_gpt2(n_embd, n_head, vocab_size=50257)
+    hf = hf_gpt2(n_embd, n_head, vocab_size=50257, n_layer=12 if request.param == "gpt2" else 2)
     folder = tmp_path_factory.mktemp(request.param)
     hf.save_pretrained(folder)
     gpt = GPT.from_pretrained(str(folder), vocab_size=50257).eval()
@@ -115,7 +120,7 @@ def test_50_greedy_ids_of_each_shape_are_the_likeliest_of_transformers(pair):
 
 def test_the_gradients_of_each_shape_are_those_of_transformers(pair):
     hf, gpt = pair
-    ids = random_ids(50257, 2, 13)
+    ids = random_ids(50257, 2, 9)
     F.cross_entropy(hf(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
     (gpt(ids[:, :-1], ids[:, 1:].contiguous()) / ids[:, 1:].numel()).backward()
     theirs = dict(hf.transformer.named_parameters())
@@ -201,6 +206,8 @@ def test_a_folder_without_weights_is_an_error_that_says_what_to_use(tmp_path):
 def wide_folder(tmp_path_factory):
     """A small GPT-2 with GPT-2's own vocabulary: (model by transformers, folder)."""
     hf, folder = hf_gpt2(vocab_size=50257), tmp_path_factory.mktemp("wide")
+    with torch.no_grad():
+        hf.transformer.wte.weight += 0.1 * torch.randn(64)  # so that the mean is not 0
     hf.save_pretrained(folder)
     return hf, folder
 
@@ -237,7 +244,7 @@ def test_gpt2s_own_vocabulary_size_leaves_logits_of_exactly_its_ids(wide_folder)
 
 def test_padded_ids_are_never_sampled_and_new_ones_are(tiny_folder):
     gpt = GPT.from_pretrained(tiny_folder, vocab_size=103)  # the table has 128 rows
-    seen = set(gpt.generate([1], 3000, temperature=1e4, seed=0))
+    seen = set(gpt.generate([1], 1000, temperature=1e4, seed=0))
     assert gpt.wte.weight.shape[0] == 128
     assert max(seen) < 103 and seen >= {100, 101, 102}
 
@@ -262,9 +269,10 @@ def test_a_longer_block_size_is_refused_with_both_numbers(tiny_folder):
 
 # ---- the way out ----
 
-PARAGRAPH = ("Où est le café?  Ça, c'est à 3.14 km; naïve Ærøskøbing, Straße, 東京都, здравствуйте, नमस्ते.\n\n"
-             "\tif x_1 == 10**6:\n        return '👋🏽 👨‍👩‍👧‍👦 🇫🇷 e\u0301'   \r\n \n\n  I'll we've they'D   1,234,567"
-             "   ...!?  __init__ \u00a0\u2003 end  ")
+FAMILY = "👨\u200d👩\u200d👧\u200d👦"  # one emoji, four joined by zero-width joiners
+PARAGRAPH = ("Où est le café?  Ça, c'est à 3.14 km; naïve Ærøskøbing, Straße, 東京都, здравствуйте, नमस्ते."
+             f"\n\n\tif x_1 == 10**6:\n        return '👋🏽 {FAMILY} 🇫🇷 e\u0301'   \r\n \n\n  I'll we've "
+             "they'D   1,234,567   ...!?  __init__ \u00a0\u2003 end  ")
 EXPORTS = {"gpt2": dict(n_head=4, n_embd=64), "bpe": dict(n_head=2, n_embd=32, bias=False),
            "bytes": dict(n_head=3, n_embd=48)}
 
@@ -286,8 +294,8 @@ def export(request, tmp_path_factory):
             p.add_(torch.randn_like(p) * 0.15)
     m.save_checkpoint(folder / "best.pt", m.model_checkpoint(gpt, spec, "chat", step=1, max_iters=1))
     m.main([f"--checkpoint={folder / 'best.pt'}", f"--export={folder / 'hf'}"])
-    return SimpleNamespace(gpt=gpt, enc=enc, folder=folder / "hf",
-                           tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "hf"))
+    return Parts(gpt=gpt, enc=enc, folder=folder / "hf",
+                 tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "hf"))
 
 
 def test_transformers_opens_an_export_and_has_the_same_logits(export):
@@ -323,8 +331,9 @@ def test_the_special_tokens_of_an_export_have_their_ids(export):
     assert len(export.tokenizer) == export.enc.n_vocab
 
 
-PIECES = st.sampled_from([" ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u200d", "é", "e\u0301", "👋", "👨‍👩‍👧", "12", "7",
-                          "'ll", "'s", "the", " The", "__", "...", "<|", "|>", "東京", "\x1c", "\u0085", "²", "Ⅷ"])
+PIECES = st.sampled_from([" ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u200d", "é", "e\u0301", "👋", FAMILY,
+                          "12", "7", "'ll", "'s", "the", " The", "__", "...", "<|", "|>", "東京", "\x1c",
+                          "\u0085", "²", "Ⅷ"])
 TEXT = st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=20).map("".join)).filter(
     lambda text: not any(token in text for token in (END_OF_TEXT, *ROLE_TOKENS)))
 
@@ -333,7 +342,7 @@ TEXT = st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=20).map("".join
 @given(text=TEXT)
 @example(PARAGRAPH)
 @example("")
-@example("👨‍👩‍👧‍👦 " * 3)
+@example(f"{FAMILY} " * 3)
 def test_the_tokenizer_of_an_export_makes_the_same_ids_and_turns_them_back(export, text):
     ids = export.tokenizer.encode(text)
     assert ids == export.enc.encode_ordinary(text)
@@ -366,8 +375,8 @@ def good(tmp_path_factory):
     safetensors.save_file({name.removeprefix("transformer."): t for name, t in tensors.items()}, path)
     content = path.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
-    return SimpleNamespace(header=json.loads(content[8:8 + length]), data=content[8 + length:],
-                           content=content)
+    return Parts(header=json.loads(content[8:8 + length]), data=content[8 + length:],
+                 content=content)
 
 
 def write_file(path, header, data):
@@ -407,8 +416,9 @@ def test_a_wrong_header_length_is_refused(good, tmp_path, length):
 @pytest.mark.parametrize("header", [
     b"", b"{}", b"[]", b"null", b"7", b'"wte.weight"', b"{", b"not json", b"\xff\xfe{}", b"[" * 200_000,
     b'{"a":' * 200_000, b'{"wte.weight": ' + b"[" * 200_000, b'{"a": ' + b"9" * 10_000 + b"}",
-    b'["wte.weight"]', b'{"__metadata__": {"format": "pt"}}', b'{"wte.weight": null}', b'{"wte.weight": []}',
-    b'{"wte.weight": "F32"}', b'{"wte.weight": {}}', b'{"wte.weight": {"dtype": "F32", "shape": [1]}}'],
+    b'["wte.weight"]', b'{"__metadata__": {"format": "pt"}}', b'{"wte.weight": null}',
+    b'{"wte.weight": []}', b'{"wte.weight": "F32"}', b'{"wte.weight": {}}',
+    b'{"wte.weight": {"dtype": "F32", "shape": [1]}}'],
     ids=lambda header: header[:40].decode("latin1"))
 def test_a_header_of_another_kind_is_refused(good, tmp_path, header):
     write_file(tmp_path / "a.safetensors", header, good.data)
@@ -416,8 +426,8 @@ def test_a_header_of_another_kind_is_refused(good, tmp_path, header):
 
 
 @pytest.mark.parametrize("fields", [
-    {"dtype": "F33"}, {"dtype": "f32"}, {"dtype": None}, {"dtype": 32}, {"dtype": []}, {"dtype": {"F32": 1}},
-    {"dtype": "F16"}, {"dtype": "U8"},
+    {"dtype": "F33"}, {"dtype": "f32"}, {"dtype": None}, {"dtype": 32}, {"dtype": []},
+    {"dtype": {"F32": 1}}, {"dtype": "F16"}, {"dtype": "U8"},
     {"shape": [True] * 2}, {"shape": ["64"]}, {"shape": "64"}, {"shape": [64.0]}, {"shape": [63]},
     {"shape": [65]}, {"shape": 64}, {"shape": None}, {"shape": {"64": 64}}, {"shape": [[64]]},
     {"shape": [-64]}, {"shape": [-8, -8]}, {"shape": [64, 0]}, {"shape": []}, {"shape": [2**62]},
@@ -491,9 +501,9 @@ def test_a_missing_tensor_is_named(good, tmp_path, name):
         GPT.from_pretrained(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("name", ["h.0.attn.q_norm.weight", "extra", "score.weight", "h.0", "h.x.ln_1.weight",
-                                  "h.", "h.-1.ln_1.weight", "h.00.ln_1.weight", "h.٣.ln_1.weight", "",
-                                  "h." + "9" * 5000])
+@pytest.mark.parametrize("name", ["h.0.attn.q_norm.weight", "extra", "score.weight", "h.0",
+                                  "h.x.ln_1.weight", "h.", "h.-1.ln_1.weight", "h.00.ln_1.weight",
+                                  "h.٣.ln_1.weight", "", "h." + "9" * 5000])
 def test_an_unknown_tensor_is_named(good, tmp_path, name):
     write_file(tmp_path / "a.safetensors", {**good.header, name: good.header["ln_f.weight"]}, good.data)
     with pytest.raises(ValueError, match=rf"a\.safetensors.* {re.escape(name)} "):
@@ -552,9 +562,9 @@ def test_a_file_with_any_bytes_changed_is_read_or_refused(good, tmp_path, choice
     content = bytearray(good.content)
     start = len(good.content) - len(good.data)
     where = st.integers(0, 8) | st.integers(8, start)
-    for i, byte in choice.draw(st.lists(st.tuples(where, st.integers(0, 255) | st.sampled_from(b'0129"[]{},.')),
-                                        min_size=1, max_size=4)):
-        content[i] = byte
+    byte = st.integers(0, 255) | st.sampled_from(b'0129"[]{},.')
+    for i, value in choice.draw(st.lists(st.tuples(where, byte), min_size=1, max_size=4)):
+        content[i] = value
     (tmp_path / "a.safetensors").write_bytes(content)
     loads_or_is_refused(tmp_path / "a.safetensors")
 
@@ -784,8 +794,8 @@ def test_chat_goes_on_with_a_text_in_the_raw_model(wide_folder, capsys):
         enc = get_tokenizer("gpt2")
     except ValueError as error:
         pytest.skip(str(error))
-    chat.main([f"--init_from={folder}", "--prompt=Once upon a time", "--temperature=0", "--max_new_tokens=10",
-               "--device=cpu"])
+    chat.main([f"--init_from={folder}", "--prompt=Once upon a time", "--temperature=0",
+               "--max_new_tokens=10", "--device=cpu"])
     said = capsys.readouterr().out
     ids = enc.encode_ordinary("Once upon a time")
     for _ in range(10):
@@ -801,7 +811,6 @@ import sys, torch, model
 def peak():  # of this program alone: ru_maxrss would start at that of the tests that started it
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
-torch.zeros(9).normal_().sum()
 before = peak()
 gpt = model.GPT.from_pretrained(sys.argv[1])
 total = sum(p.sum().item() for p in gpt.parameters())  # every weight is looked at once
@@ -811,9 +820,9 @@ print(peak() - before)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    C, path = 1536, tmp_path / "model.safetensors"
-    shapes = {"wte.weight": (1000, C), "wpe.weight": (64, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
-    for i in range(2):
+    C, path = 768, tmp_path / "model.safetensors"  # gpt2's width, and like gpt2 a third embeddings
+    shapes = {"wte.weight": (20_000, C), "wpe.weight": (64, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(5):
         shapes |= {f"h.{i}.ln_1.weight": (C,), f"h.{i}.ln_1.bias": (C,), f"h.{i}.ln_2.weight": (C,),
                    f"h.{i}.ln_2.bias": (C,), f"h.{i}.attn.c_attn.weight": (C, 3 * C),
                    f"h.{i}.attn.c_attn.bias": (3 * C,), f"h.{i}.attn.c_proj.weight": (C, C),

@@ -1,0 +1,1 @@
+# python train.py config/train_chat.py && python finetune.py config/finetune_chat_small.py
