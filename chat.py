@@ -191,9 +191,8 @@ def score(model, enc, s):
     print(f"{'answers right, word for word':<32}{'held out':>18}{'trained on':>20}")
     names = {name for _, name in total} - {""}
     for name in sorted(names, key=lambda n: (n == "all", n.partition("/")[0], "/" not in n, n)):
-        cells = [f"{right[split, name]:>5} of {total[split, name]:>5} "
-                 f"{right[split, name] / max(total[split, name], 1):>4.0%}"
-                 for split in ("val", "train")]
+        cells = [f"{right[split, name]} of {count:>5} {right[split, name] / count:>5.0%}"
+                 if (count := total[split, name]) else "" for split in ("val", "train")]
         indented = "  " * ("/" in name) + name
         print(f"{indented:<32}{cells[0]:>18}  {cells[1]:>18}")
 

@@ -254,8 +254,8 @@ class GPT(nn.Module):
         n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
         n_head = read_n_head(path) or max(n_embd // 64, 1)
         if n_embd == 0 or n_head < 1 or n_embd % n_head:
-            raise ValueError(f"{path}: its {n_embd} channels cannot be split into {n_head} equal heads; check "
-                             "n_head in the config.json beside it")
+            raise ValueError(f"{path}: its {n_embd} channels cannot be split into {n_head} equal heads; "
+                             "check n_head in the config.json beside it")
         config = GPTConfig(vocab_size, longest, n_layer, n_head, n_embd, dropout)
         with torch.device("meta"), NoInit():
             model = cls(config)
@@ -295,11 +295,12 @@ class GPT(nn.Module):
             "bos_token_id": end_of_text, "eos_token_id": end_of_text})
         write_json(folder / "generation_config.json", ends)
 
-    def configure_optimizers(self, optimizer, learning_rate, embedding_learning_rate, weight_decay, betas):
+    def configure_optimizers(self, optimizer, learning_rate, embedding_learning_rate, weight_decay, betas,
+                             momentum=0.9):
         """The optimizers for a training run, a list.
 
         "adamw": one AdamW (Loshchilov & Hutter 2019) for all, at learning_rate. "muon": Muon for the
-        blocks' matrices at learning_rate, AdamW for embeddings, norms and biases at
+        blocks' matrices at learning_rate and momentum, AdamW for embeddings, norms and biases at
         embedding_learning_rate. Weights of two dimensions are decayed, norms and biases are not. Each group
         keeps its peak as group["peak_lr"].
         """
@@ -314,7 +315,7 @@ class GPT(nn.Module):
         else:
             groups = [{"params": tables, "lr": embedding_learning_rate, "weight_decay": weight_decay},
                       {"params": vectors, "lr": embedding_learning_rate, "weight_decay": 0.0}]
-            optimizers = [Muon(blocks, lr=learning_rate, weight_decay=weight_decay),
+            optimizers = [Muon(blocks, learning_rate, momentum, weight_decay),
                           torch.optim.AdamW(groups, betas=betas, fused=fused)]
         for group in (g for o in optimizers for g in o.param_groups):
             group["peak_lr"] = group["lr"]
@@ -358,32 +359,39 @@ def sample(logits, temperature, top_k, top_p, generator):
 def newton_schulz(x, steps=5):
     """Nearest semi-orthogonal matrices, roughly: (n, r, c) -> (n, r, c) with singular values of about 1.
 
-    Five rounds of a quintic iteration whose coefficients (Jordan et al. 2024, "Muon") drive every singular
-    value from (0, 1] to between 0.7 and 1.2, by matrix products alone.
+    Rounds of a quintic iteration whose coefficients (Jordan et al. 2024, "Muon") drive every singular value
+    from (0, 1] to between 0.7 and 1.2, by matrix products alone.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
-    x = x.bfloat16() if x.is_cuda else x.float()  # bfloat16 is slow on most CPUs
     x = x.mT if tall else x  # the smaller side first: x @ x.mT is then the smaller of the two products
+    x = x.bfloat16() if x.is_cuda else x.float()  # bfloat16 is slow on most CPUs
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         s = x @ x.mT
-        x = a * x + torch.baddbmm(b * s, s, s, beta=1, alpha=c) @ x
+        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)  # a x + (b s + c s s) x
     return x.mT if tall else x
+
+
+def wide_matrices(p):
+    """The matrices that a parameter is made of, as views with no more rows than columns: c_attn holds three
+    (query, key, value), the others one, some of which are turned."""
+    rows, cols = p.shape
+    return list(p.view(3, cols, cols)) if rows == 3 * cols else [p if rows <= cols else p.mT]
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal, for the matrices of the blocks (Jordan et al. 2024).
 
-    Matrices of one shape are stacked and orthogonalised in one batch. c_attn is three matrices (query, key,
-    value) in one, and is treated as three. Updates are scaled to the root mean square that AdamW's have
-    (Liu et al. 2025, "Muon is Scalable"), so learning rates and weight decay mean much the same in both.
+    Matrices of one shape are stacked and orthogonalised in one batch. Updates are scaled to the root mean
+    square that AdamW's have (Liu et al. 2025, "Muon is Scalable"), so learning rates and weight decay mean
+    much the same in both.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0):
         by_shape = {}
         for p in params:
-            by_shape.setdefault(tuple(p.shape), []).append(p)
+            by_shape.setdefault(wide_matrices(p)[0].shape, []).append(p)
         groups = [{"params": group} for group in by_shape.values()]
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -391,17 +399,15 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            rows, cols = params[0].shape
-            rows = cols if rows == 3 * cols else rows
-            grads = torch.stack([p.grad for p in params]).view(-1, rows, cols)
+            matrices = [matrix for p in params for matrix in wide_matrices(p)]
+            grads = torch.stack([matrix for p in params for matrix in wide_matrices(p.grad)])  # (n, r, c)
             state = self.state[params[0]]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(grads)
             buffer = state["momentum_buffer"].lerp_(grads, 1 - momentum)
-            update = newton_schulz(grads.lerp_(buffer, momentum))  # Nesterov's look ahead
-            update = update.to(grads.dtype).reshape(-1, *params[0].shape).unbind()
+            update = newton_schulz(grads.lerp_(buffer, momentum)).to(grads.dtype)  # Nesterov's look ahead
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(params, update, alpha=-lr * 0.2 * math.sqrt(max(rows, cols)))
+            torch._foreach_add_(matrices, update.unbind(), alpha=-lr * 0.2 * math.sqrt(grads.shape[2]))
 
 
 def pick_device(device="auto", dtype="auto"):

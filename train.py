@@ -50,6 +50,7 @@ class LoopSettings:
     decay: str = "linear"  # after that: linear, cosine or constant
     final_lr: float = 0.0  # where the decay ends, as a fraction of the peak
     weight_decay: float = 0.0  # pull of weights towards 0; not of norms and biases
+    momentum: float = 0.9  # muon's
     beta1: float = 0.9  # AdamW's momentum
     beta2: float = 0.99  # AdamW's memory of squared gradients
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
@@ -91,7 +92,7 @@ def check_settings(s):
     for name in ("weight_decay", "grad_clip", "warmup_iters", "patience"):
         need(getattr(s, name) >= 0, name, "0 or more")
     need(0 <= s.seed < 2**63, "seed", "from 0 to 2**63 - 1")
-    for name in ("dropout", "beta1", "beta2"):
+    for name in ("dropout", "momentum", "beta1", "beta2"):
         need(0 <= getattr(s, name) < 1, name, "from 0 to below 1")
     need(0 <= s.final_lr <= 1, "final_lr", "from 0 to 1, a fraction of the peak")
     for name, choices in (("optimizer", ("muon", "adamw")), ("decay", ("linear", "cosine", "constant")),
@@ -234,7 +235,7 @@ def train(s, model, dataset, device, dtype, resumed=None):
     stopped it, or 0.
     """
     optimizers = model.configure_optimizers(s.optimizer, s.learning_rate, s.embedding_learning_rate,
-                                            s.weight_decay, (s.beta1, s.beta2))
+                                            s.weight_decay, (s.beta1, s.beta2), s.momentum)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     run = torch.compile(model) if s.compile == "on" else model  # what computes; checkpoints take `model`
     start, history, best, told, spent = 0, [], math.inf, False, 0.0

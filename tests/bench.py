@@ -52,7 +52,8 @@ def train_and_measure(argv, folder, out_dir):
 def shakespeare(settings):
     """Time to a validation loss: Muon against AdamW with nanoGPT's recipe for a CPU, the same model."""
     adamw = ["--optimizer=adamw", "--batch_size=12", "--max_iters=2000", "--learning_rate=1e-3",
-             "--final_lr=0.1", "--decay=cosine", "--warmup_iters=100", "--weight_decay=0.1", "--beta2=0.99"]
+             "--final_lr=0.1", "--decay=cosine", "--warmup_iters=100", "--weight_decay=0.1", "--beta1=0.9",
+             "--beta2=0.99"]
     with tempfile.TemporaryDirectory() as folder:
         quiet(data.text.main, [f"--source={settings.source}", f"--out_dir={folder}", "--tokenizer=bytes"])
         for run in range(settings.runs):
@@ -66,7 +67,7 @@ def shakespeare(settings):
                 print(f"{name:<26}{loss:>12.4f}{seconds:>10.1f}{seconds / base:>10.2f}", flush=True)
 
 
-SHORT = ["--max_iters=280"]
+SHORT = ["--max_iters=180"]
 PARTS = {"shakespeare": shakespeare}
 
 
