@@ -28,6 +28,7 @@ class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to talk to
     init_from: str | None = None  # gpt2, gpt2-medium, ... or a folder with such weights, instead
     prompt: str | None = None  # one message: print the reply and leave
+    turns: int = 0  # how many of your messages the model sees, the newest counted; 0: as it was trained
     max_new_tokens: int = 200  # longest reply, in tokens
     temperature: float = 0.5  # 0: always the likeliest token; 1: as the model learned; above: wilder
     top_k: int = 50  # choose among the so many likeliest tokens; 0: all
@@ -41,8 +42,8 @@ class Settings:
 
 def check_settings(s):
     """Raise ValueError for the first setting out of its range."""
-    for name, low, high in (("max_new_tokens", 1, None), ("temperature", 0, None), ("top_k", 0, None),
-                            ("top_p", 0, 1), ("score_rows", 0, None)):
+    for name, low, high in (("turns", 0, None), ("max_new_tokens", 1, None), ("temperature", 0, None),
+                            ("top_k", 0, None), ("top_p", 0, 1), ("score_rows", 0, None)):
         value = getattr(s, name)
         if value < low or high is not None and value > high or name == "top_p" and value == 0:
             raise ValueError(f"{name}={value}: must be " + ("above 0, at most 1" if name == "top_p" else
@@ -122,8 +123,9 @@ def say(pieces):
     return "".join(said)
 
 
-def chat(model, enc, s, is_chat):
-    """Read messages from standard input, a line each, and answer them until it ends."""
+def chat(model, enc, s, turns):
+    """Read messages from standard input, a line each, and answer them until it ends. The model sees the
+    newest `turns` of them and its replies in between; with 0 it does not chat, but goes on with each line."""
     tty = sys.stdin.isatty() and sys.stdout.isatty()
     if tty:
         try:
@@ -143,9 +145,10 @@ def chat(model, enc, s, is_chat):
             continue
         if not line:
             continue
-        if not is_chat:
+        if not turns:
             say(continue_text(model, enc, line, s))
             continue
+        del messages[:max(len(messages) - 2 * (turns - 1), 0)]  # two for each earlier turn stay
         messages.append({"role": "user", "content": line})
         ids, told = trim(messages, enc, model.config.block_size, room(model, s))
         if told:
@@ -198,31 +201,32 @@ def score(model, enc, s):
 
 
 def load_model(s, device, dtype):
-    """(model, tokenizer, whether it chats, what to call it) for the settings. Raises ValueError or
+    """(model, tokenizer, turns as in `chat`, what to call it) for the settings. Raises ValueError or
     OSError."""
     if s.init_from:  # weights as they came, without role tokens: they go on with a text
         model, enc = GPT.from_pretrained(s.init_from, vocab_size=50257), get_tokenizer("gpt2")
-        return model.to(device, dtype).eval(), enc, False, s.init_from
+        return model.to(device, dtype).eval(), enc, 0, s.init_from
     checkpoint = load_checkpoint(s.checkpoint, "Make one: python prepare_alpaca.py "
                                  "config/prepare_instruction.py && python train.py config/train_chat.py "
                                  "(or: make chat)")
     model = model_from_checkpoint(checkpoint, device).to(dtype).eval()
     name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
-    return model, get_tokenizer(checkpoint["tokenizer"]), checkpoint["kind"] == "chat", name
+    turns = (s.turns or checkpoint.get("turns", 1)) if checkpoint["kind"] == "chat" else 0
+    return model, get_tokenizer(checkpoint["tokenizer"]), turns, name
 
 
 def main(argv):
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = pick_device(s.device, s.dtype)
-    model, enc, is_chat, name = load_model(s, device, dtype)
+    model, enc, turns, name = load_model(s, device, dtype)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     if s.score:
         return score(model, enc, s)
     if s.prompt is not None:
-        if not is_chat:
+        if not turns:
             say(continue_text(model, enc, s.prompt, s))
             return
         messages = [{"role": "user", "content": s.prompt}]
@@ -233,9 +237,10 @@ def main(argv):
         return
     if sys.stdin.isatty():
         note(f"{name}: {model.num_params():,} parameters, {why}. " +
-             ("Ask it something; Ctrl-D leaves." if is_chat else
+             ((f"It sees your last {turns} messages" if turns > 1 else "It sees each message by itself") +
+              ". Ask it something; Ctrl-D leaves." if turns else
               "It knows no turns: it goes on with what you write. Ctrl-D leaves."))
-    chat(model, enc, s, is_chat)
+    chat(model, enc, s, turns)
 
 
 if __name__ == "__main__":

@@ -577,7 +577,8 @@ def grow_rows(table, count, padded, noise=0.01):
     grown[:rows] = table
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(count - rows, table.shape[1], generator=generator)
-    grown[rows:count] = table.mean(0) + noise * table.std(correction=0) * drawn
+    if table.numel():
+        grown[rows:count] = table.mean(0) + noise * table.std() * drawn
     return grown
 
 

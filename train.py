@@ -249,7 +249,7 @@ def train(s, model, dataset, device, dtype, resumed=None):
 
     def save(name, step, **extra):
         made = {"step": step, "max_iters": s.max_iters, "history": history, "seconds": spent,
-                "data": dataset.fingerprint,
+                "data": dataset.fingerprint, "turns": dataset.turns,
                 "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(s).items()}}
         try:
             checkpoint = model_checkpoint(model, dataset.tokenizer, dataset.kind, **made, **extra)

@@ -4,6 +4,4 @@ out_dir = "data/instruction"
 tokenizer = "bpe"  # learned from the training rows, so it needs no download
 vocab_size = 1024
 val_fraction = 0.1
-join = 3  # single questions, and chats of two or three, so that the model is not lost at the second one
 max_tokens = 129  # config/train_chat.py reads 128 tokens at a time, and predicts one more
-too_long = "drop"  # a few of the chained ones

@@ -119,6 +119,7 @@ class TokenDataset:
     """Plain text: windows of block_size tokens from random places, each target the token after."""
 
     kind = "text"
+    turns = 0
 
     def __init__(self, folder, block_size, batch_size, seed=0):
         self.folder, self.block_size, self.batch_size, self.seed = Path(folder), block_size, batch_size, seed
@@ -164,6 +165,7 @@ class ChatDataset:
     """
 
     kind = "chat"
+    turns = 1  # of the longest conversation, once it is open
 
     def __init__(self, folder, block_size, batch_size, seed=0):
         self.folder, self.block_size, self.seed = Path(folder), block_size, seed
@@ -186,6 +188,8 @@ class ChatDataset:
             if not kept.any():
                 raise ValueError(f"{folder}/{split}.bin: at block_size={block_size} no conversation has "
                                  "anything of the assistant's left; use a larger block_size")
+            turns = np.add.reduceat(tokens == special_ids(enc)[1], starts)  # <|user|>s of each conversation
+            self.turns = max(self.turns, int(turns.max()))
             self.tokens[split], self.targets[split] = tokens, is_target
             self.starts[split], self.lengths[split] = starts[kept], lengths[kept]
         self._plans = {}  # the newest epoch's batches, by split
