@@ -20,7 +20,7 @@ import data.text
 import prepare_alpaca
 import train
 from data.tokenizer import get_tokenizer
-from model import GPTConfig
+from model import GPTConfig, load_checkpoint
 
 REPO = Path(__file__).parent.parent
 BYTES = get_tokenizer("bytes")
@@ -254,7 +254,7 @@ def test_trim_says_how_much_of_a_huge_message_is_read():
 def test_what_is_left_out_is_told_on_standard_error(talk):
     out, err = talk("--prompt=" + "long " * 50, "--max_new_tokens=5")
     assert "too long" in err and "too long" not in out
-    out, err = talk("--max_new_tokens=5", typed="ten letters\n" * 12)
+    out, err = talk("--max_new_tokens=5", "--turns=20", typed="ten letters\n" * 12)
     assert "oldest turns" in err and "oldest" not in out and len(out.splitlines()) >= 12
 
 
@@ -400,3 +400,13 @@ def test_a_temperature_near_0_is_like_0(talk, temperature):
 def test_bfloat16_answers_too(talk):
     assert talk("--prompt=Say hi.", "--temperature=0", "--dtype=bfloat16").out == "Hello, you!\n"
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_with_one_turn_each_message_is_answered_by_itself(talk):
+    question, expected = next(iter(KNOWN.items()))
+    out, _ = talk("--temperature=0", "--turns=1", typed=f"{question}\n" * 3)
+    assert out.splitlines() == [expected] * 3
+
+
+def test_a_checkpoint_knows_how_many_turns_its_chats_had(made):
+    assert load_checkpoint(made / "out" / "best.pt")["turns"] == len(TWO_TURNS)
