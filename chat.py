@@ -81,33 +81,26 @@ def trim(messages, enc, block_size, room):
     return ids, told
 
 
-def reply(model, enc, ids, s, cache=None):
-    """Yield the reply to a prompt (ids) piece by piece, as text: never half a character, never a role
-    token.
-
-    A turn ends at <|end|>, at any other special token, after max_new_tokens, or where the context is full.
-    """
+def stream(model, enc, ids, s, limit, cache=None):
+    """Yield what the model writes after ids, at most `limit` tokens and to the first special token, piece by
+    piece, as text: never half a character, never a role token."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    room = model.config.block_size - len(ids) + 1
-    for i in model.generate(ids, min(s.max_new_tokens, room), temperature=s.temperature, top_k=s.top_k,
-                            top_p=s.top_p, seed=s.seed, stop_ids=special_ids(enc), cache=cache):
+    for i in model.generate(ids, limit, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed,
+                            stop_ids=special_ids(enc), cache=cache):
         if text := decoder.decode(enc.decode_single_token_bytes(i)):
             yield text
     if text := decoder.decode(b"", final=True):
         yield text
 
 
+def reply(model, enc, ids, s, cache=None):
+    """The reply to a prompt (ids), as `stream` yields it; ends with its turn or where the context is full."""
+    return stream(model, enc, ids, s, min(s.max_new_tokens, model.config.block_size - len(ids) + 1), cache)
+
+
 def continue_text(model, enc, text, s):
-    """Yield what a model trained on plain text writes after `text`, piece by piece; it has no turns to
-    end."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ids = enc.encode_ordinary(text) or special_ids(enc)[:1]
-    for i in model.generate(ids, s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
-                            seed=s.seed, stop_ids=special_ids(enc)):
-        if piece := decoder.decode(enc.decode_single_token_bytes(i)):
-            yield piece
-    if piece := decoder.decode(b"", final=True):
-        yield piece
+    """What a model that knows no turns writes after `text`, as `stream` yields it."""
+    return stream(model, enc, enc.encode_ordinary(text) or special_ids(enc)[:1], s, s.max_new_tokens)
 
 
 def say(pieces):
