@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import config
-from data.tokens import open_dataset
+from data.tokens import folder_tokenizer, open_dataset, read_meta
 from model import (
     GPT,
+    GPT2_NAMES,
     GPTConfig,
     load_checkpoint,
     model_checkpoint,
@@ -39,7 +41,7 @@ class LoopSettings:
     resume: bool = False  # go on from out_dir/last.pt
     # one step
     batch_size: int = 8  # windows of text, or as many chats as fit into batch_size * block_size tokens
-    gradient_accumulation: int = 1  # batches summed up for one step
+    gradient_accumulation: int = 1  # batches summed up for one step, over all processes
     max_iters: int = 2000  # steps
     dropout: float = 0.0  # share of activations zeroed while training; slows memorizing
     # the optimizer
@@ -70,7 +72,7 @@ class LoopSettings:
 @dataclass
 class Settings(LoopSettings):
     """The loop's settings, and those of a model made from scratch."""
-    init_from: str = "scratch"  # scratch; or gpt2, gpt2-medium, ... or a folder: the model found there
+    init_from: str = "scratch"  # scratch; or gpt2, gpt2-medium, ..., a folder or a .pt: the model there
     block_size: int = 128  # context length, in tokens
     n_layer: int = 4  # blocks, one after the other
     n_head: int = 4  # attention heads in each block
@@ -114,17 +116,34 @@ def to_device(batch, device):
     return [None if a is None else torch.from_numpy(a).to(device, non_blocking=True) for a in batch]
 
 
+def ranks():
+    """(which process this is, how many train together): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(device, *numbers):
+    """The sum of each number over all processes, as a list of floats."""
+    if not dist.is_initialized():
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64 if device.type != "mps" else None, device=device)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
 @torch.no_grad()
 def evaluate(model, dataset, split, max_tokens, device, autocast):
-    """Mean loss per target, in nats, over the dataset's fixed evaluation batches of a split. Takes nothing
-    from any random generator that training uses."""
+    """Mean loss per target, in nats, over the dataset's fixed evaluation batches of a split, which the
+    processes share. Takes nothing from any random generator that training uses."""
+    rank, world = ranks()
     model.eval()
     total, count = 0.0, 0
-    for idx, targets, where in dataset.eval_batches(split, max_tokens):
-        with autocast:
-            total += model(*to_device((idx, targets, where), device)).item()
-        count += targets.size
+    for i, (idx, targets, where) in enumerate(dataset.eval_batches(split, max_tokens)):
+        if i % world == rank:
+            with autocast:
+                total += model(*to_device((idx, targets, where), device)).item()
+            count += targets.size
     model.train()
+    total, count = sum_over_ranks(device, total, count)
     return total / count
 
 
@@ -202,20 +221,26 @@ def evaluations_since_best(history):
 def train_step(model, optimizers, dataset, step, s, device, autocast):
     """One step on the batches that belong to it: (mean loss per target, gradient norm, tokens read).
 
-    The gradient is that of the mean over all the step's targets, however they fall into batches. Raises
-    ValueError if the loss or the gradient is not a finite number; the weights are then still those before.
+    The gradient is that of the mean over all the step's targets, however they fall into batches and
+    processes. Raises ValueError if the loss or the gradient is not a finite number; the weights are then
+    still those before.
     """
+    rank, world = ranks()
     first = step * s.gradient_accumulation
-    batches = [dataset.batch("train", first + i) for i in range(s.gradient_accumulation)]
-    count = sum(targets.size for _, targets, _ in batches)
+    batches = [dataset.batch("train", first + i) for i in range(rank, s.gradient_accumulation, world)]
+    count, read = sum_over_ranks(device, sum(targets.size for _, targets, _ in batches),
+                                 sum(idx.size for idx, _, _ in batches))
     total = 0.0
-    for batch in batches:
-        with autocast:
-            loss = model(*to_device(batch, device)) / count
-        loss.backward()
+    for i, batch in enumerate(batches):
+        # Processes exchange gradients once a step, during the last backward; DDP takes their mean.
+        alone = world > 1 and i < len(batches) - 1
+        with model.no_sync() if alone else contextlib.nullcontext():
+            with autocast:
+                loss = model(*to_device(batch, device)) * (world / count)
+            loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-    total, norm = total.item(), norm.item()
+    total, norm = sum_over_ranks(device, total.item() / world)[0], norm.item()
     if not math.isfinite(total + norm):
         raise not_finite(step + 1, f"the loss is {total} and the gradient norm {norm}", s)
     factor = get_lr(step, s)
@@ -224,7 +249,7 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
             group["lr"] = group["peak_lr"] * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total, norm, sum(idx.size for idx, _, _ in batches)
+    return total, norm, read
 
 
 def train(s, model, dataset, device, dtype, resumed=None):
@@ -266,7 +291,7 @@ def train(s, model, dataset, device, dtype, resumed=None):
             loss, norm, read = train_step(run, optimizers, dataset, step, s, device, autocast)
             tokens, done = tokens + read, step + 1
             last = done == s.max_iters or bool(caught)
-            line = f"step {done:>5}/{s.max_iters}  loss {loss:.4f}"
+            line = f"step {done:>5}/{s.max_iters}  {epochs(dataset, done, s)}  loss {loss:.4f}"
             if last or done % s.eval_interval == 0:
                 train_loss, val_loss = (evaluate(run, dataset, split, s.eval_tokens, device, autocast)
                                         for split in ("train", "val"))
@@ -300,26 +325,58 @@ def train(s, model, dataset, device, dtype, resumed=None):
                     break
             if last:
                 break
-    report(s, history, spent)
+    report(s, dataset, history, spent)
     if not saved:
         raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and "
                       "--resume=True")
     return caught[0] if caught else 0
 
 
-def report(s, history, spent):
+def epochs(dataset, step, s):
+    """How often the training data has been read after `step` steps, as "epoch 1.25"."""
+    return f"epoch {dataset.epochs('train', step * s.gradient_accumulation):.2f}"
+
+
+def report(s, dataset, history, spent):
     """Say how the run went, and what to do with it."""
     step, train_loss, val_loss = history[-1]
     low = min(history, key=lambda entry: entry[2])
     kept = min(history, key=lambda entry: entry[1]) if s.best_by == "train" else low
     print(f"{step} steps in {duration(spent)}: training loss {train_loss:.4f}, validation {val_loss:.4f} "
-          f"(lowest {low[2]:.4f} at step {low[0]})")
-    print(f"best.pt holds step {kept[0]}, the lowest {s.best_by} loss; talk to it: "
+          f"(lowest {low[2]:.4f} at step {low[0]}, {epochs(dataset, low[0], s)})")
+    print(f"best.pt holds step {kept[0]} ({epochs(dataset, kept[0], s)}), the lowest {s.best_by} loss; talk "
+          f"to it: "
           f"python chat.py --checkpoint={s.out_dir / 'best.pt'}", flush=True)
 
 
-def load_resumed(s, dataset):
-    """last.pt to go on from, or ValueError where it was made with another model, data or seed."""
+def load_base(s):
+    """The model that s.init_from names, for the ids of s.data_dir and a context of s.block_size (0: all that
+    it has learned). Raises ValueError or OSError: no such model, or one with another tokenizer."""
+    tokenizer, vocab_size = folder_tokenizer(s.data_dir), read_meta(s.data_dir)["vocab_size"]
+    path = config.local_path(s.init_from)
+    is_checkpoint = path.suffix == ".pt"
+    checkpoint = load_checkpoint(path, "Train one first.") if is_checkpoint else {"tokenizer": "gpt2"}
+    unknown = ValueError(f"init_from={s.init_from}: was not made with the tokenizer of data_dir={s.data_dir} "
+                         "and its role tokens; prepare the data with the model's own: --tokenizer=" +
+                         ("FILE, the tokenizer.json beside the data it was trained on" if is_checkpoint
+                          and checkpoint["tokenizer"] != "gpt2" else "gpt2"))
+    if checkpoint["tokenizer"] != tokenizer:
+        raise unknown
+    if is_checkpoint:
+        model = model_from_checkpoint(checkpoint, dropout=s.dropout)
+        if s.block_size:
+            model.crop_block_size(s.block_size)
+    else:
+        source = s.init_from if s.init_from in GPT2_NAMES else path
+        model = GPT.from_pretrained(source, None, s.block_size or None, s.dropout)
+    if model.config.vocab_size != vocab_size:
+        raise unknown
+    return model
+
+
+def load_resumed(s):
+    """last.pt to go on from. Raises ValueError where there is none, or it was made with another model, batch
+    or seed."""
     path = s.out_dir / "last.pt"
     resumed = load_checkpoint(path, "Start without --resume=True.")
     if "optimizers" not in resumed:
@@ -331,13 +388,24 @@ def load_resumed(s, dataset):
         if then != now:
             raise ValueError(f"{path}: was made with {name}={then}, this run has {name}={now}; use the same, "
                              "or another out_dir")
-    if resumed["tokenizer"] != dataset.tokenizer:
+    if resumed["tokenizer"] != folder_tokenizer(s.data_dir):
         raise ValueError(f"{path}: was made with another tokenizer than that of data_dir={s.data_dir}; use "
                          "the same data, or another out_dir")
-    if resumed["data"] != dataset.fingerprint:
-        raise ValueError(f"{path}: was made with other data (data_dir={resumed['settings']['data_dir']}, as "
-                         f"it was then) than data_dir={s.data_dir} is now; use the same, or another out_dir")
     return resumed
+
+
+def set_up(s, device, make_model):
+    """What a run starts from: (model, dataset, the dict of last.pt or None). make_model(s) makes the model
+    where the run does not resume. Raises ValueError or OSError."""
+    torch.manual_seed(s.seed)
+    resumed = load_resumed(s) if s.resume else None
+    model = model_from_checkpoint(resumed, dropout=s.dropout) if resumed else make_model(s)
+    dataset = open_dataset(s.data_dir, model.config.block_size, s.batch_size, s.seed)
+    if resumed and resumed["data"] != dataset.fingerprint:
+        raise ValueError(f"{s.out_dir / 'last.pt'}: was made with other data (data_dir="
+                         f"{resumed['settings']['data_dir']}, as it was then) than data_dir={s.data_dir} is "
+                         "now; use the same, or another out_dir")
+    return model.to(device), dataset, resumed
 
 
 def run(s, model, dataset, device, dtype, why, resumed):
@@ -358,20 +426,19 @@ def run(s, model, dataset, device, dtype, why, resumed):
         raise SystemExit(128 + stopped_by)
 
 
+def new_model(s):
+    """The model that the settings describe, or the one that init_from names."""
+    if s.init_from != "scratch":
+        return load_base(s)
+    return GPT(GPTConfig(read_meta(s.data_dir)["vocab_size"], s.block_size, s.n_layer, s.n_head, s.n_embd,
+                         s.dropout, s.bias))
+
+
 def main(argv):
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = pick_device(s.device, s.dtype)
-    dataset = open_dataset(s.data_dir, s.block_size, s.batch_size, s.seed)
-    resumed = load_resumed(s, dataset) if s.resume else None
-    torch.manual_seed(s.seed)
-    if resumed:
-        model = model_from_checkpoint(resumed, device, s.dropout)
-    elif s.init_from != "scratch":
-        model = GPT.from_pretrained(s.init_from, dataset.vocab_size, s.block_size, s.dropout).to(device)
-    else:
-        model = GPT(GPTConfig(dataset.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout,
-                              s.bias)).to(device)
+    model, dataset, resumed = set_up(s, device, new_model)
     run(s, model, dataset, device, dtype, why, resumed)
 
 

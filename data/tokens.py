@@ -139,6 +139,10 @@ class TokenDataset:
         starts = rng.integers(0, len(self.tokens[split]) - self.block_size, self.batch_size)
         return self.windows(split, starts)
 
+    def epochs(self, split, index):
+        """How often a token has been read, on average, in the batches before `index`."""
+        return index * self.batch_size * self.block_size / len(self.tokens[split])
+
     def eval_batches(self, split, max_tokens):
         """Fixed windows, spread evenly, without overlap and together at most max_tokens (at least one
         window), in batches like those of batch()."""
@@ -212,13 +216,23 @@ class ChatDataset:
             known.append(known[-1] + len(self.plan(split, len(known) - 1)))
         return known[epoch]
 
-    def batch(self, split, index):
-        """The index-th batch, counted from the first epoch on: ids (B, T) int64, targets (N,) int64, and
-        where (N,), the flat positions b * T + t whose next token is targets."""
+    def find(self, split, index):
+        """The epoch that the index-th batch belongs to, and its place in it."""
         epoch = 0
         while self.batches_until(split, epoch + 1) <= index:
             epoch += 1
-        return self.rows(split, self.plan(split, epoch)[index - self.batches_until(split, epoch)])
+        return epoch, index - self.batches_until(split, epoch)
+
+    def epochs(self, split, index):
+        """How many epochs the batches before `index` make, as a fraction."""
+        epoch, place = self.find(split, index)
+        return epoch + place / len(self.plan(split, epoch))
+
+    def batch(self, split, index):
+        """The index-th batch, counted from the first epoch on: ids (B, T) int64, targets (N,) int64, and
+        where (N,), the flat positions b * T + t whose next token is targets."""
+        epoch, place = self.find(split, index)
+        return self.rows(split, self.plan(split, epoch)[place])
 
     def eval_batches(self, split, max_tokens):
         """Fixed conversations, spread evenly and together about max_tokens at most, in batches like

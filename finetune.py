@@ -1,0 +1,62 @@
+"""Finetune a model on chats: turn one that goes on with text into one that answers.
+
+    python finetune.py config/finetune_chat_small.py     # a model of train.py, minutes on a CPU
+    python finetune.py config/finetune_instruction.py    # GPT-2 on the small instruction data
+    python finetune.py config/finetune_alpaca.py         # GPT-2 on Stanford Alpaca, for a GPU
+    python finetune.py --init_from=out/mine/best.pt --data_dir=data/mine
+
+The loop, the checkpoints, --resume and the signals are train.py's; what differs is where the weights come
+from, and that it counts epochs. Only the assistant's words and its <|end|> are learned.
+"""
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import config
+import train
+from data.tokens import read_meta
+from model import pick_device
+
+
+@dataclass
+class Settings(train.LoopSettings):
+    """The loop's settings with other defaults, and what to start from."""
+    init_from: str = "gpt2"  # gpt2, gpt2-medium, ...; a best.pt; or a folder that transformers opens
+    data_dir: Path = Path("data/alpaca")  # a folder that prepare_alpaca.py made
+    out_dir: Path = Path("out/alpaca")  # where best.pt and last.pt go
+    block_size: int = 0  # a shorter context than the model has learned; 0: all of it
+    epochs: int = 3  # how often each conversation is seen
+    max_iters: int = 0  # steps; 0: as many as the epochs have
+    eval_interval: int = 0  # steps between evaluations; 0: one after each epoch
+    optimizer: str = "adamw"  # adamw (all), or muon (the blocks' matrices; AdamW for the rest)
+    learning_rate: float = 5e-5  # peak
+    embedding_learning_rate: float = 5e-5  # peak, of the AdamW beside muon
+    dropout: float = 0.1  # share of activations zeroed while training; slows memorizing
+
+
+def count_steps(s, dataset):
+    """Fill in max_iters and eval_interval where they are 0: all epochs in steps, an evaluation for each."""
+    steps = -(-dataset.batches_until("train", s.epochs) // s.gradient_accumulation)
+    s.max_iters = s.max_iters or steps
+    s.eval_interval = s.eval_interval or max(round(steps / s.epochs), 1)
+
+
+def main(argv):
+    s = config.load(Settings, argv, __doc__)
+    for name, low in (("epochs", 1), ("block_size", 0), ("max_iters", 0), ("eval_interval", 0)):
+        if getattr(s, name) < low:
+            raise ValueError(f"{name}={getattr(s, name)}: must be {low} or more")
+    train.check_settings(replace(s, block_size=1, max_iters=1, eval_interval=1))  # 0 has a meaning here
+    if read_meta(s.data_dir)["kind"] != "chat":
+        raise ValueError(f"data_dir={s.data_dir}: holds plain text; finetune on chats (prepare_alpaca.py), "
+                         "or go on with text by train.py --init_from")
+    device, dtype, why = pick_device(s.device, s.dtype)
+    model, dataset, resumed = train.set_up(s, device, train.load_base)
+    count_steps(s, dataset)
+    print(f"{s.init_from}: {s.epochs} epochs of {len(dataset.starts['train']):,} conversations are "
+          f"{s.max_iters:,} steps" + (f"; {dropped} are left out, with nothing of the answer in the first "
+          f"{dataset.block_size} tokens" if (dropped := dataset.dropped["train"]) else ""))
+    train.run(s, model, dataset, device, dtype, why, resumed)
+
+
+if __name__ == "__main__":
+    config.run(main)
