@@ -3,7 +3,7 @@
     python chat.py                                         # out/chat/best.pt; Ctrl-D leaves
     python chat.py --prompt="What is the plural of box?"   # one reply, and done
     python chat.py < questions.txt                         # a message a line, a reply each
-    python chat.py --score=data/instruction                # how many answers are right, word for word
+    python chat.py --score=data/instruction                # how many answers are right, by category
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 as it is: it goes on with the text
 
 Only replies go to standard output; all else goes to standard error. A model trained on plain text has no
@@ -12,15 +12,23 @@ turns: it goes on writing what you began.
 import codecs
 import os
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 import config
-from data.conversation import decode_conversation, encode_prompt, special_ids
+from data.conversation import (
+    decode_conversation,
+    encode_conversation,
+    encode_prompt,
+    read_conversations,
+    special_ids,
+)
 from data.tokenizer import get_tokenizer
 from data.tokens import folder_tokenizer, open_dataset, read_meta
-from model import GPT, KVCache, load_checkpoint, model_from_checkpoint, pick_device
+from model import GPT, KVCache, load_checkpoint, model_from_checkpoint, pick_device, write_json
 
 
 @dataclass
@@ -34,8 +42,9 @@ class Settings:
     top_k: int = 50  # choose among the so many likeliest tokens; 0: all
     top_p: float = 1.0  # choose among the likeliest that make up this probability; 1: all
     seed: int | None = None  # the same seed gives the same replies; None: new ones each time
-    score: Path | None = None  # a prepared folder: answer its rows greedily and print how many are right
-    score_rows: int = 0  # rows scored of each split; 0: all held-out rows and as many training rows
+    score: Path | None = None  # a prepared folder or an instruction file: answer its rows, count the right
+    score_rows: int = 0  # rows to score; 0: all of a file, or all held-out rows and as many training rows
+    score_file: Path | None = None  # where all answers go, as JSON; None: score.json beside the checkpoint
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32 or bfloat16
 
@@ -149,48 +158,105 @@ def chat(model, enc, s, turns):
         messages.append({"role": "assistant", "content": say(reply(model, enc, ids, s, cache))})
 
 
-def answer(model, enc, ids):
-    """The greedy reply to a conversation's ids, in which the last assistant's turn is left out: ids."""
-    end_of_text, _, assistant, end = special_ids(enc)
-    start = max(i for i, token in enumerate(ids) if token == assistant) + 1
-    room = model.config.block_size - start + 1
-    return list(model.generate(ids[:start], room, temperature=0, stop_ids=special_ids(enc)))
+def rows_to_score(source, wanted):
+    """{"held out": rows, "trained on": rows} of a prepared folder, or {"rows": rows} of an instruction file;
+    rows are (messages, category) pairs, `wanted` of them, spread evenly. 0: all of a file or all that were
+    held out, and as many that were trained on. Raises ValueError or OSError."""
+    if source.is_dir():
+        meta, enc = read_meta(source), get_tokenizer(folder_tokenizer(source))
+        if meta["kind"] != "chat":
+            raise ValueError(f"score={source}: holds plain text; score a folder of chats or a file of them")
+        dataset, groups = open_dataset(source, 2**20, 1), {}
+        for split, name in (("val", "held out"), ("train", "trained on")):
+            rows = dataset.conversations(split)
+            categories = [meta["categories"][i] for i in meta[f"{split}_categories"]] or [""] * len(rows)
+            groups[name] = [(row, category) for row, category in zip(rows, categories)]
+    else:
+        groups = {"rows": read_conversations(source)}
+    wanted = wanted or len(next(iter(groups.values())))
+    for name, rows in groups.items():
+        count = min(wanted, len(rows))
+        rows = [rows[n * len(rows) // count] for n in range(count)]
+        groups[name] = [(row if source.is_file() else decode_conversation(row, enc), category)
+                        for row, category in rows]
+    return groups
+
+
+def token_f1(answer, expected):
+    """How far two texts have the same words, from 0 to 1: the harmonic mean of the share of the answer's
+    words that are expected, and of expected ones that are there (as for SQuAD, Rajpurkar et al. 2016)."""
+    answer, expected = Counter(answer.split()), Counter(expected.split())
+    common = (answer & expected).total()
+    return 2 * common / (answer.total() + expected.total()) if common else float(answer == expected)
+
+
+@torch.no_grad()
+def score_row(model, enc, messages):
+    """The model's greedy answer to the last question of a conversation, against the expected one: a dict, or
+    None for a conversation longer than the context. `loss` is the mean of the expected tokens', in nats."""
+    ids = encode_conversation(messages, enc)
+    start = len(encode_prompt(messages[:-1], enc))  # of the last answer
+    if len(ids) > model.config.block_size + 1:
+        return None
+    device = model.wte.weight.device
+    where, targets = torch.arange(start - 1, len(ids) - 1), torch.tensor(ids[start:])
+    loss = model(torch.tensor([ids[:-1]], device=device), targets.to(device), where.to(device)).item()
+    answer = enc.decode(list(model.generate(ids[:start], model.config.block_size - start + 1, temperature=0,
+                                            stop_ids=special_ids(enc))))
+    expected = messages[-1]["content"]
+    return {"question": messages[-2]["content"], "expected": expected, "answer": answer,
+            "right": answer.split() == expected.split(), "f1": token_f1(answer, expected),
+            "loss": loss / len(targets), "tokens": len(targets)}
+
+
+def summary(rows):
+    """What a list of score_row's dicts comes to; the loss is the mean over all their tokens."""
+    tokens = sum(r["tokens"] for r in rows)
+    return {"n": len(rows), "right": sum(r["right"] for r in rows),
+            "f1": sum(r["f1"] for r in rows) / len(rows),
+            "loss": sum(r["loss"] * r["tokens"] for r in rows) / tokens}
+
+
+def print_scores(table, groups):
+    """The table of {(category, group): summary}: a line for each category, beside one another the groups."""
+    print((" " * 22 + "".join(f"{name:^36}" for name in groups)).rstrip())
+    print(" " * 22 + f"{'right':>16}{'F1':>12}{'loss':>8}" * len(groups))
+    names = {name for name, _ in table}
+    for name in sorted(names, key=lambda n: (n == "all", n.partition("/")[0], "/" not in n, n)):
+        line = f"{'  ' * ('/' in name) + name:<24}"
+        for group in groups:
+            if t := table.get((name, group)):
+                part = f"{t['right']} of {t['n']} {t['right'] / t['n']:>5.0%}"
+                line += f"{part:>20}{t['f1']:>6.2f}{t['loss']:>8.3f}  "
+            else:
+                line += " " * 36
+        print(line.rstrip())
 
 
 def score(model, enc, s):
-    """Answer rows of a prepared folder greedily, held-out and training ones, and print by category how many
-    answers are right word for word (white space aside). Groups are what stands before a category's "/"."""
-    meta = read_meta(s.score)
-    theirs = get_tokenizer(folder_tokenizer(s.score))
-    if meta["kind"] != "chat" or theirs._mergeable_ranks != enc._mergeable_ranks:
-        raise ValueError(f"{s.score}: not chats in this model's tokenizer; score with the data it was "
-                         "trained on")
-    dataset = open_dataset(s.score, model.config.block_size, 1)
-    right, total = defaultdict(int), defaultdict(int)
-    for split in ("val", "train"):
-        rows = dataset.conversations(split)
-        categories = [meta["categories"][i] for i in meta[f"{split}_categories"]] or [""] * len(rows)
-        wanted = min(len(rows), s.score_rows or meta["val_rows"])
-        for n in range(wanted):
-            number = n * len(rows) // wanted
-            if len(rows[number]) > model.config.block_size:
-                continue
-            expected = decode_conversation(rows[number], enc)[-1]["content"]
-            ok = enc.decode(answer(model, enc, rows[number])).split() == expected.split()
-            for key in {categories[number], categories[number].partition("/")[0], "all"}:
-                right[split, key] += ok
-                total[split, key] += 1
+    """Answer rows of a prepared folder or an instruction file greedily; print what is right, by category (and
+    by what stands before a category's "/"), and write every answer to a JSON file."""
+    results, groups = [], rows_to_score(s.score, s.score_rows)
+    for name, rows in groups.items():
+        for n, (messages, category) in enumerate(rows, 1):
+            results.append({"rows": name, "category": category, **(score_row(model, enc, messages) or {})})
             if sys.stderr.isatty():
-                print(f"\r{split}: {n + 1} of {wanted}", end="", file=sys.stderr)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
-    print(f"{'answers right, word for word':<32}{'held out':>18}{'trained on':>20}")
-    names = {name for _, name in total} - {""}
-    for name in sorted(names, key=lambda n: (n == "all", n.partition("/")[0], "/" not in n, n)):
-        cells = [f"{right[split, name]} of {count:>5} {right[split, name] / count:>5.0%}"
-                 if (count := total[split, name]) else "" for split in ("val", "train")]
-        indented = "  " * ("/" in name) + name
-        print(f"{indented:<32}{cells[0]:>18}  {cells[1]:>18}")
+                print(f"\r{name}: {n} of {len(rows)}", end="" if n < len(rows) else "\n", file=sys.stderr)
+    scored = [r for r in results if "answer" in r]
+    if too_long := len(results) - len(scored):
+        note(f"{too_long} rows are longer than this model's context and were left out")
+    if not scored:
+        raise ValueError(f"score={s.score}: no row is short enough for this model's context")
+    cells = defaultdict(list)
+    for r in scored:
+        for key in {r["category"], r["category"].partition("/")[0], "all"} - {""}:
+            cells[key, r["rows"]].append(r)
+    table = {key: summary(rows) for key, rows in cells.items()}
+    print_scores(table, list(groups))
+    path = s.score_file or s.checkpoint.with_name("score.json")
+    flat = [{"category": name, "rows": group, **t} for (name, group), t in table.items()]
+    write_json(path, {"model": str(s.checkpoint), "scored": str(s.score), "summary": flat, "answers": scored})
+    note(f"every answer: {path}")
 
 
 def load_model(s, device, dtype):
@@ -217,6 +283,8 @@ def main(argv):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     if s.score:
+        if not turns:
+            raise ValueError(f"score={s.score}: this model knows no chats, so there are no answers to score")
         return score(model, enc, s)
     if s.prompt is not None:
         if not turns:
