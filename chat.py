@@ -1,8 +1,9 @@
-"""Talk to a model that train.py made.
+"""Talk to a model that train.py or finetune.py made.
 
-    python chat.py                                         # out/chat/best.pt; Ctrl-D leaves
+    python chat.py                                         # out/chat/best.pt; /help lists the commands
     python chat.py --prompt="What is the plural of box?"   # one reply, and done
-    python chat.py < questions.txt                         # a message a line, a reply each
+    python chat.py < questions.txt                         # a message a line, a reply each; blank lines: none
+    python chat.py --json=True < questions.txt             # a JSON line for each reply
     python chat.py --score=data/instruction                # how many answers are right, by category
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 as it is: it goes on with the text
 
@@ -10,25 +11,40 @@ Only replies go to standard output; all else goes to standard error. A model tra
 turns: it goes on writing what you began.
 """
 import codecs
+import contextlib
+import difflib
+import json
 import os
+import re
 import sys
+import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 import config
 from data.conversation import (
+    assemble,
     decode_conversation,
     encode_conversation,
     encode_prompt,
     read_conversations,
     special_ids,
 )
-from data.tokenizer import get_tokenizer
+from data.tokenizer import get_tokenizer, token_pieces
 from data.tokens import folder_tokenizer, open_dataset, read_meta
-from model import GPT, KVCache, load_checkpoint, model_from_checkpoint, pick_device, write_json
+from model import (
+    GPT,
+    KVCache,
+    load_checkpoint,
+    model_from_checkpoint,
+    pick_device,
+    quantize_int8,
+    write_atomically,
+    write_json,
+)
 
 
 @dataclass
@@ -36,27 +52,50 @@ class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to talk to
     init_from: str | None = None  # gpt2, gpt2-medium, ... or a folder with such weights, instead
     prompt: str | None = None  # one message: print the reply and leave
+    json: bool = False  # a JSON line for each reply: text, tokens, seconds, tokens_per_second, stop
     turns: int = 0  # how many of your messages the model sees, the newest counted; 0: as it was trained
     max_new_tokens: int = 200  # longest reply, in tokens
     temperature: float = 0.5  # 0: always the likeliest token; 1: as the model learned; above: wilder
     top_k: int = 50  # choose among the so many likeliest tokens; 0: all
     top_p: float = 1.0  # choose among the likeliest that make up this probability; 1: all
+    repetition_penalty: float = 1.0  # above 1: what was said already becomes less likely; 1: no penalty
     seed: int | None = None  # the same seed gives the same replies; None: new ones each time
     score: Path | None = None  # a prepared folder or an instruction file: answer its rows, count the right
     score_rows: int = 0  # rows to score; 0: all of a file, or all held-out rows and as many training rows
     score_file: Path | None = None  # where all answers go, as JSON; None: score.json beside the checkpoint
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    dtype: str = "auto"  # auto, float32 or bfloat16
+    dtype: str = "auto"  # auto, float32, bfloat16, or int8 (quantized weights, CPU only)
+
+
+# what /set changes
+CHANGEABLE = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed", "turns")
+
+HELP = """/help              this list
+/reset             forget what was said
+/undo              take your last message and its reply back
+/retry             another reply to your last message
+/set name=value    change settings, several at once; alone it shows them
+/save FILE         write the chat as a JSON line that prepare_alpaca.py reads
+/load FILE         go on with a chat from such a file
+/tokens            the ids of the chat as the model sees them
+/quit              leave, as Ctrl-D does; Ctrl-C stops a reply"""
+COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
+
+# What a terminal would obey instead of showing: control characters as pictures of themselves.
+VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {c: 0x2426 for c in range(127, 160)}
 
 
 def check_settings(s):
     """Raise ValueError for the first setting out of its range."""
     for name, low, high in (("turns", 0, None), ("max_new_tokens", 1, None), ("temperature", 0, None),
-                            ("top_k", 0, None), ("top_p", 0, 1), ("score_rows", 0, None)):
+                            ("top_k", 0, None), ("top_p", 0, 1), ("repetition_penalty", 1, None),
+                            ("score_rows", 0, None), ("seed", 0, 2**63 - 1)):
         value = getattr(s, name)
-        if value < low or high is not None and value > high or name == "top_p" and value == 0:
+        if value is None:
+            continue
+        if not low <= value <= (high or float("inf")) or name == "top_p" and value == 0:
             raise ValueError(f"{name}={value}: must be " + ("above 0, at most 1" if name == "top_p" else
-                                                           f"{low} or more"))
+                             f"{low} or more" if high is None else f"from {low} to {high}"))
 
 
 def note(text):
@@ -65,98 +104,247 @@ def note(text):
     print(f"\x1b[90m{text}\x1b[0m" if grey else text, file=sys.stderr, flush=True)
 
 
-def room(model, s):
-    """How much of the context is kept free for the reply: what it may take, at most a quarter."""
-    return min(s.max_new_tokens, model.config.block_size // 4)
+# ---- a conversation ----
+
+class Talk:
+    """A conversation with a model: what was said, as (role, ids) pairs, the person's and the model's in turn,
+    and the KV cache that spares computing it again. `turns`: how many of the person's messages the model
+    sees; 0: it knows no turns, and goes on with each message."""
+
+    def __init__(self, model, enc, turns):
+        self.model, self.enc, self.turns = model, enc, turns
+        self.history, self.cache = [], KVCache(model)
+        self.left_out = 0  # messages that the model no longer sees, for want of room
+        self.last = None  # what came of the newest reply, see `reply`
+
+    def messages(self):
+        """What was said, as data/conversation.py has it."""
+        return [{"role": role, "content": self.enc.decode(ids)} for role, ids in self.history]
 
 
-def trim(messages, enc, block_size, room):
-    """The prompt for messages that end with the user's, as ids, leaving `room` of block_size for the reply.
-
-    Whole oldest turns are left out until it fits; a last message too long by itself loses its beginning.
-    Returns (ids, note), the note being what to tell the person, or "".
-    """
-    limit = block_size - room
-    told = ""
-    ids = encode_prompt(messages, enc)
-    while len(ids) > limit and len(messages) > 1:
-        messages = messages[2:]
-        told = "(the context is full: the oldest turns are left out)"
-        ids = encode_prompt(messages, enc)
-    if len(ids) > limit:
-        # <|endoftext|> <|user|> text <|end|> <|assistant|>: the end of the text stays
-        ids = ids[:2] + ids[len(ids) - limit + 2:]
-        told = f"(the message is too long for this model: only its last {limit - 4} tokens are read)"
-    return ids, told
+def trim(history, enc, block_size, room):
+    """The newest messages of a history that ends with the person's, such that their prompt leaves `room` of
+    block_size for the reply. Whole oldest turns are left out; a last message too long by itself loses its
+    beginning. Returns (messages, whether the last one was clipped)."""
+    limit = block_size - room - 1  # <|assistant|> follows
+    while len(assemble(history, enc)) > limit and len(history) > 1:
+        history = history[2:]
+    if not (over := max(len(assemble(history, enc)) - limit, 0)):
+        return history, False
+    role, ids = history[-1]
+    return [(role, ids[over:])], True
 
 
-def stream(model, enc, ids, s, limit, cache=None):
-    """Yield what the model writes after ids, at most `limit` tokens and to the first special token, piece by
-    piece, as text: never half a character, never a role token."""
+def prompt_ids(talk, s):
+    """What the model reads before it answers the last message of a talk: ids. Says what had to be left out,
+    and takes it out of the last message."""
+    block_size = talk.model.config.block_size
+    room = min(s.max_new_tokens, block_size // 4)  # kept free for the reply
+    view, clipped = trim(talk.history[1 - 2 * talk.turns:], talk.enc, block_size, room)
+    if clipped:
+        talk.history[-1] = view[-1]
+        note(f"(the message is too long for this model: only its last {len(view[-1][1])} tokens are read)")
+    left_out = max(min(len(talk.history), 2 * talk.turns - 1) - len(view), 0)
+    if left_out > talk.left_out and not clipped:
+        note("(the context is full: the oldest turns are left out)")
+    talk.left_out = left_out
+    return [*assemble(view, talk.enc), special_ids(talk.enc)[2]]
+
+
+def reply(talk, ids, s):
+    """Answer a message, given as ids: yields the reply piece by piece, as text, never half a character, never
+    a role token. It ends with its turn, after max_new_tokens, or where the context is full. Then, or when it
+    is closed before, talk.history has both messages and talk.last says what came of it."""
+    began, said, stop = time.monotonic(), [], "interrupted"
+    limit, prompt = s.max_new_tokens, ids or special_ids(talk.enc)[:1]
+    if talk.turns:
+        talk.history.append(("user", ids))
+        prompt = prompt_ids(talk, s)
+        limit = min(limit, talk.model.config.block_size - len(prompt) + 1)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for i in model.generate(ids, limit, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed,
-                            stop_ids=special_ids(enc), cache=cache):
-        if text := decoder.decode(enc.decode_single_token_bytes(i)):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
-
-
-def reply(model, enc, ids, s, cache=None):
-    """The reply to a prompt (ids), as `stream` yields it; ends with its turn or where the context is full."""
-    return stream(model, enc, ids, s, min(s.max_new_tokens, model.config.block_size - len(ids) + 1), cache)
-
-
-def continue_text(model, enc, text, s):
-    """What a model that knows no turns writes after `text`, as `stream` yields it."""
-    return stream(model, enc, enc.encode_ordinary(text) or special_ids(enc)[:1], s, s.max_new_tokens)
-
-
-def say(pieces):
-    """Print pieces of text as they come; returns them as one. Ctrl-C ends a reply, not the chat."""
-    said = []
     try:
-        for piece in pieces:
-            said.append(piece)
-            print(piece, end="", flush=True)
+        for i in talk.model.generate(prompt, limit, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
+                                     repetition_penalty=s.repetition_penalty, seed=s.seed,
+                                     stop_ids=special_ids(talk.enc), cache=talk.cache):
+            said.append(i)
+            if text := decoder.decode(talk.enc.decode_single_token_bytes(i)):
+                yield text
+        stop = "end" if len(said) < limit else "max_new_tokens" if limit == s.max_new_tokens else "context"
+        if text := decoder.decode(b"", final=True):
+            yield text
+    finally:
+        seconds = time.monotonic() - began
+        if talk.turns:
+            talk.history.append(("assistant", said))
+        else:
+            talk.history = [("user", ids), ("assistant", said)]  # for /retry and /tokens only
+        talk.last = {"text": talk.enc.decode(said), "tokens": len(said), "seconds": round(seconds, 4),
+                     "tokens_per_second": round(len(said) / seconds, 2), "prompt_tokens": len(prompt),
+                     "stop": stop}
+
+
+def say(talk, ids, s, tty):
+    """Answer a message on standard output, as it comes or as a JSON line. In a terminal Ctrl-C ends the
+    reply, not the chat."""
+    try:
+        with contextlib.closing(reply(talk, ids, s)) as pieces:
+            for piece in pieces:
+                if not s.json:
+                    print(piece.translate(VISIBLE) if sys.stdout.isatty() else piece, end="", flush=True)
     except KeyboardInterrupt:
+        if not tty:
+            raise
         note(" (stopped)")
-    print(flush=True)
-    return "".join(said)
+    print(json.dumps(talk.last, ensure_ascii=False) if s.json else "", flush=True)
 
 
-def chat(model, enc, s, turns):
-    """Read messages from standard input, a line each, and answer them until it ends. The model sees the
-    newest `turns` of them and its replies in between; with 0 it does not chat, but goes on with each line."""
-    tty = sys.stdin.isatty() and sys.stdout.isatty()
-    if tty:
-        try:
-            import readline  # noqa: F401  (line editing and history for input(), where there is one)
-        except ImportError:
-            pass
-    messages, cache = [], KVCache(model)
+# ---- commands ----
+
+def command(talk, s, line):
+    """Carry out a /command: returns the settings to go on with, or None to leave. Raises ValueError or
+    OSError, and has then changed nothing."""
+    name, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if name in ("/undo", "/retry", "/save", "/tokens") and not talk.history:
+        raise ValueError("nothing was said yet")
+    if name in ("/save", "/load") and not rest:
+        raise ValueError(f"{name} needs a file: {name} chat.jsonl")
+    match name:
+        case "/help":
+            note(HELP)
+        case "/quit":
+            return None
+        case "/reset":
+            talk.history.clear()
+        case "/undo":
+            del talk.history[-2:]
+        case "/retry":
+            (_, ids), _ = talk.history[-2:]
+            del talk.history[-2:]
+            say(talk, ids, replace(s, seed=None), True)
+        case "/set":
+            s = change(s, rest.split())
+            note("  ".join(f"{field}={getattr(s, field)}" for field in CHANGEABLE))
+            talk.turns = s.turns or talk.turns
+        case "/save":
+            save(talk, Path(rest).expanduser())
+        case "/load":
+            load(talk, Path(rest).expanduser())
+        case "/tokens":
+            show_tokens(talk)
+        case _:
+            close = difflib.get_close_matches(name, COMMANDS, 1)
+            raise ValueError(f"there is no {name}; " + (f"did you mean {close[0]}?" if close else
+                                                        "/help lists the commands"))
+    return s
+
+
+def change(s, flags):
+    """The settings with name=value changes of those that may change while talking. Raises ValueError."""
+    for flag in flags:
+        name = flag.lstrip("-").partition("=")[0]
+        if name not in CHANGEABLE:
+            raise ValueError(f"{name}: cannot be set here; {', '.join(CHANGEABLE)} can")
+    changed = config.load(Settings, [f"--{flag.lstrip('-')}" for flag in flags], start=s)
+    check_settings(changed)
+    return changed
+
+
+def save(talk, path):
+    """Write the chat as a JSON line; a file that holds anything else stays."""
+    messages = talk.messages()
+    if path.exists():
+        earlier = read_conversations(path)
+        if len(earlier) != 1 or earlier[0][0] != messages[:len(earlier[0][0])]:
+            raise ValueError(f"{path}: is there already, and not of this chat; use another name")
+    text = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode("utf-8")))
+    note(f"{len(messages) // 2} turns -> {path}")
+
+
+def load(talk, path):
+    """Take over the chat in a file, the last one if it has several."""
+    if not talk.turns:
+        raise ValueError("this model knows no turns")
+    messages, _ = read_conversations(path)[-1]
+    talk.history = [(m["role"], talk.enc.encode_ordinary(m["content"])) for m in messages]
+    note(f"{path} -> {len(messages) // 2} turns")
+
+
+def show_tokens(talk):
+    """The ids of the chat as the model sees them, special ones and roles in colours of their own, on standard
+    error."""
+    special = special_ids(talk.enc)
+    if talk.turns:
+        ids = assemble(talk.history[-2 * talk.turns:][talk.left_out:], talk.enc)
+    else:
+        ids = [i for _, said in talk.history for i in said]
+    coloured, code = sys.stderr.isatty() and "NO_COLOR" not in os.environ, 0
+    for piece, i in zip(token_pieces(talk.enc, ids), ids):
+        code = {special[1]: 36, special[2]: 32}.get(i, code)  # cyan: the person; green: the model
+        shown = piece.replace(" ", "·").replace("\n", "↵").translate(VISIBLE)
+        if i in special[1:3]:
+            print(file=sys.stderr)
+        print(f"\x1b[{35 if i in special else code}m{shown}\x1b[90m{i}\x1b[0m" if coloured else
+              f"{shown}[{i}]", end=" ", file=sys.stderr)
+    print(file=sys.stderr, flush=True)
+
+
+# ---- reading messages ----
+
+def use_readline():
+    """Line editing, history, Tab for commands, and pasted lines kept together, where Python has readline."""
+    try:
+        import readline
+    except ImportError:
+        return
+
+    def complete(text, state):
+        words = [f"{name}=" for name in CHANGEABLE] if readline.get_line_buffer().startswith("/set ") \
+            else COMMANDS
+        return ([word for word in words if word.startswith(text)] + [None])[state]
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" ")
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else
+                            "tab: complete")
+    readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def read_messages(tty):
+    """Yield what is typed, or piped in, a message a line, until it ends."""
+    if not tty:
+        yield from (line for line in map(str.strip, sys.stdin) if line)
+        return
+    use_readline()
     while True:
         try:
-            line = input("\n> " if tty else "").strip()
+            print()
+            if line := input("> ").strip():
+                yield line
         except EOFError:
-            if tty:
-                print()
+            print()
             return
         except KeyboardInterrupt:
             note("\n(Ctrl-D leaves)")
-            continue
-        if not line:
-            continue
-        if not turns:
-            say(continue_text(model, enc, line, s))
-            continue
-        del messages[:max(len(messages) - 2 * (turns - 1), 0)]  # two for each earlier turn stay
-        messages.append({"role": "user", "content": line})
-        ids, told = trim(messages, enc, model.config.block_size, room(model, s))
-        if told:
-            note(told)
-        messages.append({"role": "assistant", "content": say(reply(model, enc, ids, s, cache))})
 
+
+def chat(talk, s):
+    """Answer messages from standard input until it ends or /quit; in a terminal, obey commands too."""
+    tty = sys.stdin.isatty() and sys.stdout.isatty()
+    for line in read_messages(tty):
+        if not (tty and re.match(r"/\w*(\s|$)", line)):
+            say(talk, talk.enc.encode_ordinary(line), s, tty)
+            continue
+        try:
+            s = command(talk, s, line)
+        except (ValueError, OSError) as error:
+            note(error)
+        if s is None:
+            return
+
+
+# ---- scoring ----
 
 def rows_to_score(source, wanted):
     """{"held out": rows, "trained on": rows} of a prepared folder, or {"rows": rows} of an instruction file;
@@ -260,48 +448,47 @@ def score(model, enc, s):
 
 
 def load_model(s, device, dtype):
-    """(model, tokenizer, turns as in `chat`, what to call it) for the settings. Raises ValueError or
-    OSError."""
+    """(model, tokenizer, turns as in Talk, what to call it). Raises ValueError or OSError."""
     if s.init_from:  # weights as they came, without role tokens: they go on with a text
-        model, enc = GPT.from_pretrained(s.init_from, vocab_size=50257), get_tokenizer("gpt2")
-        return model.to(device, dtype).eval(), enc, 0, s.init_from
-    checkpoint = load_checkpoint(s.checkpoint, "Make one: python prepare_alpaca.py "
-                                 "config/prepare_instruction.py && python train.py config/train_chat.py "
-                                 "(or: make chat)")
-    model = model_from_checkpoint(checkpoint, device).to(dtype).eval()
-    name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
-    turns = (s.turns or checkpoint.get("turns", 1)) if checkpoint["kind"] == "chat" else 0
-    return model, get_tokenizer(checkpoint["tokenizer"]), turns, name
+        model, enc, turns = GPT.from_pretrained(s.init_from, 50257), get_tokenizer("gpt2"), 0
+        name = s.init_from
+    else:
+        checkpoint = load_checkpoint(s.checkpoint, "Make one: python prepare_alpaca.py config/prepare_"
+                                     "instruction.py && python train.py config/train_chat.py (or: make chat)")
+        model, enc = model_from_checkpoint(checkpoint), get_tokenizer(checkpoint["tokenizer"])
+        name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
+        turns = (s.turns or checkpoint.get("turns", 1)) if checkpoint["kind"] == "chat" else 0
+    model = model.to(device, dtype).eval()
+    if s.dtype == "int8":
+        quantize_int8(model)
+    return model, enc, turns, name
 
 
 def main(argv):
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
-    device, dtype, why = pick_device(s.device, s.dtype)
+    device, dtype, why = pick_device(s.device, "float32" if s.dtype == "int8" else s.dtype)
+    if s.dtype == "int8":
+        if device.type != "cpu":
+            raise ValueError(f"dtype=int8: is for the CPU; on {device} use bfloat16, or --device=cpu")
+        why = f"{device}, int8 weights"
     model, enc, turns, name = load_model(s, device, dtype)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
     if s.score:
         if not turns:
             raise ValueError(f"score={s.score}: this model knows no chats, so there are no answers to score")
         return score(model, enc, s)
+    talk = Talk(model, enc, turns)
     if s.prompt is not None:
-        if not turns:
-            say(continue_text(model, enc, s.prompt, s))
-            return
-        messages = [{"role": "user", "content": s.prompt}]
-        ids, told = trim(messages, enc, model.config.block_size, room(model, s))
-        if told:
-            note(told)
-        say(reply(model, enc, ids, s))
-        return
+        return say(talk, enc.encode_ordinary(s.prompt), s, False)
     if sys.stdin.isatty():
-        note(f"{name}: {model.num_params():,} parameters, {why}. " +
-             ((f"It sees your last {turns} messages" if turns > 1 else "It sees each message by itself") +
-              ". Ask it something; Ctrl-D leaves." if turns else
-              "It knows no turns: it goes on with what you write. Ctrl-D leaves."))
-    chat(model, enc, s, turns)
+        note(f"{name}: {model.num_params():,} parameters; {why}")
+        note(("It knows no turns: it goes on with what you write." if not turns else
+              "It sees each message by itself." if turns == 1 else f"It sees your last {turns} messages.") +
+             " /help lists the commands, Ctrl-D leaves.")
+    chat(talk, s)
 
 
 if __name__ == "__main__":

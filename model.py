@@ -158,6 +158,7 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         # There is no lm_head: GPT-2 ties the output head to wte (Press & Wolf 2017).
+        self.int8_head = None  # but quantize_int8 makes one
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2 * n_layer of them add to one residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -182,7 +183,7 @@ class GPT(nn.Module):
 
     def head(self, x):
         """(..., C) -> logits (..., padded V): how well each token's embedding fits, padded ids -inf."""
-        logits = F.linear(x, self.wte.weight)
+        logits = self.int8_head(x) if self.int8_head else F.linear(x, self.wte.weight)
         logits[..., self.config.vocab_size:] = -math.inf
         return logits
 
@@ -203,14 +204,16 @@ class GPT(nn.Module):
         return F.cross_entropy(self.head(x).float(), targets.flatten(), reduction="sum")
 
     @torch.no_grad()
-    def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, seed=None, stop_ids=(),
-                 cache=None):
+    def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                 seed=None, stop_ids=(), cache=None):
         """Continue `ids` (a list, at least one): yields new ids one by one, ending before any of stop_ids.
 
-        temperature 0 takes the likeliest token each time; top_k and top_p as in `sample`. The same seed
-        gives the same ids. `cache` is a KVCache to go on from: whatever of `ids` it already holds is not
-        computed again. Past block_size, the window slides by half a block: positions are learned, so what
-        it still holds is computed anew from position 0.
+        temperature 0 takes the likeliest token each time; top_k and top_p as in `sample`. A
+        repetition_penalty above 1 makes what the context holds already less likely (Keskar et al. 2019), but
+        not stop_ids, which would keep a reply from ending. The same seed gives the same ids. `cache` is a
+        KVCache to go on from: whatever of `ids` it already holds is not computed again. Past block_size, the
+        window slides by half a block: positions are learned, so what it still holds is computed anew from
+        position 0.
         """
         ids = list(ids)
         assert ids, "generate needs at least one id to go on from"
@@ -229,6 +232,11 @@ class GPT(nn.Module):
                 x = self.hidden(torch.tensor([window[known:]], device=device), cache)  # (1, new, C)
                 cache.ids = window
                 logits = self.head(x[0, -1])[:self.config.vocab_size].float().cpu()  # (V,)
+                if repetition_penalty != 1:
+                    seen = list(set(window).difference(stop_ids))
+                    penalized = logits[seen]
+                    logits[seen] = torch.where(penalized > 0, penalized / repetition_penalty,
+                                               penalized * repetition_penalty)
                 next_id = sample(logits, temperature, top_k, top_p, generator)
                 if next_id in stop_ids:
                     return
@@ -348,12 +356,14 @@ def sample(logits, temperature, top_k, top_p, generator):
     (0: all) that make up at least top_p of the probability (nucleus sampling, Holtzman et al. 2020)."""
     if temperature < 1e-5:  # smaller ones would overflow float32
         return int(logits.argmax())
-    probs, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
-    if top_k:
-        probs[top_k:] = 0
+    order = None
+    if top_k or top_p < 1:
+        logits, order = logits.topk(min(top_k or len(logits), len(logits)))  # the likeliest first
+    probs = (logits / temperature).softmax(-1)
     if top_p < 1:
-        probs[1:][probs.cumsum(-1)[:-1] >= top_p * probs.sum()] = 0  # the first one always stays
-    return int(order[torch.multinomial(probs, 1, generator=generator)])
+        probs[1:][probs.cumsum(-1)[:-1] >= top_p] = 0  # the first one always stays
+    picked = torch.multinomial(probs, 1, generator=generator)
+    return int(picked if order is None else order[picked])
 
 
 def newton_schulz(x, steps=5):
@@ -408,6 +418,36 @@ class Muon(torch.optim.Optimizer):
             update = newton_schulz(grads.lerp_(buffer, momentum)).to(grads.dtype)  # Nesterov's look ahead
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(matrices, update.unbind(), alpha=-lr * 0.2 * math.sqrt(grads.shape[2]))
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights and a scale for each output row: for a single token, nearly all the
+    time goes into reading weights, and these are a quarter of the bytes. Inputs are not quantized."""
+
+    def __init__(self, weight, bias):
+        super().__init__()
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
+        self.weight = nn.Buffer((weight / scale).round().to(torch.int8))  # (out, in)
+        self.scale, self.bias = nn.Buffer(scale.squeeze(1)), bias
+
+    def forward(self, x):  # (..., in) -> (..., out)
+        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+        if len(rows) > 4:  # many tokens: the products take the time, and float32 ones are fast
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        else:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16()).to(x.dtype)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], len(self.scale))
+
+
+def quantize_int8(model):
+    """Give a GPT int8 weights in its blocks and head, in place; for inference on a CPU."""
+    with torch.no_grad():
+        for module in [m for m in model.h.modules() if not isinstance(m, nn.Linear)]:
+            for name, layer in list(module.named_children()):
+                if isinstance(layer, nn.Linear):
+                    setattr(module, name, Int8Linear(layer.weight, layer.bias))
+        model.int8_head = Int8Linear(model.wte.weight, None)
 
 
 def pick_device(device="auto", dtype="auto"):

@@ -27,8 +27,9 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 
 
-def load(settings_class, argv, doc=""):
-    """Build settings_class from its defaults, then each config file and --key=value in argv, in order.
+def load(settings_class, argv, doc="", start=None):
+    """Build settings_class from its defaults (or from `start`, one of it), then each config file and
+    --key=value in argv, in order.
 
     Relative paths (fields of type Path) count from the repository in defaults and config files, and from
     the current folder in flags. Raises ValueError naming the setting, the value and what to do; --help
@@ -38,8 +39,9 @@ def load(settings_class, argv, doc=""):
         print(describe(settings_class, doc))
         raise SystemExit(0)
     fields = typing.get_type_hints(settings_class)
-    values = {f.name: cast(f.name, f.default, fields[f.name], "its default", repo_folder())
-              for f in dataclasses.fields(settings_class)}
+    values = dict(vars(start)) if start else {
+        f.name: cast(f.name, f.default, fields[f.name], "its default", repo_folder())
+        for f in dataclasses.fields(settings_class)}
     for arg in argv:
         if not arg.startswith("-"):
             path = find_config(arg)

@@ -169,7 +169,7 @@ def shakespeare(s):
         rows = {name: [train_and_measure(argv, folder, f"{folder}/{name}{run}") for run in range(s.runs)]
                 for name, argv in (("short", SHORT), ("adamw", adamw), ("long", []))}
     seconds, losses = ({name: [row[i] for row in rows[name]] for name in rows} for i in (0, 1))
-    for name, what, target in (("short", f"Muon, {SHORT[0][2:]}", "4 or more"), ("long", "Muon", "1 or more")):
+    for name, what, target in (("short", "Muon, 205 steps", "4 or more"), ("long", "Muon", "1 or more")):
         yield line(f"Shakespeare: {what}; AdamW, nanoGPT's recipe", seconds[name], seconds["adamw"], "s",
                    target, smaller=True)
         yield line("  and the validation loss reached", losses[name], losses["adamw"], "nats", "",
