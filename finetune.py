@@ -50,12 +50,13 @@ def main(argv):
         raise ValueError(f"data_dir={s.data_dir}: holds plain text; finetune on chats (prepare_alpaca.py), "
                          "or go on with text by train.py --init_from")
     device, dtype, why = pick_device(s.device, s.dtype)
-    model, dataset, resumed = train.set_up(s, device, train.load_base)
-    count_steps(s, dataset)
-    print(f"{s.init_from}: {s.epochs} epochs of {len(dataset.starts['train']):,} conversations are "
-          f"{s.max_iters:,} steps" + (f"; {dropped} are left out, with nothing of the answer in the first "
-          f"{dataset.block_size} tokens" if (dropped := dataset.dropped["train"]) else ""))
-    train.run(s, model, dataset, device, dtype, why, resumed)
+    with train.processes(device) as device:
+        model, dataset, resumed = train.set_up(s, device, train.load_base)
+        count_steps(s, dataset)
+        print(f"{s.init_from}: {s.epochs} epochs of {len(dataset.starts['train']):,} conversations are "
+              f"{s.max_iters:,} steps" + (f"; {dropped} are left out, with nothing of the answer in the "
+              f"first {dataset.block_size} tokens" if (dropped := dataset.dropped["train"]) else ""))
+        train.run(s, model, dataset, device, dtype, why, resumed)
 
 
 if __name__ == "__main__":

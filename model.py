@@ -170,6 +170,14 @@ class GPT(nn.Module):
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
+    def flops(self, targets, tokens, pairs):
+        """Floating-point operations of a training step: 6 for each weight that a token meets in a matrix
+        product (2 forward, 4 backward), and those of attention; `pairs` is the sum of T * T over its rows
+        (Chowdhery et al. 2022, "PaLM", appendix B)."""
+        c = self.config
+        return 6 * (12 * c.n_layer * c.n_embd**2 * tokens + self.wte.weight.numel() * targets) + \
+            12 * c.n_layer * c.n_embd * pairs
+
     def hidden(self, idx, cache=None):
         """Token ids (B, T) -> what the last block knows of each, (B, T, C). With a KVCache, idx holds only
         the tokens that come after those already in it."""

@@ -168,6 +168,8 @@ def main(argv):
         if spec == "bpe":
             texts = (m["content"] for messages, _ in splits["train"] for m in messages)
             spec = train_bpe(texts, settings.vocab_size)
+        elif spec.endswith(".json"):
+            spec = config.local_path(spec)
         spec = read_spec(spec)
         enc = get_tokenizer(spec)
         if isinstance(spec, dict):

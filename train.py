@@ -5,21 +5,29 @@
     python train.py config/train_chat.py --resume=True   # go on where a run stopped
     python train.py --help                               # every setting
 
-It writes out_dir/best.pt, which chat.py talks to, and out_dir/last.pt, which --resume goes on from.
+    torchrun --nproc_per_node=8 train.py config/train_gpt2.py        # many GPUs: the same steps, sooner
+
+It writes out_dir/best.pt, which chat.py talks to, out_dir/last.pt, which --resume goes on from, log.csv and
+(where matplotlib is installed) loss.png.
 """
 import contextlib
+import csv
 import math
+import os
+import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import config
-from data.tokens import folder_tokenizer, open_dataset, read_meta
+from data.conversation import decode_conversation, encode_prompt, special_ids
+from data.tokenizer import get_tokenizer
+from data.tokens import SPLITS, folder_tokenizer, open_dataset, read_meta
 from model import (
     GPT,
     GPT2_NAMES,
@@ -29,6 +37,7 @@ from model import (
     model_from_checkpoint,
     pick_device,
     save_checkpoint,
+    write_atomically,
 )
 
 
@@ -59,6 +68,9 @@ class LoopSettings:
     # looking, saving
     log_interval: int = 50  # steps between progress lines
     eval_interval: int = 250  # steps between evaluations, each saves last.pt too
+    save_interval: int | str = "10m"  # last.pt is saved in between: 500, every so many steps; 10m, minutes
+    sample_interval: int = 500  # steps between samples of what the model writes; 0: none
+    sample_prompt: str | None = None  # what samples go on from; None: a held-out question, or a line's start
     eval_tokens: int = 20_000  # tokens of an evaluation, of each split; always the same ones
     best_by: str = "val"  # best.pt has the lowest loss on val; or on train, for a model that shall memorize
     patience: int = 0  # stop after so many evaluations without a lower validation loss; 0: never
@@ -96,6 +108,9 @@ def check_settings(s):
     need(0 <= s.seed < 2**63, "seed", "from 0 to 2**63 - 1")
     for name in ("dropout", "momentum", "beta1", "beta2"):
         need(0 <= getattr(s, name) < 1, name, "from 0 to below 1")
+    need(re.fullmatch(r"0*[1-9]\d*|\d*\.?\d+m", str(s.save_interval)), "save_interval",
+         "a number of steps (500) or of minutes (10m)")
+    need(s.sample_interval >= 0, "sample_interval", "0 or more")
     need(0 <= s.final_lr <= 1, "final_lr", "from 0 to 1, a fraction of the peak")
     for name, choices in (("optimizer", ("muon", "adamw")), ("decay", ("linear", "cosine", "constant")),
                           ("best_by", ("val", "train")), ("compile", ("auto", "on", "off"))):
@@ -185,22 +200,47 @@ def is_memorizing(history):
     return best[2] * 1.01 < val_before < val_now and train_now < train_before < best[1]
 
 
-def not_finite(step, what, s):
-    """The error of a run that has left the real numbers."""
-    return ValueError(f"step {step}: {what}; the last good checkpoint is kept. Try a lower learning_rate "
-                      f"(now {s.learning_rate:g}) or more warmup_iters")
+def not_finite(step, what, s, model):
+    """The error of a run that has left the real numbers. Names the parameter with the largest gradient."""
+    rate = get_lr(step - 1, s) * s.learning_rate
+    grads = {name: p.grad.abs().max().item() for name, p in model.named_parameters() if p.grad is not None}
+    largest = ""
+    if grads:
+        name = max(grads, key=lambda n: (not math.isfinite(grads[n]), grads[n]))
+        largest = f", the largest gradient {grads[name]:.3g} in {name.removeprefix('module.')}"
+    return ValueError(f"step {step}: {what}; the learning rate was {rate:.2g}{largest}. The last good "
+                      f"checkpoint is kept. Try a lower learning_rate (now {s.learning_rate:g}), more "
+                      f"warmup_iters (now {s.warmup_iters}) or a lower grad_clip (now {s.grad_clip:g})")
+
+
+def out_of_memory(error, s):
+    """What to raise for an error of a training step: where memory ran out, a ValueError that names smaller
+    batches of the same tokens per step; else the error itself."""
+    said = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+    if not said:
+        return error
+    factor = next((n for n in range(2, s.batch_size + 1) if s.batch_size % n == 0), None)
+    smaller = (f"--batch_size={s.batch_size // factor} --gradient_accumulation="
+               f"{s.gradient_accumulation * factor}, the same tokens per step" if factor else
+               "a smaller --block_size, or a smaller model")
+    return ValueError(f"out of memory; the last checkpoint is kept. Try {smaller}")
 
 
 def rng_states(device):
-    """The states of the random generators that dropout uses."""
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    """The states of the random generators that dropout uses, of every process: a list of lists."""
+    mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    states = [mine] * ranks()[1]
+    if len(states) > 1:
+        dist.all_gather_object(states, mine)
+    return states
 
 
 def restore_rng(states, device):
-    """Put back what rng_states returned."""
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
+    """Put back this process's part of what rng_states returned, where it has one."""
+    for mine in states[ranks()[0]:][:1]:
+        torch.set_rng_state(mine[0])
+        if device.type == "cuda" and len(mine) > 1:
+            torch.cuda.set_rng_state(mine[1], device)
 
 
 def restore_optimizer(optimizer, state):
@@ -219,7 +259,8 @@ def evaluations_since_best(history):
 
 
 def train_step(model, optimizers, dataset, step, s, device, autocast):
-    """One step on the batches that belong to it: (mean loss per target, gradient norm, tokens read).
+    """One step on the batches that belong to it: (mean loss per target, gradient norm, work), where work is
+    (targets, tokens read, pairs of tokens in attention), over all processes.
 
     The gradient is that of the mean over all the step's targets, however they fall into batches and
     processes. Raises ValueError if the loss or the gradient is not a finite number; the weights are then
@@ -228,28 +269,202 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
     rank, world = ranks()
     first = step * s.gradient_accumulation
     batches = [dataset.batch("train", first + i) for i in range(rank, s.gradient_accumulation, world)]
-    count, read = sum_over_ranks(device, sum(targets.size for _, targets, _ in batches),
-                                 sum(idx.size for idx, _, _ in batches))
+    work = sum_over_ranks(device, *map(sum, zip(*((targets.size, idx.size, idx.size * idx.shape[1])
+                                                  for idx, targets, _ in batches))))
     total = 0.0
     for i, batch in enumerate(batches):
         # Processes exchange gradients once a step, during the last backward; DDP takes their mean.
         alone = world > 1 and i < len(batches) - 1
         with model.no_sync() if alone else contextlib.nullcontext():
             with autocast:
-                loss = model(*to_device(batch, device)) * (world / count)
+                loss = model(*to_device(batch, device)) * (world / work[0])
             loss.backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
     total, norm = sum_over_ranks(device, total.item() / world)[0], norm.item()
     if not math.isfinite(total + norm):
-        raise not_finite(step + 1, f"the loss is {total} and the gradient norm {norm}", s)
+        raise not_finite(step + 1, f"the loss is {total} and the gradient norm {norm}", s, model)
     factor = get_lr(step, s)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total, norm, read
+    return total, norm, work
+
+
+@dataclass
+class Progress:
+    """Where a run stands. A checkpoint holds it, and a resumed run goes on from it."""
+    step: int = 0  # steps done
+    seconds: float = 0.0  # of training, over all resumptions
+    best: float = math.inf  # lowest loss of s.best_by that best.pt was saved with
+    told: bool = False  # whether memorizing was pointed out
+    history: list = field(default_factory=list)  # (step, train loss, val loss) of every evaluation
+
+
+def epochs(dataset, step, s):
+    """How often the training data has been read after `step` steps."""
+    return dataset.epochs("train", step * s.gradient_accumulation)
+
+
+def restore(resumed, optimizers, device):
+    """Put the optimizers and random generators where last.pt left them; returns its Progress."""
+    for optimizer, state in zip(optimizers, resumed["optimizers"]):
+        restore_optimizer(optimizer, state)
+    restore_rng(resumed["rng"], device)
+    return Progress(resumed["step"], resumed["seconds"], resumed["best"], resumed["told"],
+                    [tuple(entry) for entry in resumed["history"]])
+
+
+def save_is_due(s, step, saved_at):
+    """Whether save_interval has gone by: steps, or minutes since `saved_at`."""
+    every = str(s.save_interval)
+    if every.endswith("m"):
+        return time.monotonic() - saved_at >= 60 * float(every[:-1])
+    return step % int(every) == 0
+
+
+def save(s, name, model, dataset, at, **extra):
+    """Write a checkpoint into out_dir; returns whether it could be. An earlier one of that name stays where
+    it could not, and the run goes on."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(s).items()}
+    checkpoint = model_checkpoint(model, dataset.tokenizer, dataset.kind, turns=dataset.turns,
+                                  data=dataset.fingerprint, settings=settings, max_iters=s.max_iters,
+                                  **asdict(at), **extra)
+    try:
+        save_checkpoint(s.out_dir / name, checkpoint)
+        return True
+    except OSError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        return False
+
+
+def sample_text(model, dataset, s):
+    """What the model writes now: after sample_prompt, or after a held-out question or a line's start."""
+    enc, prompt = get_tokenizer(dataset.tokenizer), s.sample_prompt
+    if dataset.kind == "chat":
+        if prompt is None:
+            prompt = decode_conversation(dataset.conversations("val")[0], enc)[0]["content"]
+        ids = encode_prompt([{"role": "user", "content": prompt}], enc)
+    else:
+        prompt = "\n" if prompt is None else prompt
+        ids = enc.encode_ordinary(prompt) or [special_ids(enc)[0]]
+    said = model.generate(ids, 50, temperature=0.7, top_k=50, seed=0, stop_ids=special_ids(enc))
+    return f"{prompt!r} -> {enc.decode(list(said))!r}"
+
+
+def tell_memorizing(history):
+    """Say that validation has turned up; see is_memorizing."""
+    low, now = min(history, key=lambda entry: entry[2]), history[-1]
+    print(f"  Validation has turned up: {low[2]:.3f} at step {low[0]}, {now[2]:.3f} now, while the training "
+          f"loss fell from {low[1]:.3f} to {now[1]:.3f}. From here on the model memorizes more than it "
+          "generalizes.", flush=True)
+
+
+def draw_losses(out_dir, history):
+    """loss.png in out_dir: every step's loss of log.csv, the evaluations, and where validation was lowest.
+    Returns whether matplotlib is there to draw it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    with open(out_dir / "log.csv", encoding="utf-8") as f:
+        every = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(f)]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*every), color="0.8", linewidth=1, label="each step")
+    at, train_losses, val_losses = zip(*history)
+    axes.plot(at, train_losses, "o-", markersize=3, label="training")
+    axes.plot(at, val_losses, "o-", markersize=3, label="validation")
+    low = min(history, key=lambda entry: entry[2])
+    if low is not history[-1]:
+        axes.axvline(low[0], color="0.5", linestyle=":")
+        axes.annotate(f"lowest validation loss, {low[2]:.2f}\nfrom here on: memorizing", (low[0], low[2]),
+                      xytext=(8, 24), textcoords="offset points")
+    axes.set(xlabel="step", ylabel="loss, nats per target", title=str(out_dir))
+    axes.legend()
+    try:
+        write_atomically(out_dir / "loss.png", lambda f: figure.savefig(f, dpi=100, format="png"))
+    except OSError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+    return True
+
+
+def report(s, dataset, at):
+    """Say how the run went, and what to do with it."""
+    (step, train_loss, val_loss), low = at.history[-1], min(at.history, key=lambda entry: entry[2])
+    kept = min(at.history, key=lambda entry: entry[1 + SPLITS.index(s.best_by)])
+    print(f"{step} steps in {duration(at.seconds)}: training loss {train_loss:.4f}, validation "
+          f"{val_loss:.4f} (lowest {low[2]:.4f} at step {low[0]}, epoch {epochs(dataset, low[0], s):.2f})")
+    print(f"best.pt holds step {kept[0]} (epoch {epochs(dataset, kept[0], s):.2f}), the lowest {s.best_by} "
+          f"loss; talk to it: python chat.py --checkpoint={s.out_dir / 'best.pt'}", flush=True)
+
+
+# Dense bfloat16 FLOP/s that makers state, by a part of the device's name.
+PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+         "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that all processes' devices can do: the maker's figure for a GPU in bfloat16, a quick
+    measurement of a matrix product for a CPU, None where it is not known."""
+    if device.type == "cpu":
+        a = torch.ones(1024, 1024, dtype=dtype)
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - began)
+        return 2 * 1024**3 / min(seconds)  # processes on one machine share its cores
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        return next((peak * ranks()[1] for part, peak in PEAKS.items() if part in name), None)
+    return None
+
+
+class Log:
+    """out_dir/log.csv, a row for every step, and the line that a person sees."""
+
+    COLUMNS = ("step", "epoch", "loss", "lr", "norm", "tokens", "seconds", "peak_share", "train_loss",
+               "val_loss")
+
+    def __init__(self, path, at, peak):
+        """Rows after step `at.step`, of a run that was stopped later than it was saved, are left out."""
+        kept = [",".join(self.COLUMNS) + "\n"]
+        if at.step and path.exists():
+            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+            kept += [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= at.step]
+        write_atomically(path, lambda f: f.write("".join(kept).encode("utf-8")))
+        self.path, self.peak, self.warned, self.unwritten = path, peak, False, b""
+        self.tokens = self.seconds = self.flops = 0.0  # since the last line
+
+    def add(self, row, tokens, flops, seconds):
+        """Write a row, a dict of COLUMNS; what a full disk refuses is kept for the next time."""
+        row = {**row, "tokens": int(tokens), "seconds": f"{seconds:.4f}",
+               "peak_share": f"{flops / seconds / self.peak:.3f}" if self.peak else "n/a"}
+        self.unwritten += (",".join(str(row.get(name, "")) for name in self.COLUMNS) + "\n").encode()
+        try:
+            with open(self.path, "ab", buffering=0) as f:
+                while self.unwritten:
+                    self.unwritten = self.unwritten[f.write(self.unwritten):]
+        except OSError as error:
+            if not self.warned:
+                print(f"warning: {self.path}: {error}; going on", file=sys.stderr, flush=True)
+            self.warned = True
+        self.tokens += tokens
+        self.flops += flops
+        self.seconds += seconds
+
+    def tell(self, at, row, s):
+        """Print the line of a step; speeds are of all steps since the last one."""
+        seconds, left = max(self.seconds, 1e-9), at.seconds / at.step * (s.max_iters - at.step)
+        losses = f"  train {row['train_loss']}  val {row['val_loss']}" if "val_loss" in row else ""
+        share = f"{self.flops / seconds / self.peak:.0%}" if self.peak else "n/a"
+        print(f"step {at.step:>5}/{s.max_iters}  epoch {row['epoch']}  loss {row['loss']}{losses}  "
+              f"lr {row['lr']}  norm {row['norm']}  {self.tokens / seconds:,.0f} tokens/s  {share} of peak  "
+              f"{duration(left)} left", flush=True)
+        self.tokens = self.seconds = self.flops = 0.0
 
 
 def train(s, model, dataset, device, dtype, resumed=None):
@@ -261,92 +476,68 @@ def train(s, model, dataset, device, dtype, resumed=None):
     """
     optimizers = model.configure_optimizers(s.optimizer, s.learning_rate, s.embedding_learning_rate,
                                             s.weight_decay, (s.beta1, s.beta2), s.momentum)
+    at = restore(resumed, optimizers, device) if resumed else Progress()
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
     run = torch.compile(model) if s.compile == "on" else model  # what computes; checkpoints take `model`
-    start, history, best, told, spent = 0, [], math.inf, False, 0.0
-    if resumed:
-        for optimizer, state in zip(optimizers, resumed["optimizers"]):
-            restore_optimizer(optimizer, state)
-        start, best, told, spent = (resumed[name] for name in ("step", "best", "told", "seconds"))
-        history = [tuple(entry) for entry in resumed["history"]]
-        restore_rng(resumed["rng"], device)
+    if dist.is_initialized():
+        run = torch.nn.parallel.DistributedDataParallel(run)
+    first = ranks()[0] == 0  # of all processes, this one writes
+    log = Log(s.out_dir / "log.csv", at, peak_flops(device, dtype)) if first else None
+    saved, saved_at = True, time.monotonic()
     model.train()
-
-    def save(name, step, **extra):
-        made = {"step": step, "max_iters": s.max_iters, "history": history, "seconds": spent,
-                "data": dataset.fingerprint, "turns": dataset.turns,
-                "settings": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(s).items()}}
-        try:
-            checkpoint = model_checkpoint(model, dataset.tokenizer, dataset.kind, **made, **extra)
-            save_checkpoint(s.out_dir / name, checkpoint)
-            return True
-        except OSError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
-            return False
-
-    tokens, since, saved = 0, time.monotonic(), True
     with stop_signals() as caught:
-        for step in range(start, s.max_iters):
+        while at.step < s.max_iters:
             began = time.monotonic()
-            loss, norm, read = train_step(run, optimizers, dataset, step, s, device, autocast)
-            tokens, done = tokens + read, step + 1
-            last = done == s.max_iters or bool(caught)
-            line = f"step {done:>5}/{s.max_iters}  {epochs(dataset, done, s)}  loss {loss:.4f}"
-            if last or done % s.eval_interval == 0:
-                train_loss, val_loss = (evaluate(run, dataset, split, s.eval_tokens, device, autocast)
-                                        for split in ("train", "val"))
-                if not math.isfinite(train_loss + val_loss):
-                    raise not_finite(done, f"the losses are {train_loss} and {val_loss}", s)
-                history.append((done, train_loss, val_loss))
-                line += f"  train {train_loss:.4f}  val {val_loss:.4f}"
-            spent += time.monotonic() - began
-            if last or done % s.eval_interval == 0 or done % s.log_interval == 0 or done == 1:
-                speed = tokens / (time.monotonic() - since)
-                left = spent / done * (s.max_iters - done)
-                print(f"{line}  lr {get_lr(step, s) * s.learning_rate:.1e}  norm {norm:.2f}  {speed:,.0f} "
-                      f"tokens/s  {duration(left)} left", flush=True)
-                tokens, since = 0, time.monotonic()
-            if last or done % s.eval_interval == 0:
-                if not told and is_memorizing(history):
-                    told = True
-                    low = min(history, key=lambda entry: entry[2])
-                    print(f"  Validation has turned up: {low[2]:.3f} at step {low[0]}, {val_loss:.3f} now, "
-                          f"while the training loss fell from {low[1]:.3f} to {train_loss:.3f}. From here "
-                          "on the model memorizes more than it generalizes.", flush=True)
-                by = train_loss if s.best_by == "train" else val_loss
-                better = by < best
-                saved = not better or save("best.pt", done)
-                best = by if better and saved else best
-                saved &= save("last.pt", done, best=best, told=told, rng=rng_states(device),
-                              optimizers=[optimizer.state_dict() for optimizer in optimizers])
-                since = time.monotonic()
-                if s.patience and not last and evaluations_since_best(history) >= s.patience:
+            try:
+                loss, norm, work = train_step(run, optimizers, dataset, at.step, s, device, autocast)
+            except (RuntimeError, MemoryError) as error:
+                raise out_of_memory(error, s) from error
+            at.step += 1
+            stop, due = sum_over_ranks(device, len(caught), first and save_is_due(s, at.step, saved_at))
+            last, look = stop or at.step == s.max_iters, at.step % s.eval_interval == 0
+            row = {"step": at.step, "epoch": f"{epochs(dataset, at.step, s):.2f}", "loss": f"{loss:.4f}",
+                   "lr": f"{get_lr(at.step - 1, s) * s.learning_rate:.2e}", "norm": f"{norm:.2f}"}
+            seconds = time.monotonic() - began  # without the evaluation
+            if last or look:
+                losses = [evaluate(run, dataset, split, s.eval_tokens, device, autocast)
+                          for split in SPLITS]
+                if not math.isfinite(sum(losses)):
+                    raise not_finite(at.step, f"the losses are {losses[0]} and {losses[1]}", s, model)
+                at.history.append((at.step, *losses))
+                row |= {"train_loss": f"{losses[0]:.4f}", "val_loss": f"{losses[1]:.4f}"}
+            at.seconds += time.monotonic() - began
+            if first:
+                log.add(row, work[1], model.flops(*work), seconds)
+                if last or look or at.step % s.log_interval == 0 or at.step == 1:
+                    log.tell(at, row, s)
+                if s.sample_interval and at.step % s.sample_interval == 0:
+                    print(f"  sample: {sample_text(model, dataset, s)}", flush=True)
+            if last or look:
+                if first and not at.told and is_memorizing(at.history):
+                    at.told = True
+                    tell_memorizing(at.history)
+                by = losses[SPLITS.index(s.best_by)]
+                if by < at.best and (not first or save(s, "best.pt", model, dataset, at)):
+                    at.best = by
+                if not last and s.patience and evaluations_since_best(at.history) >= s.patience:
+                    last = True
                     print(f"stopped: {s.patience} evaluations without a lower validation loss (patience)")
-                    break
+                drawn = first and draw_losses(s.out_dir, at.history)
+            if last or look or due:
+                rng = rng_states(device)
+                saved = not first or save(s, "last.pt", model, dataset, at, rng=rng,
+                                          optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                saved_at = time.monotonic()
             if last:
                 break
-    report(s, dataset, history, spent)
-    if not saved:
-        raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and "
-                      "--resume=True")
-    return caught[0] if caught else 0
-
-
-def epochs(dataset, step, s):
-    """How often the training data has been read after `step` steps, as "epoch 1.25"."""
-    return f"epoch {dataset.epochs('train', step * s.gradient_accumulation):.2f}"
-
-
-def report(s, dataset, history, spent):
-    """Say how the run went, and what to do with it."""
-    step, train_loss, val_loss = history[-1]
-    low = min(history, key=lambda entry: entry[2])
-    kept = min(history, key=lambda entry: entry[1]) if s.best_by == "train" else low
-    print(f"{step} steps in {duration(spent)}: training loss {train_loss:.4f}, validation {val_loss:.4f} "
-          f"(lowest {low[2]:.4f} at step {low[0]}, {epochs(dataset, low[0], s)})")
-    print(f"best.pt holds step {kept[0]} ({epochs(dataset, kept[0], s)}), the lowest {s.best_by} loss; talk "
-          f"to it: "
-          f"python chat.py --checkpoint={s.out_dir / 'best.pt'}", flush=True)
+    if first:
+        report(s, dataset, at)
+        print(f"{s.out_dir}: log.csv" + (", loss.png" if drawn else "; and where matplotlib is installed "
+                                         "(pip install matplotlib), loss.png"), flush=True)
+        if not saved:
+            raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and "
+                          "--resume=True")
+    return caught[0] if caught else signal.SIGTERM if stop else 0
 
 
 def load_base(s):
@@ -397,15 +588,45 @@ def load_resumed(s):
 def set_up(s, device, make_model):
     """What a run starts from: (model, dataset, the dict of last.pt or None). make_model(s) makes the model
     where the run does not resume. Raises ValueError or OSError."""
+    rank, world = ranks()
+    if s.gradient_accumulation % world:
+        raise ValueError(f"gradient_accumulation={s.gradient_accumulation}: must be a multiple of the "
+                         f"{world} processes, which share the batches of a step")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (s.out_dir / "last.pt").exists():
+        s.resume = True  # torchrun --max-restarts started us again
     torch.manual_seed(s.seed)
     resumed = load_resumed(s) if s.resume else None
+    if rank:
+        dist.barrier()  # the first process may have to download the model
     model = model_from_checkpoint(resumed, dropout=s.dropout) if resumed else make_model(s)
+    if world > 1 and rank == 0:
+        dist.barrier()
     dataset = open_dataset(s.data_dir, model.config.block_size, s.batch_size, s.seed)
     if resumed and resumed["data"] != dataset.fingerprint:
         raise ValueError(f"{s.out_dir / 'last.pt'}: was made with other data (data_dir="
                          f"{resumed['settings']['data_dir']}, as it was then) than data_dir={s.data_dir} is "
                          "now; use the same, or another out_dir")
+    torch.manual_seed(s.seed + rank)  # of dropout
     return model.to(device), dataset, resumed
+
+
+@contextlib.contextmanager
+def processes(device):
+    """Within it, the processes that torchrun started, if it did, know one another; yields this one's device.
+    Only the first of them prints."""
+    if "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            with contextlib.redirect_stdout(nowhere) if dist.get_rank() else contextlib.nullcontext():
+                yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def run(s, model, dataset, device, dtype, why, resumed):
@@ -415,10 +636,10 @@ def run(s, model, dataset, device, dtype, why, resumed):
     if s.compile == "auto":
         s.compile = "on" if device.type == "cuda" and dataset.kind == "text" else "off"
         reason = "it pays on a GPU with batches of one shape"
-    print(f"{s.data_dir}: {len(dataset.tokens['train']):,} training tokens, {dataset.vocab_size} ids")
+    print(f"{s.data_dir}: {dataset.n_tokens('train'):,} training tokens, {dataset.vocab_size} ids")
     print(f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x "
-          f"{model.config.n_embd}; device: {why}; compile {s.compile} ({reason}); optimizer {s.optimizer}",
-          flush=True)
+          f"{model.config.n_embd}; device: {why}; compile {s.compile} ({reason}); optimizer {s.optimizer}" +
+          (f"; {ranks()[1]} processes" if ranks()[1] > 1 else ""), flush=True)
     if resumed:
         print(f"resumed at step {resumed['step']}")
     stopped_by = train(s, model, dataset, device, dtype, resumed)
@@ -438,8 +659,9 @@ def main(argv):
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = pick_device(s.device, s.dtype)
-    model, dataset, resumed = set_up(s, device, new_model)
-    run(s, model, dataset, device, dtype, why, resumed)
+    with processes(device) as device:
+        model, dataset, resumed = set_up(s, device, new_model)
+        run(s, model, dataset, device, dtype, why, resumed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,11 @@
-# python train.py config/train_base_small.py && python finetune.py config/finetune_chat_small.py
-init_from = "out/base_small/best.pt"
+# python finetune.py config/finetune_chat_small.py
+# What config/train_alpaca_small.py made, on the small instruction data.
+init_from = "out/alpaca_small/best.pt"
 data_dir = "data/instruction"
 out_dir = "out/chat_small"
+epochs = 8
+batch_size = 8  # 8 * 128 tokens: about 35 chats
+optimizer = "muon"
+learning_rate = 4e-3
+embedding_learning_rate = 2e-3
+dropout = 0.0

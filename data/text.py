@@ -83,6 +83,7 @@ def main(argv):
     if not 0 < split < size:
         raise ValueError(f"{path}: {size} bytes are too few to split into training and validation")
     name = settings.tokenizer
+    name = config.local_path(name) if name.endswith(".json") else name
     with new_files(settings.out_dir) as part:
         if name == "bpe":
             print(f"training a byte-pair encoding of {settings.vocab_size} ids ...", file=sys.stderr)

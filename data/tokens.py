@@ -88,12 +88,19 @@ def open_dataset(folder, block_size, batch_size, seed=0):
     return kind(folder, block_size, batch_size, seed)
 
 
-def open_tokens(folder, split, vocab_size):
-    """The ids of one split as a read-only memmap (n,). Raises ValueError for a file that cannot be
-    right."""
-    path = Path(folder) / f"{split}.bin"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; prepare the folder again")
+def shards(folder, split):
+    """The paths of a split's token files: train.bin, or train_000.bin, train_001.bin and so on. Raises
+    ValueError where there is none."""
+    folder = Path(folder)
+    paths = [folder / f"{split}.bin"] if (folder / f"{split}.bin").is_file() else \
+        sorted(folder.glob(f"{split}_*.bin"))
+    if not paths:
+        raise ValueError(f"{folder / split}.bin: no such file; prepare the folder again")
+    return paths
+
+
+def open_tokens(path, vocab_size):
+    """The ids in a file as a read-only memmap (n,). Raises ValueError for a file that cannot be right."""
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise ValueError(f"{path}: {size} bytes are not 16-bit token ids; the file is cut short or empty, "
@@ -116,7 +123,8 @@ def fingerprint(folder):
 
 
 class TokenDataset:
-    """Plain text: windows of block_size tokens from random places, each target the token after."""
+    """Plain text: windows of block_size tokens from random places, each target the token after. The text may
+    lie in several shards; no window crosses from one to the next."""
 
     kind = "text"
     turns = 0
@@ -125,35 +133,46 @@ class TokenDataset:
         self.folder, self.block_size, self.batch_size, self.seed = Path(folder), block_size, batch_size, seed
         self.tokenizer, self.vocab_size = folder_tokenizer(folder), read_meta(folder)["vocab_size"]
         self.fingerprint = fingerprint(folder)
-        self.tokens = {split: open_tokens(folder, split, self.vocab_size) for split in SPLITS}
-        for split, tokens in self.tokens.items():
-            if len(tokens) <= block_size:
-                raise ValueError(f"{self.folder}/{split}.bin: {len(tokens)} tokens are too few for "
-                                 f"block_size={block_size}; use more text, or "
-                                 f"--block_size={max(len(tokens) - 1, 1)}")
+        self.paths = {split: shards(folder, split) for split in SPLITS}
+        self.tokens, self.ends = {}, {}  # of each shard; and how many windows end with it
+        for split, paths in self.paths.items():
+            self.tokens[split] = [open_tokens(path, self.vocab_size) for path in paths]
+            for path, tokens in zip(paths, self.tokens[split]):
+                if len(tokens) <= block_size:
+                    raise ValueError(f"{path}: {len(tokens)} tokens are too few for block_size={block_size}; "
+                                     f"use more text, or --block_size={max(len(tokens) - 1, 1)}")
+            self.ends[split] = np.cumsum([len(tokens) - block_size for tokens in self.tokens[split]])
+
+    def n_tokens(self, split):
+        return sum(map(len, self.tokens[split]))
 
     def batch(self, split, index):
         """The index-th batch of random windows: ids (B, T) int64, targets (B * T,) int64, where None: every
         position has a target."""
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
-        starts = rng.integers(0, len(self.tokens[split]) - self.block_size, self.batch_size)
-        return self.windows(split, starts)
+        return self.windows(split, rng.integers(0, self.ends[split][-1], self.batch_size))
 
     def epochs(self, split, index):
         """How often a token has been read, on average, in the batches before `index`."""
-        return index * self.batch_size * self.block_size / len(self.tokens[split])
+        return index * self.batch_size * self.block_size / self.n_tokens(split)
 
     def eval_batches(self, split, max_tokens):
         """Fixed windows, spread evenly, without overlap and together at most max_tokens (at least one
         window), in batches like those of batch()."""
-        windows = (len(self.tokens[split]) - 1) // self.block_size
-        wanted = min(windows, max(max_tokens // self.block_size, 1))
-        starts = np.linspace(0, windows - 1, wanted).round().astype(np.int64) * self.block_size
+        first = np.append(0, self.ends[split][:-1])  # the number of each shard's first window
+        apart = np.concatenate([np.arange(a, b, self.block_size) for a, b in zip(first, self.ends[split])])
+        wanted = min(len(apart), max(max_tokens // self.block_size, 1))
+        numbers = apart[np.linspace(0, len(apart) - 1, wanted).round().astype(np.int64)]
         for i in range(0, wanted, self.batch_size):
-            yield self.windows(split, starts[i:i + self.batch_size])
+            yield self.windows(split, numbers[i:i + self.batch_size])
 
-    def windows(self, split, starts):
-        ids = self.tokens[split][starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
+    def windows(self, split, numbers):
+        """A batch of the windows with these numbers, counted from the first shard's first token on."""
+        ids = np.empty((len(numbers), self.block_size + 1), np.int64)
+        for row, number in zip(ids, numbers):
+            shard = int(np.searchsorted(self.ends[split], number, side="right"))
+            start = number - self.ends[split][shard - 1] if shard else number
+            row[:] = self.tokens[split][shard][start:start + self.block_size + 1]
         check_ids(ids, self.vocab_size, self.folder / f"{split}.bin")
         return ids[:, :-1], ids[:, 1:].reshape(-1), None
 
@@ -180,7 +199,7 @@ class ChatDataset:
         self.pad_id = special_ids(enc)[0]
         self.tokens, self.targets, self.starts, self.lengths, self.dropped = {}, {}, {}, {}, {}
         for split in SPLITS:
-            tokens = open_tokens(folder, split, self.vocab_size)
+            tokens = open_tokens(shards(folder, split)[0], self.vocab_size)
             starts = np.flatnonzero(tokens == self.pad_id)  # every conversation opens with <|endoftext|>
             if not len(starts):
                 raise ValueError(f"{folder}/{split}.bin: no conversation in it; prepare the folder again")
@@ -198,6 +217,9 @@ class ChatDataset:
             self.starts[split], self.lengths[split] = starts[kept], lengths[kept]
         self._plans = {}  # the newest epoch's batches, by split
         self._first_batch = {split: [0] for split in SPLITS}  # where each epoch starts, as far as known
+
+    def n_tokens(self, split):
+        return len(self.tokens[split])
 
     def plan(self, split, epoch):
         """The batches of an epoch: a list of arrays of row numbers."""

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import chat
 import config
 import data.text
 import finetune
@@ -176,10 +177,57 @@ def shakespeare(s):
                    smaller=True)
 
 
+# What is tried on the small instruction data: a name and what differs from config/train_chat.py at 400 steps.
+VARIED = {
+    "as it is": [],
+    "batch 1/2, twice the steps": ["--batch_size=4", "--max_iters=800"],
+    "batch x 2, half the steps": ["--batch_size=16", "--max_iters=200"],
+    "learning rates / 4": ["--learning_rate=5e-3", "--embedding_learning_rate=2.5e-3"],
+    "learning rates x 4": ["--learning_rate=8e-2", "--embedding_learning_rate=4e-2"],
+    "AdamW for all, 3e-3": ["--optimizer=adamw", "--learning_rate=3e-3"],
+    "2 layers": ["--n_layer=2"],
+    "8 layers": ["--n_layer=8"],
+    "64 wide": ["--n_embd=64"],
+    "256 wide": ["--n_embd=256"],
+    "context 32, same tokens a step": ["--block_size=32", "--batch_size=32"],
+    "context 256, same tokens a step": ["--block_size=256", "--batch_size=4"],
+    "dropout 0.2": ["--dropout=0.2"],
+    "200 steps": ["--max_iters=200"],
+    "800 steps": ["--max_iters=800"],
+}
+
+
+def vary(s):
+    """What batch, learning rate, depth, width and context do on the small instruction data: time, losses, and
+    answers right among the held-out rows and as many that were trained on."""
+    print(f"{'config/train_chat.py, 400 steps, but':<34}{'parameters':>11}{'seconds':>9}{'training':>10}"
+          f"{'lowest val':>12}{'right: trained':>16}{'held out':>10}")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        quiet(prepare_alpaca.main, [str(REPO / "config/prepare_instruction.py"), f"--out_dir={folder}"])
+        for name, argv in VARIED.items():
+            _, seconds = quiet(train.main, [str(REPO / "config/train_chat.py"), f"--data_dir={folder}",
+                                            f"--out_dir={folder / 'out'}", "--max_iters=400", *argv,
+                                            "--eval_interval=100", "--device=cpu"])
+            checkpoint = load_checkpoint(folder / "out" / "best.pt")
+            model, enc = model_from_checkpoint(checkpoint).eval(), get_tokenizer(checkpoint["tokenizer"])
+            right = {}
+            for group, rows in chat.rows_to_score(folder, 0).items():
+                scored = [chat.score_row(model, enc, messages) for messages, _ in rows]
+                right[group] = sum(r is not None and r["right"] for r in scored) / len(rows)
+            losses = list(zip(*checkpoint["history"]))
+            result = {"what": name, "parameters": model.num_params(), "seconds": seconds,
+                      "train_loss": losses[1][-1], "val_loss": min(losses[2]), **right}
+            print(f"{name:<34}{result['parameters']:>11,}{seconds:>9.0f}{result['train_loss']:>10.3f}"
+                  f"{result['val_loss']:>12.3f}{right['trained on']:>16.0%}{right['held out']:>10.0%}",
+                  flush=True)
+            yield result
+
+
 # A shorter run likes shorter memories.
 SHORT = ["--max_iters=205", "--learning_rate=2.5e-2", "--momentum=0.85", "--beta1=0.8", "--beta2=0.95",
          "--warmup_iters=5"]
-PARTS = {"prepare": prepare, "finetune": finetune_alpaca, "shakespeare": shakespeare}
+PARTS = {"prepare": prepare, "finetune": finetune_alpaca, "shakespeare": shakespeare, "vary": vary}
 
 
 def main(argv):
