@@ -1,0 +1,71 @@
+"""FineWeb, web pages that others tokenized for GPT-2 -> token files, shard by shard.
+
+    python -m data.fineweb --shards=9      # 0.9 billion tokens for training, 0.1 for validation: 2 GB
+    python -m data.fineweb                 # all of the ten billion that config/train_gpt2.py wants: 21 GB
+
+A shard that is there already is not fetched again. The variable HF_ENDPOINT names a mirror of the hub.
+FineWeb: Penedo et al. 2024; these shards: the hub's kjj0/fineweb10B-gpt2, in the format of Karpathy's llm.c.
+"""
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import config
+from data.download import download
+from data.tokenizer import ROLE_TOKENS
+from data.tokens import SPLITS, shards, write_meta
+
+URL = "{mirror}/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{split}_{number:06}.bin"
+GPT2_IDS = 50257
+MAGIC, VERSION = 20240520, 1  # the first numbers of a shard's header; the third is the count of tokens
+HEADER = 256 * 4  # bytes
+
+
+@dataclass
+class Settings:
+    shards: int = 103  # of training, 100 million tokens each; 103 are all
+    out_dir: Path = Path("data/fineweb")  # where train_000.bin ..., val_000.bin and meta.json go
+    url: str = URL  # where shards come from; {mirror}, {split} and {number} are filled in
+
+
+def unpack(raw, path):
+    """Turn a downloaded shard into plain uint16 ids at `path`. Raises ValueError for a file that is none."""
+    with open(raw, "rb") as f:
+        header = np.frombuffer(f.read(HEADER), "<i4")
+        if len(header) != 256 or header[0] != MAGIC or header[1] != VERSION:
+            raise ValueError(f"{raw}: no shard of tokens (its header begins {header[:3].tolist()}, not "
+                             f"{MAGIC}, {VERSION}); delete it and try again")
+        size = raw.stat().st_size
+        if size != HEADER + 2 * int(header[2]):
+            raise ValueError(f"{raw}: {size:,} bytes, but its header tells of {header[2]:,} tokens; delete "
+                             "it and try again")
+        part = path.with_name(path.name + ".part")
+        with open(part, "wb") as out:
+            shutil.copyfileobj(f, out, 1 << 20)
+    os.replace(part, path)
+    raw.unlink()
+
+
+def main(argv):
+    s = config.load(Settings, argv, __doc__)
+    if not 1 <= s.shards <= 103:
+        raise ValueError(f"shards={s.shards}: must be from 1 to 103")
+    mirror = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    wanted = [("val", 0, "val_000.bin")] + [("train", n + 1, f"train_{n:03}.bin") for n in range(s.shards)]
+    for split, number, name in wanted:
+        if not (path := s.out_dir / name).exists():
+            url = s.url.format(mirror=mirror, split=split, number=number)
+            unpack(download(url, s.out_dir / url.rpartition("/")[2]), path)
+            print(f"{path}: {path.stat().st_size // 2:,} tokens", flush=True)
+    counts = {f"{split}_tokens": sum(path.stat().st_size // 2 for path in shards(s.out_dir, split))
+              for split in SPLITS}
+    write_meta(s.out_dir, {"kind": "text", "tokenizer": "gpt2", "vocab_size": GPT2_IDS + len(ROLE_TOKENS),
+                           **counts, "source": "fineweb10B-gpt2"})
+    print(f"{s.out_dir}: {counts['train_tokens']:,} training tokens, {counts['val_tokens']:,} for validation")
+
+
+if __name__ == "__main__":
+    config.run(main)
