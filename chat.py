@@ -5,6 +5,7 @@
     python chat.py < questions.txt                         # a message a line, a reply each; blank lines: none
     python chat.py --json=True < questions.txt             # a JSON line for each reply
     python chat.py --score=data/instruction                # how many answers are right, by category
+    python chat.py --attention=attention.png --prompt="What is the plural of box?"    # where heads look
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 as it is: it goes on with the text
 
 Only replies go to standard output; all else goes to standard error. A model trained on plain text has no
@@ -22,6 +23,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import config
@@ -52,6 +54,7 @@ class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to talk to
     init_from: str | None = None  # gpt2, gpt2-medium, ... or a folder with such weights, instead
     prompt: str | None = None  # one message: print the reply and leave
+    attention: Path | None = None  # with prompt: write a picture of where each head looks, a PNG
     json: bool = False  # a JSON line for each reply: text, tokens, seconds, tokens_per_second, stop
     turns: int = 0  # how many of your messages the model sees, the newest counted; 0: as it was trained
     max_new_tokens: int = 200  # longest reply, in tokens
@@ -78,6 +81,7 @@ HELP = """/help              this list
 /save FILE         write the chat as a JSON line that prepare_alpaca.py reads
 /load FILE         go on with a chat from such a file
 /tokens            the ids of the chat as the model sees them
+/attention [FILE]  a picture of where each head looks, out/attention.png or FILE
 /quit              leave, as Ctrl-D does; Ctrl-C stops a reply"""
 COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
 
@@ -205,7 +209,7 @@ def command(talk, s, line):
     OSError, and has then changed nothing."""
     name, _, rest = line.strip().partition(" ")
     rest = rest.strip()
-    if name in ("/undo", "/retry", "/save", "/tokens") and not talk.history:
+    if name in ("/undo", "/retry", "/save", "/tokens", "/attention") and not talk.history:
         raise ValueError("nothing was said yet")
     if name in ("/save", "/load") and not rest:
         raise ValueError(f"{name} needs a file: {name} chat.jsonl")
@@ -232,6 +236,8 @@ def command(talk, s, line):
             load(talk, Path(rest).expanduser())
         case "/tokens":
             show_tokens(talk)
+        case "/attention":
+            show_attention(talk, Path(rest or "out/attention.png").expanduser())
         case _:
             close = difflib.get_close_matches(name, COMMANDS, 1)
             raise ValueError(f"there is no {name}; " + (f"did you mean {close[0]}?" if close else
@@ -271,14 +277,17 @@ def load(talk, path):
     note(f"{path} -> {len(messages) // 2} turns")
 
 
+def seen_ids(talk):
+    """The ids of a talk that the model saw last, its own reply among them."""
+    if talk.turns:
+        return assemble(talk.history[-2 * talk.turns:][talk.left_out:], talk.enc)
+    return [i for _, said in talk.history for i in said]
+
+
 def show_tokens(talk):
     """The ids of the chat as the model sees them, special ones and roles in colours of their own, on standard
     error."""
-    special = special_ids(talk.enc)
-    if talk.turns:
-        ids = assemble(talk.history[-2 * talk.turns:][talk.left_out:], talk.enc)
-    else:
-        ids = [i for _, said in talk.history for i in said]
+    special, ids = special_ids(talk.enc), seen_ids(talk)
     coloured, code = sys.stderr.isatty() and "NO_COLOR" not in os.environ, 0
     for piece, i in zip(token_pieces(talk.enc, ids), ids):
         code = {special[1]: 36, special[2]: 32}.get(i, code)  # cyan: the person; green: the model
@@ -288,6 +297,55 @@ def show_tokens(talk):
         print(f"\x1b[{35 if i in special else code}m{shown}\x1b[90m{i}\x1b[0m" if coloured else
               f"{shown}[{i}]", end=" ", file=sys.stderr)
     print(file=sys.stderr, flush=True)
+
+
+def head_scores(weights, ids):
+    """Three habits of every head, from 0 to 1: weights (n_layer, nh, T, T), T ids -> {name: (n_layer, nh)}.
+
+    previous token: the mean weight that a token gives to the one before it. first token: that it gives to the
+    very first. same token earlier: that it gives to all earlier occurrences of itself, over the tokens that
+    have any. All means are over the tokens after the first.
+    """
+    ids = torch.tensor(ids)
+    same = (ids[:, None] == ids).tril(-1).float()  # (T, T)
+    repeated = same.any(1)
+    scores = {"previous token": weights.diagonal(-1, 2, 3).mean(-1),
+              "first token": weights[..., 1:, 0].mean(-1)}
+    if repeated.any():
+        scores["same token earlier"] = (weights * same).sum(-1)[..., repeated].mean(-1)
+    return scores
+
+
+def show_attention(talk, path, longest=40):
+    """Write a grid of pictures, a row for each layer and a column for each head, of where the last tokens of
+    a talk look; say on standard error which heads have which habit (see head_scores)."""
+    ids = seen_ids(talk)[-talk.model.config.block_size:]
+    weights = talk.model.attention_weights(ids).float().cpu()
+    for name, scores in head_scores(weights, ids).items() if len(ids) > 1 else ():
+        best = scores.flatten().argsort(descending=True)[:3].tolist()
+        note(f"{name:<20}" + "   ".join(f"layer {i // scores.shape[1] + 1} head {i % scores.shape[1] + 1}: "
+                                        f"{scores.flatten()[i]:.2f}" for i in best))
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        note("no picture: pip install matplotlib")
+        return
+    pieces = [p.replace("$", r"\$") for p in token_pieces(talk.enc, ids)][-longest:]
+    n_layer, n_head = weights.shape[:2]
+    size = max(9 / n_head, 1.2)
+    figure = Figure(figsize=(size * n_head + 1.2, size * n_layer + 1.2), layout="constrained")
+    grid = figure.subplots(n_layer, n_head, sharex=True, sharey=True, squeeze=False)
+    for (layer, head), axes in np.ndenumerate(grid):
+        axes.imshow(weights[layer, head, -longest:, -longest:], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.tick_params(length=0, labelsize=5)
+        axes.set_xticks(range(len(pieces)), pieces, rotation=90)
+        axes.set_yticks(range(len(pieces)), pieces)
+        if layer == 0:
+            axes.set_title(f"head {head + 1}", fontsize=8)
+        if head == 0:
+            axes.set_ylabel(f"layer {layer + 1}", fontsize=8)
+    write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
+    note(f"{path}: rows look at columns")
 
 
 # ---- reading messages ----
@@ -482,7 +540,8 @@ def main(argv):
         return score(model, enc, s)
     talk = Talk(model, enc, turns)
     if s.prompt is not None:
-        return say(talk, enc.encode_ordinary(s.prompt), s, False)
+        say(talk, enc.encode_ordinary(s.prompt), s, False)
+        return show_attention(talk, s.attention) if s.attention else None
     if sys.stdin.isatty():
         note(f"{name}: {model.num_params():,} parameters; {why}")
         note(("It knows no turns: it goes on with what you write." if not turns else

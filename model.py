@@ -18,6 +18,7 @@ import math
 import os
 import struct
 import sys
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.keep_weights, self.weights = False, None  # see GPT.attention_weights
 
     def forward(self, x, layer_cache=None):
         """x: (B, T, C) -> (B, T, C). With a cache, x holds only the newest T tokens."""
@@ -65,11 +67,25 @@ class CausalSelfAttention(nn.Module):
                    for z in self.c_attn(x).split(C, dim=2))
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)  # (B, nh, S, hs): all S tokens so far, the newest T among them
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, k.shape[2], x.device),
-                                           is_causal=T == k.shape[2] and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        if self.keep_weights:
+            y, self.weights = attention(q, k, v)
+        else:  # the same, but in one fused kernel that never stores the weights
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, k.shape[2], x.device),
+                                               is_causal=T == k.shape[2] and T > 1,
+                                               dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
+
+
+def attention(q, k, v):
+    """Attention written out: each of T tokens takes the mean of S values, weighed by how well its query fits
+    their keys. q: (B, nh, T, hs), k and v: (B, nh, S, hs) -> ((B, nh, T, hs), weights (B, nh, T, S))."""
+    T, S = q.shape[2], k.shape[2]
+    scores = q @ k.mT / math.sqrt(q.shape[3])  # (B, nh, T, S)
+    allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # no token sees a later one:
+    scores = scores.masked_fill(~allowed, -math.inf)  # exp(-inf) is a weight of 0
+    weights = scores.softmax(dim=-1)  # each row adds up to 1
+    return weights @ v, weights
 
 
 def causal_mask(T, S, device):
@@ -212,6 +228,20 @@ class GPT(nn.Module):
         return F.cross_entropy(self.head(x).float(), targets.flatten(), reduction="sum")
 
     @torch.no_grad()
+    def attention_weights(self, ids):
+        """Where every head looks: ids, a list of T -> (n_layer, nh, T, T), rows the tokens that look, columns
+        those looked at."""
+        layers = [block.attn for block in self.h]
+        for attn in layers:
+            attn.keep_weights = True
+        try:
+            self.hidden(torch.tensor([ids], device=self.wte.weight.device))
+            return torch.cat([attn.weights for attn in layers])
+        finally:
+            for attn in layers:
+                attn.keep_weights, attn.weights = False, None
+
+    @torch.no_grad()
     def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
                  seed=None, stop_ids=(), cache=None):
         """Continue `ids` (a list, at least one): yields new ids one by one, ending before any of stop_ids.
@@ -239,7 +269,7 @@ class GPT(nn.Module):
                 cache.truncate(known)
                 x = self.hidden(torch.tensor([window[known:]], device=device), cache)  # (1, new, C)
                 cache.ids = window
-                logits = self.head(x[0, -1])[:self.config.vocab_size].float().cpu()  # (V,)
+                logits = self.head(x[:, -1])[0, :self.config.vocab_size].float().cpu()  # (V,)
                 if repetition_penalty != 1:
                     seen = list(set(window).difference(stop_ids))
                     penalized = logits[seen]
@@ -429,23 +459,27 @@ class Muon(torch.optim.Optimizer):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights and a scale for each output row: for a single token, nearly all the
-    time goes into reading weights, and these are a quarter of the bytes. Inputs are not quantized."""
+    """A linear layer with int8 weights, each output row with a scale of its own. For a single token nearly
+    all the time goes into reading weights, and these are a quarter of the bytes: PyTorch's int8 kernel then
+    quantizes the token's channels too, with one scale and zero point. More tokens are multiplied in float32
+    (Dettmers et al. 2022, "LLM.int8()", shows what one scale for many tokens would cost)."""
 
     def __init__(self, weight, bias):
         super().__init__()
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (out, 1)
-        self.weight = nn.Buffer((weight / scale).round().to(torch.int8))  # (out, in)
-        self.scale, self.bias = nn.Buffer(scale.squeeze(1)), bias
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
+        rows = (weight / scale[:, None]).round().to(torch.int8)  # (out, in)
+        self.weight, self.scale, self.bias = nn.Buffer(rows), nn.Buffer(scale), bias
+        # Without VNNI instructions the kernel adds pairs of products in 16 bits, and needs inputs of 7 bits.
+        self.reduce_range = not any(on for name, on in torch.cpu.get_capabilities().items() if "vnni" in name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # quantized tensors are on their way out, but fastest
+            self.packed = torch.ops.quantized.linear_prepack(torch._make_per_channel_quantized_tensor(
+                rows, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0), bias)
 
     def forward(self, x):  # (..., in) -> (..., out)
-        rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
-        if len(rows) > 4:  # many tokens: the products take the time, and float32 ones are fast
-            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
-        else:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.weight, self.scale.bfloat16()).to(x.dtype)
-        y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], len(self.scale))
+        if x.numel() > x.shape[-1]:
+            return F.linear(x, self.weight.float()) * self.scale + (0 if self.bias is None else self.bias)
+        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
 
 
 def quantize_int8(model):
