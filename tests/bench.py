@@ -11,8 +11,11 @@ is better. Never a test: machines vary by a third from minute to minute, so only
 import contextlib
 import io
 import json
+import math
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import chat
 import config
@@ -30,7 +34,17 @@ import train
 from data.conversation import read_conversations, supervised
 from data.tokenizer import get_tokenizer
 from data.tokens import open_dataset
-from model import GPT, GPTConfig, load_checkpoint, model_from_checkpoint, write_json
+from model import (
+    GPT,
+    GPTConfig,
+    KVCache,
+    load_checkpoint,
+    model_checkpoint,
+    model_from_checkpoint,
+    quantize_int8,
+    save_checkpoint,
+    write_json,
+)
 
 REPO = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -41,6 +55,7 @@ class Settings:
     shakespeare: Path = Path("data/shakespeare/input.txt")  # tiny Shakespeare (data/text.py downloads it)
     alpaca: str = prepare_alpaca.ALPACA_URL  # Stanford Alpaca: a file, or the address it is fetched from
     rows: int = 400  # of Alpaca, for finetuning
+    checkpoint: Path = Path("out/chat/best.pt")  # of a model whose int8 weights are compared
     runs: int = 3  # repeats of each measurement
     json: Path | None = None  # where the table goes too, as JSON
 
@@ -86,6 +101,240 @@ def as_transformers(model):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return GPT2LMHeadModel.from_pretrained(folder)
+
+
+def limits():
+    """What this machine can do: (FLOP/s of a large float32 matrix product, bytes/s of reading memory)."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    x = torch.ones(1 << 27)  # 512 MB
+    seconds = in_turn(5, product=lambda: a @ b, read=x.sum)
+    return 2 * 2048**3 / min(seconds["product"]), x.numel() * 4 / min(seconds["read"])
+
+
+def forward_backward(s):
+    """Forward and backward of GPT-2 124M on 4 x 256 tokens, a loss at every position."""
+    model, peak = gpt2_shape(256), limits()[0]
+    peer = as_transformers(model).train()
+    ids = torch.randint(0, 50257, (4, 257))
+    x, y = ids[:, :-1], ids[:, 1:].reshape(-1)
+
+    def ours():
+        model(x, y).div(1024).backward()
+        model.zero_grad()
+
+    def theirs():
+        peer(x, labels=x).loss.backward()
+        peer.zero_grad()
+
+    seconds = in_turn(s.runs + 1, ours=ours, peer=theirs)
+    share = model.flops(1024, 1024, 4 * 256**2) / statistics.median(seconds["ours"][1:]) / peak
+    yield line("forward + backward, 124M, 4 x 256; transformers", seconds["ours"][1:], seconds["peer"][1:],
+               "s", f"1.05 or more; {share:.0%} of matrix-product peak, 68 % or more", smaller=True)
+
+
+def nanogpt_step(dataset, model, batch_size, block_size):
+    """A training step as nanoGPT writes it: a slice of the memmap for each sample, the erf form of GELU, the
+    mean loss, AdamW with foreach."""
+    for block in model.h:
+        block.mlp.forward = lambda x, mlp=block.mlp: mlp.c_proj(F.gelu(mlp.c_fc(x)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), foreach=True)
+    data = dataset.tokens["train"][0]
+
+    def step():
+        starts = torch.randint(len(data) - block_size, (batch_size,))
+        x = torch.stack([torch.from_numpy(data[i:i + block_size].astype(np.int64)) for i in starts])
+        y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + block_size].astype(np.int64)) for i in starts])
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return step
+
+
+def shakespeare_step(s):
+    """A whole training step at the Shakespeare shape against nanoGPT's way, and what Muon takes of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        quiet(data.text.main, [f"--source={s.shakespeare}", f"--out_dir={folder}", "--tokenizer=bytes"])
+        for batch_size in (12, 48):
+            yield from steps_in_turn(open_dataset(folder, 64, batch_size), batch_size, 3 * s.runs)
+
+
+def steps_in_turn(dataset, batch_size, runs, count=20):
+    loop = train.Settings(optimizer="adamw", batch_size=batch_size, block_size=64, learning_rate=1e-3)
+    model, peer, fast = (GPT(GPTConfig(dataset.vocab_size, 64, 4, 4, 128)) for _ in range(3))
+    optimizers = model.configure_optimizers("adamw", 1e-3, 1e-3, 0.0, (0.9, 0.99))
+    muon = fast.configure_optimizers("muon", 1e-3, 1e-3, 0.0, (0.9, 0.99))
+    nanogpt, spent, number = nanogpt_step(dataset, peer, batch_size, 64), [], iter(range(10**9))
+
+    def ours():
+        for _ in range(count):
+            train.train_step(model, optimizers, dataset, next(number), loop, CPU, contextlib.nullcontext())
+
+    def theirs():
+        for _ in range(count):
+            nanogpt()
+
+    def with_muon():
+        for _ in range(count):
+            fast(*train.to_device(dataset.batch("train", next(number)), CPU)).backward()
+            began = time.perf_counter()
+            for optimizer in muon:
+                optimizer.step()
+            spent.append(1000 * (time.perf_counter() - began))
+            fast.zero_grad()
+
+    seconds = in_turn(runs, ours=ours, peer=theirs, muon=with_muon)
+    ms = {name: [1000 * second / count for second in values] for name, values in seconds.items()}
+    yield line(f"AdamW step, Shakespeare, batch {batch_size}; nanoGPT's way", ms["ours"], ms["peer"], "ms",
+               "1 or more", smaller=True)
+    yield line("  Muon + AdamW alone; the whole step", spent, ms["muon"], "ms",
+               "15 ms or less; 10 or more at batch 48", smaller=True)
+
+
+def decode(s):
+    """Tokens a second for one conversation, GPT-2 124M, a prompt of 64 tokens and 128 new ones."""
+    model, (_, bandwidth) = gpt2_shape().eval(), limits()
+    peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (64,)).tolist()
+    small = gpt2_shape().eval()
+    quantize_int8(small)
+
+    def ours(which):
+        assert len(list(which.generate(ids, 128, temperature=0))) == 128
+
+    def theirs():
+        with torch.no_grad():
+            made = peer.generate(torch.tensor([ids]), do_sample=False, min_new_tokens=128, max_new_tokens=128,
+                                 pad_token_id=50256)
+        assert made.shape[1] == 192
+
+    seconds = in_turn(s.runs, peer=theirs, float32=lambda: ours(model), int8=lambda: ours(small))
+    speed = {name: [128 / second for second in values] for name, values in seconds.items()}
+    read = 4 * (model.num_params() - model.wpe.weight.numel())
+    share = statistics.median(speed["float32"]) * read / bandwidth
+    yield line("decode, 124M, float32; transformers", speed["float32"], speed["peer"], "tokens/s",
+               f"1.25 or more; {share:.0%} of memory bandwidth, 85 % or more")
+    yield line("decode, 124M, int8; transformers float32", speed["int8"], speed["peer"], "tokens/s",
+               "3 or more, aim 3.5")
+
+
+def prefill(s):
+    """Reading a prompt of 512 tokens, up to the first new one; and a second turn after 900 tokens of a chat."""
+    model = gpt2_shape().eval()
+    peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (964,)).tolist()
+    cache = KVCache(model)
+
+    @torch.no_grad()
+    def theirs():
+        peer(torch.tensor([ids[:512]]), use_cache=True, logits_to_keep=1)
+
+    def second_turn():
+        cache.truncate(900)
+        next(model.generate(ids, 1, temperature=0, cache=cache))
+
+    next(model.generate(ids, 1, temperature=0, cache=cache))
+    seconds = in_turn(2 * s.runs, ours=lambda: next(model.generate(ids[:512], 1, temperature=0)), peer=theirs,
+                      second=second_turn, whole=lambda: next(model.generate(ids, 1, temperature=0)))
+    speed = {name: [512 / second for second in values] for name, values in seconds.items()}
+    yield line("prefill, 124M, 512 tokens; transformers", speed["ours"], speed["peer"], "tokens/s",
+               "1.2 or more")
+    yield line("second turn, 900 + 64 tokens; from the start", seconds["second"], seconds["whole"], "s",
+               "10 or more", smaller=True)
+
+
+def load(s):
+    """From a checkpoint file to the first logits, GPT-2 124M; and a whole chat.py, beyond `import torch`."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder, model = Path(folder), gpt2_shape()
+        made = {"step": 1, "max_iters": 1, "turns": 1}
+        save_checkpoint(folder / "best.pt", model_checkpoint(model, "gpt2", "chat", **made))
+        model.save_pretrained(folder / "hf")
+        ids = torch.tensor([[1, 2, 3]])
+
+        @torch.no_grad()
+        def ours():
+            model_from_checkpoint(load_checkpoint(folder / "best.pt")).eval()(ids)
+
+        @torch.no_grad()
+        def theirs():
+            from transformers import GPT2LMHeadModel
+            GPT2LMHeadModel.from_pretrained(folder / "hf").eval()(ids)
+
+        def python(*argv):
+            subprocess.run([sys.executable, *map(str, argv)], cwd=REPO, check=True, stdout=subprocess.DEVNULL)
+
+        theirs()  # imports
+        seconds = in_turn(s.runs, ours=ours, peer=theirs, torch=lambda: python("-c", "import torch"),
+                          chat=lambda: python("chat.py", f"--checkpoint={folder / 'best.pt'}", "--prompt=Hi",
+                                              "--max_new_tokens=1"))
+        yield line("load 124M to first logits; transformers", seconds["ours"], seconds["peer"], "s", "",
+                   smaller=True)
+        beyond = statistics.median(seconds["chat"]) - statistics.median(seconds["torch"])
+        yield line("chat.py to its first token; import torch", seconds["chat"], seconds["torch"], "s",
+                   f"{beyond:.2f} s beyond; 1 or less", smaller=True)
+
+
+@torch.no_grad()
+def int8_quality(s):
+    """Perplexity with int8 weights and with float32 ones, on 50,000 tokens held out from the data that the
+    checkpoint was trained on, read in windows and (as a chat writes) token by token."""
+    checkpoint = load_checkpoint(s.checkpoint, "Name one that was trained: --checkpoint=FILE.")
+    tokens = np.fromfile(Path(checkpoint["settings"]["data_dir"]) / "val.bin", np.uint16)[:50_000]
+    exact, small = model_from_checkpoint(checkpoint).eval(), model_from_checkpoint(checkpoint).eval()
+    quantize_int8(small)
+    for name in ("in windows", "token by token"):
+        loss = dict.fromkeys(("float32", "int8"), 0.0)
+        for which, model in (("float32", exact), ("int8", small)):
+            for start in range(0, len(tokens) - 1, model.config.block_size):
+                ids = torch.from_numpy(tokens[start:start + model.config.block_size + 1].astype(np.int64))
+                cache = KVCache(model)
+                logits = model(ids[None, :-1])[0] if name == "in windows" else torch.cat(
+                    [model.head(model.hidden(i.view(1, 1), cache))[0] for i in ids[:-1]])
+                loss[which] += F.cross_entropy(logits, ids[1:], reduction="sum").item()
+        perplexity = {which: math.exp(total / (len(tokens) - 1)) for which, total in loss.items()}
+        yield line(f"perplexity, int8, {name}; float32", [perplexity["int8"]], [perplexity["float32"]], "",
+                   "0.99 or more", smaller=True)
+
+
+def growth(s):
+    """How cost grows: a step's time by batch, context and width; memory by input size and by steps."""
+    base = {"batch": 16, "context": 128, "width": 128}
+    for name, values in (("batch", (8, 16, 32, 64)), ("context", (64, 128, 256, 512)),
+                         ("width", (64, 128, 256, 512))):
+        for value in values:
+            shape = {**base, name: value}
+            model = GPT(GPTConfig(256, shape["context"], 4, 4, shape["width"]))
+            ids = torch.randint(0, 256, (shape["batch"], shape["context"] + 1))
+
+            def step(model=model, ids=ids):
+                model(ids[:, :-1], ids[:, 1:].reshape(-1)).backward()
+                model.zero_grad()
+
+            seconds = statistics.median(in_turn(3 * s.runs, step=step)["step"])
+            print(f"forward + backward at {name} {value:<6}{1e3 * seconds:>10.1f} ms"
+                  f"{1e6 * seconds / ids[:, 1:].numel():>10.2f} us a token", flush=True)
+            yield {"what": f"forward + backward, {name} {value}", "seconds": seconds}
+    with tempfile.TemporaryDirectory() as folder:
+        text = s.shakespeare.read_text(encoding="utf-8")
+        for times in (1, 8, 64):
+            (Path(folder) / "text.txt").write_text(text * times, encoding="utf-8")
+            most = memory_of([REPO / "data" / "text.py", f"--source={folder}/text.txt", f"--out_dir={folder}"])
+            print(f"memory of preparing {times * len(text) / 1e6:>6.1f} MB of text {most / 1e6:>10.0f} MB")
+            yield {"what": f"memory of preparing text x {times}", "bytes": most}
+        for steps in (500, 5000):
+            most = memory_of([REPO / "train.py", f"--data_dir={folder}", f"--out_dir={folder}/out",
+                              "--n_layer=1", "--n_embd=32", "--block_size=32", f"--max_iters={steps}"])
+            print(f"memory of training {steps:>6} steps {most / 1e6:>10.0f} MB")
+            yield {"what": f"memory of training {steps} steps", "bytes": most}
+
+
+def memory_of(argv):
+    """Run a script: the bytes of memory it had at its peak."""
+    program = ("import resource, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, '.'); "
+               "runpy.run_path(sys.argv[0], run_name='__main__'); "
+               "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", program, *map(str, argv)], cwd=REPO, check=True, text=True,
+                          capture_output=True)
+    return 1024 * int(done.stderr.split()[-1])
 
 
 def prepare(s):
@@ -227,7 +476,9 @@ def vary(s):
 # A shorter run likes shorter memories.
 SHORT = ["--max_iters=205", "--learning_rate=2.5e-2", "--momentum=0.85", "--beta1=0.8", "--beta2=0.95",
          "--warmup_iters=5"]
-PARTS = {"prepare": prepare, "finetune": finetune_alpaca, "shakespeare": shakespeare, "vary": vary}
+PARTS = {"train": forward_backward, "step": shakespeare_step, "decode": decode, "prefill": prefill,
+         "load": load, "prepare": prepare, "finetune": finetune_alpaca, "shakespeare": shakespeare, "int8": int8_quality,
+         "growth": growth, "vary": vary}
 
 
 def main(argv):
