@@ -183,7 +183,7 @@ def reply(talk, ids, s):
         else:
             talk.history = [("user", ids), ("assistant", said)]  # for /retry and /tokens only
         talk.last = {"text": talk.enc.decode(said), "tokens": len(said), "seconds": round(seconds, 4),
-                     "tokens_per_second": round(len(said) / seconds, 2), "prompt_tokens": len(prompt),
+                     "tokens_per_second": round(len(said) / max(seconds, 1e-6), 2), "prompt_tokens": len(prompt),
                      "stop": stop}
 
 
@@ -420,6 +420,8 @@ def rows_to_score(source, wanted):
     else:
         groups = {"rows": read_conversations(source)}
     wanted = wanted or len(next(iter(groups.values())))
+    if not wanted:
+        raise ValueError(f"score={source}: holds no row")
     for name, rows in groups.items():
         count = min(wanted, len(rows))
         rows = [rows[n * len(rows) // count] for n in range(count)]
@@ -482,6 +484,9 @@ def print_scores(table, groups):
 def score(model, enc, s):
     """Answer rows of a prepared folder or an instruction file greedily; print what is right, by category (and
     by what stands before a category's "/"), and write every answer to a JSON file."""
+    path = s.score_file or s.checkpoint.with_name("score.json")
+    if path.is_dir():
+        raise ValueError(f"score_file={path}: is a folder; name a file")
     results, groups = [], rows_to_score(s.score, s.score_rows)
     for name, rows in groups.items():
         for n, (messages, category) in enumerate(rows, 1):
@@ -499,7 +504,6 @@ def score(model, enc, s):
             cells[key, r["rows"]].append(r)
     table = {key: summary(rows) for key, rows in cells.items()}
     print_scores(table, list(groups))
-    path = s.score_file or s.checkpoint.with_name("score.json")
     flat = [{"category": name, "rows": group, **t} for (name, group), t in table.items()]
     write_json(path, {"model": str(s.checkpoint), "scored": str(s.score), "summary": flat, "answers": scored})
     note(f"every answer: {path}")

@@ -24,7 +24,7 @@ class Settings(train.LoopSettings):
     data_dir: Path = Path("data/alpaca")  # a folder that prepare_alpaca.py made
     out_dir: Path = Path("out/alpaca")  # where best.pt and last.pt go
     block_size: int = 0  # a shorter context than the model has learned; 0: all of it
-    epochs: int = 3  # how often each conversation is seen
+    epochs: int = 3  # how often each conversation is seen; the last step may begin one more
     max_iters: int = 0  # steps; 0: as many as the epochs have
     eval_interval: int = 0  # steps between evaluations; 0: one after each epoch
     optimizer: str = "adamw"  # adamw (all), or muon (the blocks' matrices; AdamW for the rest)
@@ -37,7 +37,7 @@ def count_steps(s, dataset):
     """Fill in max_iters and eval_interval where they are 0: all epochs in steps, an evaluation for each."""
     steps = -(-dataset.batches_until("train", s.epochs) // s.gradient_accumulation)
     s.max_iters = s.max_iters or steps
-    s.eval_interval = s.eval_interval or max(round(steps / s.epochs), 1)
+    s.eval_interval = s.eval_interval or -(-steps // s.epochs)
 
 
 def main(argv):
@@ -53,9 +53,10 @@ def main(argv):
     with train.processes(device) as device:
         model, dataset, resumed = train.set_up(s, device, train.load_base)
         count_steps(s, dataset)
-        print(f"{s.init_from}: {s.epochs} epochs of {len(dataset.starts['train']):,} conversations are "
-              f"{s.max_iters:,} steps" + (f"; {dropped} are left out, with nothing of the answer in the "
-              f"first {dataset.block_size} tokens" if (dropped := dataset.dropped["train"]) else ""))
+        print(f"{s.init_from}: {s.max_iters:,} steps are {train.epochs(dataset, s.max_iters, s):.1f} epochs of "
+              f"{len(dataset.starts['train']):,} conversations" +
+              (f"; {dropped} are left out, with nothing of the answer in the first {dataset.block_size} tokens"
+               if (dropped := dataset.dropped["train"]) else ""))
         train.run(s, model, dataset, device, dtype, why, resumed)
 
 

@@ -483,7 +483,7 @@ def train(s, model, dataset, device, dtype, resumed=None):
         run = torch.nn.parallel.DistributedDataParallel(run)
     first = ranks()[0] == 0  # of all processes, this one writes
     log = Log(s.out_dir / "log.csv", at, peak_flops(device, dtype)) if first else None
-    saved, saved_at = True, time.monotonic()
+    saved, saved_at, stop, drawn = True, time.monotonic(), 0, (s.out_dir / "loss.png").exists()
     model.train()
     with stop_signals() as caught:
         while at.step < s.max_iters:
@@ -547,11 +547,16 @@ def load_base(s):
     path = config.local_path(s.init_from)
     is_checkpoint = path.suffix == ".pt"
     checkpoint = load_checkpoint(path, "Train one first.") if is_checkpoint else {"tokenizer": "gpt2"}
+    theirs = checkpoint["tokenizer"]
     unknown = ValueError(f"init_from={s.init_from}: was not made with the tokenizer of data_dir={s.data_dir} "
                          "and its role tokens; prepare the data with the model's own: --tokenizer=" +
-                         ("FILE, the tokenizer.json beside the data it was trained on" if is_checkpoint
-                          and checkpoint["tokenizer"] != "gpt2" else "gpt2"))
-    if checkpoint["tokenizer"] != tokenizer:
+                         (theirs if isinstance(theirs, str) else
+                          "FILE, the tokenizer.json beside the data it was trained on"))
+    if not is_checkpoint and s.init_from not in GPT2_NAMES and not (path / "config.json").exists() and \
+            path.suffix != ".safetensors":
+        raise ValueError(f"init_from={s.init_from}: no model there; name a best.pt, a folder with a config.json "
+                         f"and weights, or one of {', '.join(GPT2_NAMES)}")
+    if theirs != tokenizer:
         raise unknown
     if is_checkpoint:
         model = model_from_checkpoint(checkpoint, dropout=s.dropout)

@@ -218,7 +218,7 @@ def decode(s):
 
 
 def prefill(s):
-    """Reading a prompt of 512 tokens, up to the first new one; and a second turn after 900 tokens of a chat."""
+    """Reading a prompt of 512 tokens, to the first new one; and a second turn after 900 tokens of a chat."""
     model = gpt2_shape().eval()
     peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (964,)).tolist()
     cache = KVCache(model)
@@ -317,7 +317,8 @@ def growth(s):
         text = s.shakespeare.read_text(encoding="utf-8")
         for times in (1, 8, 64):
             (Path(folder) / "text.txt").write_text(text * times, encoding="utf-8")
-            most = memory_of([REPO / "data" / "text.py", f"--source={folder}/text.txt", f"--out_dir={folder}"])
+            most = memory_of([REPO / "data" / "text.py", f"--source={folder}/text.txt",
+                              f"--out_dir={folder}"])
             print(f"memory of preparing {times * len(text) / 1e6:>6.1f} MB of text {most / 1e6:>10.0f} MB")
             yield {"what": f"memory of preparing text x {times}", "bytes": most}
         for steps in (500, 5000):
@@ -477,8 +478,8 @@ def vary(s):
 SHORT = ["--max_iters=205", "--learning_rate=2.5e-2", "--momentum=0.85", "--beta1=0.8", "--beta2=0.95",
          "--warmup_iters=5"]
 PARTS = {"train": forward_backward, "step": shakespeare_step, "decode": decode, "prefill": prefill,
-         "load": load, "prepare": prepare, "finetune": finetune_alpaca, "shakespeare": shakespeare, "int8": int8_quality,
-         "growth": growth, "vary": vary}
+         "load": load, "prepare": prepare, "finetune": finetune_alpaca, "shakespeare": shakespeare,
+         "int8": int8_quality, "growth": growth, "vary": vary}
 
 
 def main(argv):

@@ -463,6 +463,15 @@ def test_stopped_and_resumed_equals_straight_through_bit_for_bit_without_the_bas
         assert torch.equal(weight, resumed["model"][name]), name
 
 
+def test_resuming_a_finished_run_trains_no_more_and_says_what_there_is(made, tmp_path, capsys):
+    first = run(made, tmp_path, max_iters=3)
+    capsys.readouterr()
+    again = run(made, tmp_path, max_iters=3, resume=True)
+    assert again["history"] == first["history"] and "best.pt holds step 3" in capsys.readouterr().out
+    for name, weight in first["model"].items():
+        assert torch.equal(weight, again["model"][name]), name
+
+
 @pytest.mark.parametrize("change", ["init_from=gpt2", "block_size=48", "batch_size=3",
                                     "gradient_accumulation=2", "seed=5", "optimizer=muon", "best_by=train"])
 def test_resuming_with_another_setting_is_refused_by_name(made, tmp_path_factory, monkeypatch, change):
