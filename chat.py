@@ -183,8 +183,8 @@ def reply(talk, ids, s):
         else:
             talk.history = [("user", ids), ("assistant", said)]  # for /retry and /tokens only
         talk.last = {"text": talk.enc.decode(said), "tokens": len(said), "seconds": round(seconds, 4),
-                     "tokens_per_second": round(len(said) / max(seconds, 1e-6), 2), "prompt_tokens": len(prompt),
-                     "stop": stop}
+                     "tokens_per_second": round(len(said) / max(seconds, 1e-6), 2),
+                     "prompt_tokens": len(prompt), "stop": stop}
 
 
 def say(talk, ids, s, tty):

@@ -53,10 +53,11 @@ def main(argv):
     with train.processes(device) as device:
         model, dataset, resumed = train.set_up(s, device, train.load_base)
         count_steps(s, dataset)
-        print(f"{s.init_from}: {s.max_iters:,} steps are {train.epochs(dataset, s.max_iters, s):.1f} epochs of "
-              f"{len(dataset.starts['train']):,} conversations" +
-              (f"; {dropped} are left out, with nothing of the answer in the first {dataset.block_size} tokens"
-               if (dropped := dataset.dropped["train"]) else ""))
+        print(f"{s.init_from}: {s.max_iters:,} steps are {train.epochs(dataset, s.max_iters, s):.1f} epochs "
+              f"of {len(dataset.starts['train']):,} conversations")
+        if dropped := dataset.dropped["train"]:
+            print(f"{dropped:,} conversations are left out: nothing of the answer lies in their first "
+                  f"{dataset.block_size} tokens")
         train.run(s, model, dataset, device, dtype, why, resumed)
 
 

@@ -554,8 +554,8 @@ def load_base(s):
                           "FILE, the tokenizer.json beside the data it was trained on"))
     if not is_checkpoint and s.init_from not in GPT2_NAMES and not (path / "config.json").exists() and \
             path.suffix != ".safetensors":
-        raise ValueError(f"init_from={s.init_from}: no model there; name a best.pt, a folder with a config.json "
-                         f"and weights, or one of {', '.join(GPT2_NAMES)}")
+        raise ValueError(f"init_from={s.init_from}: no model there; name a best.pt, a folder with a "
+                         f"config.json and weights, or one of {', '.join(GPT2_NAMES)}")
     if theirs != tokenizer:
         raise unknown
     if is_checkpoint:

@@ -63,8 +63,8 @@ def framed(said, enc):
 
 
 def prompt_by_hand(said, enc, turns, block_size, longest):
-    """What is read of a chat: the last `turns` messages of the person's, of those the whole turns that fit, or
-    of the last message its end."""
+    """What is read of a chat: the last `turns` messages of the person's, of those the whole turns that fit,
+    or of the last message its end."""
     room = min(longest, block_size // 4)
     last = 2 * turns - 1
     views = [framed(said[k:], enc) for k in range(len(said)) if len(said) - k <= last and k % 2 == 0]
@@ -516,8 +516,8 @@ def test_tokens_of_a_chat_that_has_become_shorter_are_all_its_ids(way, tmp_path,
 
 BAD = ["/set temperature=-1", "/set temperature=0.3 top_k=-1", "/set top_p=0", "/set max_new_tokens=0",
        "/set repetition_penalty=0.5", "/set seed=-1", "/set turns=-1", "/set temperature=hot",
-       "/set temperature", "/set =", "/set =1", "/set --help", "/set dtype=bfloat16", "/set prompt=x", "/set checkpoint=x.pt",
-       "/set json=True", "/set config/x.py", "/save", "/load", "/load FOLDER/no.jsonl", "/load FOLDER",
+       "/set temperature", "/set =", "/set =1", "/set --help", "/set dtype=bfloat16", "/set prompt=x",
+       "/set checkpoint=x.pt", "/set json=True", "/set config/x.py", "/save", "/load", "/load FOLDER/no.jsonl", "/load FOLDER",
        "/save FOLDER", "/load FOLDER/notes.txt", "/load FOLDER/row.json", "/load FOLDER/no_rows.json",
        "/load FOLDER/deep.json", "/load ~no_such_user/x", "/save ~no_such_user/x", "/save FOLDER/notes.txt/x",
        "/save FOLDER/" + "x" * 5000, "/load a\0b", "/resett", "/frobnicate", "/", "/HELP", "/quit?"]
