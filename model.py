@@ -48,6 +48,23 @@ class GPTConfig:
         return (self.vocab_size + 63) // 64 * 64
 
 
+def linear(x, weight, bias=None):
+    """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out), as F.linear; but a single token, for
+    which reading the weights takes all the time, is spread over the cores: BLAS would use only one."""
+    cores = torch.get_num_threads()
+    if x.numel() > x.shape[-1] or x.is_cuda or torch.is_grad_enabled() or len(weight) % cores:
+        return F.linear(x, weight, bias)
+    rows = weight.view(cores, -1, weight.shape[1]).mT  # (cores, in, out / cores)
+    y = x.view(1, 1, -1).expand(cores, 1, -1)  # (cores, 1, in)
+    y = y @ rows if bias is None else torch.baddbmm(bias.view(cores, 1, -1), y, rows)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
 class CausalSelfAttention(nn.Module):
     """Every token looks at itself and the tokens before it, and takes a weighted mean of their values."""
 
@@ -55,8 +72,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key and value
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
         self.keep_weights, self.weights = False, None  # see GPT.attention_weights
 
@@ -101,8 +118,8 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
@@ -207,7 +224,7 @@ class GPT(nn.Module):
 
     def head(self, x):
         """(..., C) -> logits (..., padded V): how well each token's embedding fits, padded ids -inf."""
-        logits = self.int8_head(x) if self.int8_head else F.linear(x, self.wte.weight)
+        logits = self.int8_head(x) if self.int8_head else linear(x, self.wte.weight)
         logits[..., self.config.vocab_size:] = -math.inf
         return logits
 
