@@ -50,8 +50,8 @@ class GPTConfig:
 
 def linear(x, weight, bias=None):
     """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out), as F.linear. On a CPU, where no
-    gradient is wanted, by oneDNN: for one token, whose time goes into reading weights, it uses all cores (BLAS
-    only one), and for many it is a tenth faster."""
+    gradient is wanted, by oneDNN: for one token, whose time goes into reading weights, it uses all cores
+    (BLAS only one), and for many it is a tenth faster."""
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and \
             not torch.is_grad_enabled():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -199,7 +199,8 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def num_params(self):
-        return sum(p.numel() for p in self.parameters())
+        int8 = sum(m.weight.numel() for m in self.h.modules() if isinstance(m, Int8Linear))
+        return int8 + sum(p.numel() for p in self.parameters())
 
     def flops(self, targets, tokens, pairs):
         """Floating-point operations of a training step: 6 for each weight that a token meets in a matrix
