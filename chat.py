@@ -61,7 +61,7 @@ class Settings:
     temperature: float = 0.5  # 0: always the likeliest token; 1: as the model learned; above: wilder
     top_k: int = 50  # choose among the so many likeliest tokens; 0: all
     top_p: float = 1.0  # choose among the likeliest that make up this probability; 1: all
-    repetition_penalty: float = 1.0  # above 1: what was said already becomes less likely; 1: no penalty
+    repetition_penalty: float = 1.0  # 1 to 10; above 1 what was said already becomes less likely
     seed: int | None = None  # the same seed gives the same replies; None: new ones each time
     score: Path | None = None  # a prepared folder or an instruction file: answer its rows, count the right
     score_rows: int = 0  # rows to score; 0: all of a file, or all held-out rows and as many training rows
@@ -92,7 +92,7 @@ VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {c: 0x242
 def check_settings(s):
     """Raise ValueError for the first setting out of its range."""
     for name, low, high in (("turns", 0, None), ("max_new_tokens", 1, None), ("temperature", 0, None),
-                            ("top_k", 0, None), ("top_p", 0, 1), ("repetition_penalty", 1, None),
+                            ("top_k", 0, None), ("top_p", 0, 1), ("repetition_penalty", 1, 10),
                             ("score_rows", 0, None), ("seed", 0, 2**63 - 1)):
         value = getattr(s, name)
         if value is None:
@@ -116,7 +116,7 @@ class Talk:
     sees; 0: it knows no turns, and goes on with each message."""
 
     def __init__(self, model, enc, turns):
-        self.model, self.enc, self.turns = model, enc, turns
+        self.model, self.enc, self.turns, self.trained_turns = model, enc, turns, turns
         self.history, self.cache = [], KVCache(model)
         self.left_out = 0  # messages that the model no longer sees, for want of room
         self.last = None  # what came of the newest reply, see `reply`
@@ -131,9 +131,13 @@ def trim(history, enc, block_size, room):
     block_size for the reply. Whole oldest turns are left out; a last message too long by itself loses its
     beginning. Returns (messages, whether the last one was clipped)."""
     limit = block_size - room - 1  # <|assistant|> follows
-    while len(assemble(history, enc)) > limit and len(history) > 1:
-        history = history[2:]
-    if not (over := max(len(assemble(history, enc)) - limit, 0)):
+    over = 1 + sum(len(ids) + 2 for _, ids in history) - limit  # <|endoftext|>; each has its role and <|end|>
+    first = 0
+    while over > 0 and first < len(history) - 1:
+        over -= sum(len(ids) + 2 for _, ids in history[first:first + 2])
+        first += 2
+    history = history[first:]
+    if over <= 0:
         return history, False
     role, ids = history[-1]
     return [(role, ids[over:])], True
@@ -161,12 +165,12 @@ def reply(talk, ids, s):
     is closed before, talk.history has both messages and talk.last says what came of it."""
     began, said, stop = time.monotonic(), [], "interrupted"
     limit, prompt = s.max_new_tokens, ids or special_ids(talk.enc)[:1]
-    if talk.turns:
-        talk.history.append(("user", ids))
-        prompt = prompt_ids(talk, s)
-        limit = min(limit, talk.model.config.block_size - len(prompt) + 1)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    talk.history = [*talk.history, ("user", ids)] if talk.turns else [("user", ids)]  # of text: for /retry
     try:
+        if talk.turns:
+            prompt = prompt_ids(talk, s)
+            limit = min(limit, talk.model.config.block_size - len(prompt) + 1)
         for i in talk.model.generate(prompt, limit, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
                                      repetition_penalty=s.repetition_penalty, seed=s.seed,
                                      stop_ids=special_ids(talk.enc), cache=talk.cache):
@@ -178,10 +182,7 @@ def reply(talk, ids, s):
             yield text
     finally:
         seconds = time.monotonic() - began
-        if talk.turns:
-            talk.history.append(("assistant", said))
-        else:
-            talk.history = [("user", ids), ("assistant", said)]  # for /retry and /tokens only
+        talk.history.append(("assistant", said))
         talk.last = {"text": talk.enc.decode(said), "tokens": len(said), "seconds": round(seconds, 4),
                      "tokens_per_second": round(len(said) / max(seconds, 1e-6), 2),
                      "prompt_tokens": len(prompt), "stop": stop}
@@ -219,9 +220,9 @@ def command(talk, s, line):
         case "/quit":
             return None
         case "/reset":
-            talk.history.clear()
+            talk.history, talk.left_out = [], 0
         case "/undo":
-            del talk.history[-2:]
+            talk.history, talk.left_out = talk.history[:-2], 0
         case "/retry":
             (_, ids), _ = talk.history[-2:]
             del talk.history[-2:]
@@ -229,20 +230,28 @@ def command(talk, s, line):
         case "/set":
             s = change(s, rest.split())
             note("  ".join(f"{field}={getattr(s, field)}" for field in CHANGEABLE))
-            talk.turns = s.turns or talk.turns
+            talk.turns, talk.left_out = talk.trained_turns and (s.turns or talk.trained_turns), 0
         case "/save":
-            save(talk, Path(rest).expanduser())
+            save(talk, user_path(rest))
         case "/load":
-            load(talk, Path(rest).expanduser())
+            load(talk, user_path(rest))
         case "/tokens":
             show_tokens(talk)
         case "/attention":
-            show_attention(talk, Path(rest or "out/attention.png").expanduser())
+            show_attention(talk, user_path(rest or "out/attention.png"))
         case _:
             close = difflib.get_close_matches(name, COMMANDS, 1)
             raise ValueError(f"there is no {name}; " + (f"did you mean {close[0]}?" if close else
                                                         "/help lists the commands"))
     return s
+
+
+def user_path(text):
+    """A path that a person typed, `~` and all. Raises ValueError."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{text}: there is no such user's folder") from None
 
 
 def change(s, flags):
@@ -259,6 +268,8 @@ def change(s, flags):
 def save(talk, path):
     """Write the chat as a JSON line; a file that holds anything else stays."""
     messages = talk.messages()
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file in it")
     if path.exists():
         earlier = read_conversations(path)
         if len(earlier) != 1 or earlier[0][0] != messages[:len(earlier[0][0])]:
@@ -272,7 +283,10 @@ def load(talk, path):
     """Take over the chat in a file, the last one if it has several."""
     if not talk.turns:
         raise ValueError("this model knows no turns")
-    messages, _ = read_conversations(path)[-1]
+    conversations = read_conversations(path)
+    if not conversations:
+        raise ValueError(f"{path}: holds no chat")
+    messages, talk.left_out = conversations[-1][0], 0
     talk.history = [(m["role"], talk.enc.encode_ordinary(m["content"])) for m in messages]
     note(f"{path} -> {len(messages) // 2} turns")
 
@@ -320,6 +334,8 @@ def show_attention(talk, path, longest=40):
     """Write a grid of pictures, a row for each layer and a column for each head, of where the last tokens of
     a talk look; say on standard error which heads have which habit (see head_scores)."""
     ids = seen_ids(talk)[-talk.model.config.block_size:]
+    if not ids:
+        raise ValueError("there is no token to look from")
     weights = talk.model.attention_weights(ids).float().cpu()
     for name, scores in head_scores(weights, ids).items() if len(ids) > 1 else ():
         best = scores.flatten().argsort(descending=True)[:3].tolist()
@@ -366,7 +382,8 @@ def use_readline():
     readline.set_completer_delims(" ")
     readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else
                             "tab: complete")
-    readline.parse_and_bind("set enable-bracketed-paste on")
+    if os.environ.get("TERM") != "dumb":
+        readline.parse_and_bind("set enable-bracketed-paste on")
 
 
 def read_messages(tty):
@@ -391,15 +408,19 @@ def chat(talk, s):
     """Answer messages from standard input until it ends or /quit; in a terminal, obey commands too."""
     tty = sys.stdin.isatty() and sys.stdout.isatty()
     for line in read_messages(tty):
-        if not (tty and re.match(r"/\w*(\s|$)", line)):
-            say(talk, talk.enc.encode_ordinary(line), s, tty)
-            continue
         try:
-            s = command(talk, s, line)
+            if not (tty and re.match(r"/\w*(\s|$)", line)):
+                say(talk, talk.enc.encode_ordinary(line), s, tty)
+            elif (s := command(talk, s, line)) is None:
+                return
         except (ValueError, OSError) as error:
+            if not tty:
+                raise
             note(error)
-        if s is None:
-            return
+        except KeyboardInterrupt:
+            if not tty:
+                raise
+            note(" (stopped)")
 
 
 # ---- scoring ----
@@ -519,7 +540,7 @@ def load_model(s, device, dtype):
                                      "instruction.py && python train.py config/train_chat.py (or: make chat)")
         model, enc = model_from_checkpoint(checkpoint), get_tokenizer(checkpoint["tokenizer"])
         name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
-        turns = (s.turns or checkpoint.get("turns", 1)) if checkpoint["kind"] == "chat" else 0
+        turns = checkpoint.get("turns", 1) if checkpoint["kind"] == "chat" else 0
     model = model.to(device, dtype).eval()
     if s.dtype == "int8":
         quantize_int8(model)
@@ -535,6 +556,8 @@ def main(argv):
             raise ValueError(f"dtype=int8: is for the CPU; on {device} use bfloat16, or --device=cpu")
         why = f"{device}, int8 weights"
     model, enc, turns, name = load_model(s, device, dtype)
+    if None in (sys.stdin, sys.stdout):
+        raise ValueError("standard input or output is closed; open it, or give it /dev/null")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
@@ -543,14 +566,15 @@ def main(argv):
             raise ValueError(f"score={s.score}: this model knows no chats, so there are no answers to score")
         return score(model, enc, s)
     talk = Talk(model, enc, turns)
+    talk.turns = turns and (s.turns or turns)
     if s.prompt is not None:
         say(talk, enc.encode_ordinary(s.prompt), s, False)
         return show_attention(talk, s.attention) if s.attention else None
     if sys.stdin.isatty():
-        note(f"{name}: {model.num_params():,} parameters; {why}")
-        note(("It knows no turns: it goes on with what you write." if not turns else
-              "It sees each message by itself." if turns == 1 else f"It sees your last {turns} messages.") +
-             " /help lists the commands, Ctrl-D leaves.")
+        note(f"{name}: {model.num_params():,} parameters\n{why}")
+        note(("It knows no turns: it goes on with what you write." if not turns else "It sees each message "
+              "by itself." if talk.turns == 1 else f"It sees your last {talk.turns} messages.") +
+             (" /help lists the commands," if sys.stdout.isatty() else "") + " Ctrl-D leaves.")
     chat(talk, s)
 
 

@@ -525,7 +525,7 @@ def pick_device(device="auto", dtype="auto"):
     fast = "bfloat16" if picked.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     name = fast if dtype == "auto" else dtype
     if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={dtype!r}: use auto, float32 or bfloat16")
+        raise ValueError(f"dtype={dtype!r}: use auto, float32 or bfloat16 (chat.py: or int8)")
     why = "as set" if device != "auto" else "the only one here" if best == "cpu" else "found"
     why_dtype = "as set" if dtype != "auto" else "fast here"
     return picked, getattr(torch, name), f"{picked} ({why}), {name} ({why_dtype})"

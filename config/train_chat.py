@@ -11,4 +11,4 @@ learning_rate = 2e-2
 embedding_learning_rate = 1e-2
 weight_decay = 0.2
 best_by = "train"  # this model shall know its rows by heart; see what that does to the held-out ones
-eval_interval = 250
+eval_interval = 100

@@ -156,6 +156,8 @@ def read_conversations(path):
             for line in text.split("\n"):
                 number += 1
                 rows += [json.loads(line)] if line.strip() else []
+    except RecursionError as error:
+        raise ValueError(f"{path}: brackets within brackets too deep; expected a list of rows") from error
     except json.JSONDecodeError as error:
         line = error.lineno if text.lstrip().startswith("[") else number
         cut = "; the file seems cut short" if error.pos >= len(error.doc.rstrip()) - 1 or \

@@ -34,8 +34,8 @@ class Settings:
 def unpack(raw, path):
     """Turn a downloaded shard into plain uint16 ids at `path`. Raises ValueError for a file that is none."""
     with open(raw, "rb") as f:
-        header = np.frombuffer(f.read(HEADER), "<i4")
-        if len(header) != 256 or header[0] != MAGIC or header[1] != VERSION:
+        header = np.frombuffer(f.read(HEADER).ljust(HEADER, b"\0"), "<i4")
+        if header[0] != MAGIC or header[1] != VERSION:
             raise ValueError(f"{raw}: no shard of tokens (its header begins {header[:3].tolist()}, not "
                              f"{MAGIC}, {VERSION}); delete it and try again")
         size = raw.stat().st_size

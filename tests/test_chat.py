@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -246,6 +247,7 @@ def test_a_conversation_in_a_terminal(made, tmp_path):
         terminal.close()
     assert b"Traceback" not in terminal.heard and b"\x1b[90m" in terminal.heard  # notes are grey
     assert re.search(rb"/reset +/retry", terminal.heard)
+    assert b"\x1b[?2004h" in terminal.heard  # it asks terminals to mark what is pasted
     [(messages, _)] = read_conversations(tmp_path / "chat.jsonl")
     assert [m["content"] for m in messages[:4]] == [first, first_reply, second, second_reply[:9]]
     assert messages[4:5] == [user("Name a\nfruit.")] and len(messages) == 6
@@ -293,13 +295,18 @@ class Pipes:
     """A program that is written to and read from by pipes."""
 
     def __init__(self, *flags):
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
         self.program = subprocess.Popen([sys.executable, str(REPO / "chat.py"), "--device=cpu", *flags],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                        env=buffered)
+        self.timeout = threading.Timer(60, self.program.kill)
 
     def __enter__(self):
+        self.timeout.start()
         return self.program
 
     def __exit__(self, *error):
+        self.timeout.cancel()
         self.program.kill()
         with self.program:
             pass
@@ -746,7 +753,7 @@ def test_a_spoiled_checkpoint_is_one_line(made, monkeypatch, tmp_path, spoil):
     ("temperature=-1", "0 or more"), ("top_p=0", "above 0, at most 1"), ("top_p=2", "above 0, at most 1"),
     ("top_p=-0.5", "above 0, at most 1"), ("top_k=-1", "0 or more"), ("max_new_tokens=0", "1 or more"),
     ("score_rows=-1", "0 or more"), ("temperature=warm", "must be float"), ("dtype=float16", "use auto"),
-    ("device=toaster", "use auto"), ("turns=-1", "0 or more"), ("repetition_penalty=0.9", "1 or more"),
+    ("device=toaster", "use auto"), ("turns=-1", "0 or more"), ("repetition_penalty=0.9", "from 1 to 10"),
     ("seed=-1", f"from 0 to {2**63 - 1}"), (f"seed={2**63}", f"from 0 to {2**63 - 1}")])
 def test_a_setting_out_of_range_is_refused_with_its_range(monkeypatch, flag, wanted):
     line = error_of(monkeypatch, f"--{flag}")

@@ -2,6 +2,7 @@
 noise, in double precision, so that no rounding decides between two tokens; the oracles need no cache."""
 import copy
 import dataclasses
+import io
 import json
 import random
 import re
@@ -321,6 +322,19 @@ def test_control_characters_of_a_reply_are_shown_in_a_terminal_and_passed_on_in_
     assert len(shown) == len(said.decode()) + 1
 
 
+def test_each_character_is_passed_on_before_the_model_goes_on(monkeypatch):
+    written, talk = io.BytesIO(), new_talk()
+
+    def generate(*_, **__):
+        for n, i in enumerate("hé!".encode()):
+            assert written.getvalue() == (b"", b"h", b"h", "hé".encode())[n]
+            yield i
+    monkeypatch.setattr(talk.model, "generate", generate)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="utf-8"))
+    say(talk, "?")
+    assert written.getvalue() == "hé!\n".encode()
+
+
 # Commands
 
 def obey(talk, line, s=GREEDY):
@@ -468,15 +482,17 @@ def test_a_later_state_of_a_chat_replaces_an_earlier_one_and_nothing_else(tmp_pa
 
 
 @pytest.mark.parametrize("enc", [BYTES, PAIRS], ids=["bytes", "pairs"])
-def test_tokens_shows_exactly_the_ids_the_model_sees(enc, monkeypatch, capsys):
-    talk = new_talk(200, 2, enc=enc)
-    for text in ("the aaa", "🙂", "last"):
-        say(talk, text)
-    capsys.readouterr()
-    obey(talk, "/tokens")
-    out, err = capsys.readouterr()
-    assert out == "" and read_ids(err) == [*framed(talk.history[2:], enc)[:-1]]
-    assert all(part in err for part in ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"))
+@pytest.mark.parametrize("block_size, turns", [(200, 2), (64, 50)])
+def test_tokens_shows_exactly_the_ids_that_were_read_and_said(block_size, turns, enc, capsys):
+    talk = new_talk(block_size, turns, enc=enc)
+    for text in ("the aaa", "🙂", "last", "x" * 70, "and on"):
+        said = say(talk, text)
+        prompt = prompt_by_hand(talk.history[:-1], enc, turns, block_size, GREEDY.max_new_tokens)
+        capsys.readouterr()
+        obey(talk, "/tokens")
+        out, err = capsys.readouterr()
+        assert out == "" and read_ids(err) == [*prompt, *said, special(enc)[3]]
+        assert all(role in err for role in ROLES)
 
 
 def test_tokens_in_a_terminal_are_coloured_by_role_and_obey_nothing(monkeypatch, capsys):
@@ -517,9 +533,10 @@ def test_tokens_of_a_chat_that_has_become_shorter_are_all_its_ids(way, tmp_path,
 BAD = ["/set temperature=-1", "/set temperature=0.3 top_k=-1", "/set top_p=0", "/set max_new_tokens=0",
        "/set repetition_penalty=0.5", "/set seed=-1", "/set turns=-1", "/set temperature=hot",
        "/set temperature", "/set =", "/set =1", "/set --help", "/set dtype=bfloat16", "/set prompt=x",
-       "/set checkpoint=x.pt", "/set json=True", "/set config/x.py", "/save", "/load", "/load FOLDER/no.jsonl", "/load FOLDER",
-       "/save FOLDER", "/load FOLDER/notes.txt", "/load FOLDER/row.json", "/load FOLDER/no_rows.json",
-       "/load FOLDER/deep.json", "/load ~no_such_user/x", "/save ~no_such_user/x", "/save FOLDER/notes.txt/x",
+       "/set checkpoint=x.pt", "/set json=True", "/set config/x.py", "/save", "/load",
+       "/load FOLDER/no.jsonl", "/load FOLDER", "/save FOLDER", "/load FOLDER/notes.txt",
+       "/load FOLDER/row.json", "/load FOLDER/no_rows.json", "/load FOLDER/deep.json",
+       "/load ~no_such_user/x", "/save ~no_such_user/x", "/save FOLDER/notes.txt/x",
        "/save FOLDER/" + "x" * 5000, "/load a\0b", "/resett", "/frobnicate", "/", "/HELP", "/quit?"]
 
 
@@ -559,6 +576,32 @@ def test_a_text_model_loads_no_chat(tmp_path):
 def test_of_an_unknown_command_the_nearest_is_named(typed, meant):
     with pytest.raises(ValueError, match=re.escape(typed.split()[0]) + ".*" + meant):
         obey(new_talk(), typed)
+
+
+@pytest.mark.parametrize("line", ["/tokens", "a long message"])
+def test_ctrl_c_while_nothing_is_said_yet_keeps_the_chat(line, monkeypatch, capsys):
+    talk, _ = border_talk(monkeypatch, b"yes")
+
+    def interrupt(*_):
+        monkeypatch.setattr(chat, "token_pieces", lambda *_: [])
+        monkeypatch.setattr(talk, "enc", BYTES)
+        raise KeyboardInterrupt
+
+    def lines(tty):
+        yield "Hm?"
+        monkeypatch.setattr(chat, "token_pieces", interrupt)
+        monkeypatch.setattr(talk, "enc", copy.copy(BYTES))
+        monkeypatch.setattr(talk.enc, "encode_ordinary", interrupt)
+        yield line
+        yield from ("So?", "/quit")
+    monkeypatch.setattr(chat, "read_messages", lines)
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    try:
+        chat.chat(talk, GREEDY)
+    except KeyboardInterrupt:
+        pytest.fail("it left the chat")
+    assert [bytes(text) for _, text in talk.history] == [b"Hm?", b"yes", b"So?", b"yes"]
 
 
 def test_what_only_looks_like_a_command_is_a_message(monkeypatch, capsys):

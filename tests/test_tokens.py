@@ -1,4 +1,8 @@
 """Token files and batches: every batch is recounted in plain Python from the ids of the file."""
+import re
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -167,6 +171,96 @@ def test_evaluation_windows_of_text_are_fixed_and_do_not_overlap(tmp_path):
         assert starts == [i for x, _, _ in other.eval_batches("train", max_tokens) for i in x[:, 0].tolist()]
     assert starts == list(range(0, 96, 8))  # all that there are
 
+
+# Shards
+
+def sharded(folder, *parts, val=None):
+    """A prepared folder of plain text in several files: train_000.bin, train_001.bin and so on."""
+    text_folder(folder, [0], parts[0] if val is None else val)
+    (folder / "train.bin").unlink()
+    for number, ids in enumerate(parts):
+        write_tokens(folder / f"train_{number:03}.bin", [ids])
+    return folder
+
+
+def windows_read(batches, block_size):
+    """Every window of the batches, with the token after it."""
+    return [(*row, nexts[-1]) for x, y, _ in batches
+            for row, nexts in zip(x.tolist(), y.reshape(-1, block_size).tolist(), strict=True)]
+
+
+def test_windows_of_shards_cross_no_border_and_reach_every_place_alike(tmp_path):
+    shards = [list(range(0, 20)), list(range(20, 29)), list(range(29, 60)), list(range(60, 70))]
+    dataset = TokenDataset(sharded(tmp_path, *shards), block_size=8, batch_size=50)
+    assert dataset.n_tokens("train") == 70 and dataset.n_tokens("val") == 20
+    seen = Counter(windows_read([dataset.batch("train", i) for i in range(80)], 8))
+    wanted = {tuple(ids[i:i + 9]) for ids in shards for i in range(len(ids) - 8)}
+    assert seen.keys() == wanted and len(wanted) == 12 + 1 + 23 + 2
+    expected = 80 * 50 / len(wanted)  # of a fair draw; 7 standard deviations are far more than chance
+    assert all(abs(count - expected) < 7 * expected**0.5 for count in seen.values())
+
+
+def test_evaluation_windows_of_shards_cross_no_border_and_do_not_overlap(tmp_path):
+    shards = [list(range(0, 20)), list(range(20, 29)), list(range(29, 60)), list(range(60, 70))]
+    dataset = TokenDataset(sharded(tmp_path, *shards), block_size=8, batch_size=3)
+    every = [ids[i:i + 9] for ids in shards for i in range(0, len(ids) - 8, 8)]
+    assert windows_read(dataset.eval_batches("train", 10**6), 8) == [tuple(window) for window in every]
+    for max_tokens, count in ((1, 1), (16, 2), (39, 4)):
+        some = windows_read(dataset.eval_batches("train", max_tokens), 8)
+        assert len(some) == len(set(some)) == count and all(list(window) in every for window in some)
+        assert windows_read(dataset.eval_batches("train", max_tokens), 8) == some
+
+
+def test_one_shard_gives_what_one_file_gives(tmp_path):
+    (tmp_path / "one").mkdir()
+    ids = random_ids(500)
+    file = TokenDataset(text_folder(tmp_path, ids, ids[:99]), 16, 4)
+    shard = TokenDataset(sharded(tmp_path / "one", ids, val=ids[:99]), 16, 4)
+    for index in range(30):
+        assert same(file.batch("train", index)[:2], shard.batch("train", index)[:2])
+    for a, b in zip(file.eval_batches("train", 300), shard.eval_batches("train", 300), strict=True):
+        assert same(a[:2], b[:2])
+    assert file.epochs("train", 7) == shard.epochs("train", 7) and file.fingerprint == shard.fingerprint
+
+
+def test_a_shard_too_short_for_a_window_or_of_another_vocabulary_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"train_001\.bin: 8 tokens.*block_size=8"):
+        TokenDataset(sharded(tmp_path, random_ids(50), random_ids(8)), 8, 2)
+    write_tokens(tmp_path / "train_001.bin", [[300] * 50])
+    with pytest.raises(ValueError, match=r"train_001\.bin.*id 300\b"):
+        TokenDataset(tmp_path, 8, 2)
+
+
+def test_chats_in_shards_are_all_read_or_refused(tmp_path):
+    chats = random_chats(40)
+    chat_folder(tmp_path, chats)
+    (tmp_path / "train.bin").unlink()
+    for number in range(2):
+        write_tokens(tmp_path / f"train_{number:03}.bin", chats[20 * number:20 * number + 20])
+    try:
+        dataset = ChatDataset(tmp_path, 128, 2)
+    except ValueError as error:
+        assert "train_00" in str(error)
+    else:
+        assert dataset.conversations("train") == chats
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells how much memory is used")
+def test_memory_stays_flat_over_thousands_of_batches(tmp_path):
+    def used():  # bytes, without what is only mapped from the token files
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    ids = np.random.default_rng(0).integers(0, 256, 4_000_000)
+    dataset = TokenDataset(sharded(tmp_path, ids, ids, ids, val=ids[:1000]), 256, 8)
+    for index in range(300):
+        dataset.batch("train", index)
+    before = used()
+    for index in range(300, 3300):
+        x, targets, _ = dataset.batch("train", index)
+    assert used() - before < 4e6 < 3000 * x.nbytes / 10
+
+
+# Chats
 
 def test_every_epoch_of_chats_has_every_conversation_once_and_exact_targets(tmp_path):
     train, val = random_chats(90), random_chats(20, seed=1)

@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import data.text
@@ -185,6 +187,54 @@ def test_a_tiny_model_learns_a_few_chats(tmp_path, folders, optimizer, rate):
     assert before == pytest.approx(math.log(260), abs=0.3) and after < 0.2 * before
 
 
+# What a step costs
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_operations_of_a_step_are_those_of_its_matrix_products(bias):
+    config = GPTConfig(vocab_size=100, block_size=32, n_layer=3, n_head=2, n_embd=24, bias=bias)
+    model = GPT(config)
+    for block in model.h:
+        block.attn.keep_weights = True  # attention as plain products, which PyTorch counts one by one
+    idx, where = torch.zeros(5, 20, dtype=torch.long), torch.tensor([1, 2, 30, 31, 32, 77, 99])
+    with FlopCounterMode(display=False) as counted:
+        model(idx, torch.zeros(7, dtype=torch.long), where).backward()
+    assert model.flops(7, 5 * 20, 5 * 20 * 20) == counted.get_total_flops()
+
+
+def test_the_operations_of_a_step_by_hand():
+    model = GPT(GPTConfig(vocab_size=60, block_size=8, n_layer=1, n_head=1, n_embd=2))  # 64 rows in the head
+    block = 3 * (2 * 2 * 6 + 2 * 2 * 2 + 2 * 2 * 8 + 2 * 8 * 2)  # c_attn, c_proj, c_fc, c_proj: for a token
+    assert model.flops(0, 1, 0) == block == 288
+    assert model.flops(1, 0, 0) == 3 * 2 * 2 * 64  # the head, for a target
+    assert model.flops(0, 0, 1) == 3 * (2 * 2 + 2 * 2)  # query * key, weight * value, for a pair
+
+
+def test_the_peak_of_a_cpu_is_what_it_can_do_now():
+    peak = train.peak_flops(CPU, torch.float32)
+    a, began = torch.ones(512, 512), time.perf_counter()
+    a @ a
+    assert 1e8 < peak < 1e14 and peak > 0.01 * 2 * 512**3 / (time.perf_counter() - began)
+
+
+@pytest.mark.parametrize("name, teraflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121),
+    ("NVIDIA L40S", 362), ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA B200", 2250),
+    ("NVIDIA L40", None), ("NVIDIA RTX A1000", None), ("NVIDIA GeForce GTX 1080", None), ("Tesla T4", None)])
+def test_the_peak_of_a_gpu_is_its_makers_figure_in_bfloat16_and_unknown_for_others(monkeypatch, name,
+                                                                                  teraflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda")
+    assert train.peak_flops(cuda, torch.bfloat16) == (teraflops and teraflops * 1e12)
+    assert train.peak_flops(cuda, torch.float32) is None
+    monkeypatch.setattr(train, "ranks", lambda: (0, 8))
+    assert train.peak_flops(cuda, torch.bfloat16) == (teraflops and 8 * teraflops * 1e12)
+
+
+def test_the_peak_of_other_devices_is_unknown():
+    assert train.peak_flops(torch.device("mps"), torch.float32) is None
+
+
 # Evaluation
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
@@ -339,6 +389,49 @@ def test_best_pt_has_the_lowest_loss_and_no_optimizer(folders, tmp_path, best_by
     assert best["kind"] == "chat" and best["tokenizer"] == "bytes"
 
 
+@pytest.mark.parametrize("interval, due", [(1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), ("4", [4]), ("007", [])])
+def test_a_save_is_due_every_so_many_steps(interval, due):
+    s = train.Settings(save_interval=interval)
+    train.check_settings(s)
+    assert [step for step in range(1, 7) if train.save_is_due(s, step, -math.inf)] == due
+
+
+@pytest.mark.parametrize("interval, seconds", [("10m", 600), ("0.5m", 30), (".1m", 6)])
+def test_a_save_is_due_after_so_many_minutes(monkeypatch, interval, seconds):
+    s = train.Settings(save_interval=interval)
+    train.check_settings(s)
+    monkeypatch.setattr(train.time, "monotonic", lambda: 5000.0)
+    assert train.save_is_due(s, 7, 5000.0 - seconds - 0.01)
+    assert not train.save_is_due(s, 7, 5000.0 - seconds + 0.01)
+
+
+@pytest.mark.parametrize("interval", ["0", "-5", "m", "10s", "10 m", "1.5", "often", "", "1m2", "-1m"])
+def test_a_save_interval_that_is_neither_steps_nor_minutes_is_refused(interval):
+    with pytest.raises(ValueError, match=f"^save_interval={interval}:"):
+        train.check_settings(train.Settings(save_interval=interval))
+
+
+HEADER = "step,epoch,loss,lr,norm,tokens,seconds,peak_share,train_loss,val_loss\n"
+
+
+def test_a_log_of_a_new_run_begins_anew_and_that_of_a_resumed_one_loses_later_and_torn_rows(tmp_path):
+    path = tmp_path / "new" / "log.csv"
+    log = train.Log(path, train.Progress(), peak=1e6)
+    assert path.read_text(encoding="utf-8") == HEADER
+    log.add({"step": 1, "epoch": "0.50", "loss": "3.0000", "lr": "1e-3", "norm": "2.00"}, 64, 1e6, 0.5)
+    log.add({"step": 2, "loss": "2.0000", "train_loss": "2.1", "val_loss": "2.2"}, 32.0, 1e5, 2)
+    first, second = "1,0.50,3.0000,1e-3,2.00,64,0.5000,2.000,,\n", "2,,2.0000,,,32,2.0000,0.050,2.1,2.2\n"
+    assert path.read_text(encoding="utf-8") == HEADER + first + second
+    train.Log(path, train.Progress(step=1), peak=None).add({"step": 2}, 1, 1, 1)
+    assert path.read_text(encoding="utf-8") == HEADER + first + "2,,,,,1,1.0000,n/a,,\n"
+    with open(path, "a", encoding="utf-8") as f:
+        f.write("3,0.7")  # as a kill leaves it
+    train.Log(path, train.Progress(step=3), peak=None)
+    assert path.read_text(encoding="utf-8").endswith("2,,,,,1,1.0000,n/a,,\n")
+    train.Log(path, train.Progress(), peak=None)
+    assert path.read_text(encoding="utf-8") == HEADER
+
+
 def test_without_resume_a_run_begins_anew(folders, tmp_path):
     first, second = run(folders["text"], tmp_path), run(folders["text"], tmp_path)
     assert first["history"] == second["history"] and second["step"] == 6
@@ -396,6 +489,34 @@ def test_a_learning_rate_far_too_high_never_replaces_a_good_checkpoint(folders, 
         checkpoint = load_checkpoint(tmp_path / name)
         dataset = open_dataset(folders["text"], 32, 2)
         assert loss_of(model_from_checkpoint(checkpoint), dataset, "val") < 6, name
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                 "you tried to allocate 4000 bytes. Error code 12 (Cannot allocate memory)"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5.05 GB, other allocations: 2.29 GB, max "
+                 "allowed: 6.80 GB). Tried to allocate 1024.00 MB on private pool.")],
+    ids=["cuda", "python", "cpu", "mps"])
+@pytest.mark.parametrize("batch_size, accumulation", [(2, 1), (8, 5), (9, 2), (7, 1), (13, 3), (15, 4),
+                                                      (1, 1), (1, 6)])
+def test_out_of_memory_names_a_smaller_batch_of_the_same_tokens(error, batch_size, accumulation):
+    s = train.Settings(batch_size=batch_size, gradient_accumulation=accumulation)
+    raised = train.out_of_memory(error, s)
+    assert type(raised) is ValueError and str(raised).startswith("out of memory") and "\n" not in str(raised)
+    found = re.search(r"--batch_size=(\d+) --gradient_accumulation=(\d+)\b", str(raised))
+    if batch_size == 1:
+        assert not found and "block_size" in str(raised)
+    else:
+        smaller, more = map(int, found.groups())
+        assert 1 <= smaller < batch_size and smaller * more == batch_size * accumulation
+        train.check_settings(replace(s, batch_size=smaller, gradient_accumulation=more))
+
+
+def test_out_of_memory_leaves_other_errors_as_they_are():
+    for said in ("shapes cannot be multiplied", "", "unsupported memory format option"):
+        error = RuntimeError(said)
+        assert train.out_of_memory(error, train.Settings()) is error
 
 
 def test_when_saving_fails_training_goes_on_to_the_end_and_exits_with_1(folders, tmp_path):
