@@ -352,7 +352,8 @@ def show_attention(talk, path, longest=40):
     figure = Figure(figsize=(size * n_head + 1.2, size * n_layer + 1.2), layout="constrained")
     grid = figure.subplots(n_layer, n_head, sharex=True, sharey=True, squeeze=False)
     for (layer, head), axes in np.ndenumerate(grid):
-        axes.imshow(weights[layer, head, -longest:, -longest:].numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        shown = weights[layer, head, -longest:, -longest:].numpy()
+        axes.imshow(shown, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         axes.tick_params(length=0, labelsize=5)
         axes.set_xticks(range(len(pieces)), pieces, rotation=90)
         axes.set_yticks(range(len(pieces)), pieces)

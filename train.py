@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 import config
 from data.conversation import decode_conversation, encode_prompt, special_ids
@@ -280,17 +281,19 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
                 loss = model(*to_device(batch, device)) * (world / work[0])
             loss.backward()
         total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-    total, norm = sum_over_ranks(device, total.item() / world)[0], norm.item()
-    if not math.isfinite(total + norm):
-        raise not_finite(step + 1, f"the loss is {total} and the gradient norm {norm}", s, model)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    total = sum_over_ranks(device, total.item() / world)[0]
+    if not math.isfinite(total + norm.item()):
+        raise not_finite(step + 1, f"the loss is {total} and the gradient norm {norm.item()}", s, model)
+    if s.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip, norm)
     factor = get_lr(step, s)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total, norm, work
+    return total, norm.item(), work
 
 
 @dataclass
@@ -369,8 +372,8 @@ def draw_losses(out_dir, history):
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    with open(out_dir / "log.csv", encoding="utf-8") as f:
-        every = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(f)]
+    with open(out_dir / "log.csv", encoding="utf-8") as f:  # its last row is torn where the disk is full
+        every = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(f) if row["lr"]]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*every), color="0.8", linewidth=1, label="each step")
@@ -393,6 +396,9 @@ def draw_losses(out_dir, history):
 
 def report(s, dataset, at):
     """Say how the run went, and what to do with it."""
+    if not at.history:
+        print(f"nothing to do: {at.step} steps were done before, max_iters={s.max_iters}")
+        return
     (step, train_loss, val_loss), low = at.history[-1], min(at.history, key=lambda entry: entry[2])
     kept = min(at.history, key=lambda entry: entry[1 + SPLITS.index(s.best_by)])
     print(f"{step} steps in {duration(at.seconds)}: training loss {train_loss:.4f}, validation "
@@ -599,6 +605,8 @@ def set_up(s, device, make_model):
                          f"{world} processes, which share the batches of a step")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (s.out_dir / "last.pt").exists():
         s.resume = True  # torchrun --max-restarts started us again
+    elif not s.resume and rank == 0 and dist.is_initialized() and (s.out_dir / "last.pt").exists():
+        os.replace(s.out_dir / "last.pt", s.out_dir / "last.pt.old")  # of a run that is not this one
     torch.manual_seed(s.seed)
     resumed = load_resumed(s) if s.resume else None
     if rank:
@@ -625,7 +633,11 @@ def processes(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # A store for each restart: in torchrun's, the addresses of processes that died may still be there.
+    store, rank, world = next(rendezvous("env://"))
+    store = dist.PrefixStore("restart " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                            world_size=world)
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
             with contextlib.redirect_stdout(nowhere) if dist.get_rank() else contextlib.nullcontext():
