@@ -217,8 +217,8 @@ def not_finite(step, what, s, model):
 def out_of_memory(error, s):
     """What to raise for an error of a training step: where memory ran out, a ValueError that names smaller
     batches of the same tokens per step; else the error itself."""
-    said = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
-    if not said:
+    said = ("allocate memory", "out of memory")  # CPU, MPS
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and not any(w in str(error) for w in said):
         return error
     factor = next((n for n in range(2, s.batch_size + 1) if s.batch_size % n == 0), None)
     smaller = (f"--batch_size={s.batch_size // factor} --gradient_accumulation="
@@ -425,7 +425,8 @@ def peak_flops(device, dtype):
         return 2 * 1024**3 / min(seconds)  # processes on one machine share its cores
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        return next((peak * ranks()[1] for part, peak in PEAKS.items() if part in name), None)
+        found = (peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name))
+        return ranks()[1] * peak if (peak := next(found, None)) else None
     return None
 
 

@@ -199,7 +199,8 @@ class ChatDataset:
         self.pad_id = special_ids(enc)[0]
         self.tokens, self.targets, self.starts, self.lengths, self.dropped = {}, {}, {}, {}, {}
         for split in SPLITS:
-            tokens = open_tokens(shards(folder, split)[0], self.vocab_size)
+            parts = [open_tokens(path, self.vocab_size) for path in shards(folder, split)]
+            tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
             starts = np.flatnonzero(tokens == self.pad_id)  # every conversation opens with <|endoftext|>
             if not len(starts):
                 raise ValueError(f"{folder}/{split}.bin: no conversation in it; prepare the folder again")
