@@ -12,6 +12,7 @@ It writes out_dir/best.pt, which chat.py talks to, out_dir/last.pt, which --resu
 """
 import contextlib
 import csv
+import functools
 import math
 import os
 import re
@@ -19,6 +20,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -118,6 +120,8 @@ def check_settings(s):
         need(getattr(s, name) in choices, name, " or ".join(choices))
 
 
+# ---- a step ----
+
 def get_lr(step, s):
     """The learning rate of a step, as a fraction of the peak: a linear warm-up, then the decay."""
     if step < s.warmup_iters:
@@ -146,61 +150,6 @@ def sum_over_ranks(device, *numbers):
     return sums.tolist()
 
 
-@torch.no_grad()
-def evaluate(model, dataset, split, max_tokens, device, autocast):
-    """Mean loss per target, in nats, over the dataset's fixed evaluation batches of a split, which the
-    processes share. Takes nothing from any random generator that training uses."""
-    rank, world = ranks()
-    model.eval()
-    total, count = 0.0, 0
-    for i, (idx, targets, where) in enumerate(dataset.eval_batches(split, max_tokens)):
-        if i % world == rank:
-            with autocast:
-                total += model(*to_device((idx, targets, where), device)).item()
-            count += targets.size
-    model.train()
-    total, count = sum_over_ranks(device, total, count)
-    return total / count
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Within it, the first Ctrl-C or SIGTERM is noted in the list it yields, for the loop to end in order;
-    a second one ends the program at once."""
-    caught = []
-
-    def handler(number, frame):
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        print(f"\n{signal.Signals(number).name}: finishing the step, then saving (again: leave at once)",
-              file=sys.stderr, flush=True)
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def duration(seconds):
-    """Seconds as people say them: 45s, 3m05s, 2h10m."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
-
-
-def is_memorizing(history):
-    """Whether validation has turned up while training still falls: history is a list of (step, train loss,
-    validation loss); the last two validation losses must both lie over the lowest, and rise."""
-    if len(history) < 3:
-        return False
-    best = min(history, key=lambda entry: entry[2])
-    (_, train_before, val_before), (_, train_now, val_now) = history[-2:]
-    return best[2] * 1.01 < val_before < val_now and train_now < train_before < best[1]
-
-
 def not_finite(step, what, s, model):
     """The error of a run that has left the real numbers. Names the parameter with the largest gradient."""
     rate = get_lr(step - 1, s) * s.learning_rate
@@ -208,55 +157,11 @@ def not_finite(step, what, s, model):
     largest = ""
     if grads:
         name = max(grads, key=lambda n: (not math.isfinite(grads[n]), grads[n]))
-        largest = f", the largest gradient {grads[name]:.3g} in {name.removeprefix('module.')}"
+        plain = name.removeprefix("module.").removeprefix("_orig_mod.")  # of DDP and torch.compile
+        largest = f", the largest gradient {grads[name]:.3g} in {plain}"
     return ValueError(f"step {step}: {what}; the learning rate was {rate:.2g}{largest}. The last good "
                       f"checkpoint is kept. Try a lower learning_rate (now {s.learning_rate:g}), more "
                       f"warmup_iters (now {s.warmup_iters}) or a lower grad_clip (now {s.grad_clip:g})")
-
-
-def out_of_memory(error, s):
-    """What to raise for an error of a training step: where memory ran out, a ValueError that names smaller
-    batches of the same tokens per step; else the error itself."""
-    said = "allocate memory" in str(error) or "out of memory" in str(error)  # a CPU says so, or MPS
-    if not said and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return error
-    factor = next((n for n in range(2, s.batch_size + 1) if s.batch_size % n == 0), None)
-    smaller = (f"--batch_size={s.batch_size // factor} --gradient_accumulation="
-               f"{s.gradient_accumulation * factor}, the same tokens per step" if factor else
-               "a smaller --block_size, or a smaller model")
-    return ValueError(f"out of memory; the last checkpoint is kept. Try {smaller}")
-
-
-def rng_states(device):
-    """The states of the random generators that dropout uses, of every process: a list of lists."""
-    mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-    states = [mine] * ranks()[1]
-    if len(states) > 1:
-        dist.all_gather_object(states, mine)
-    return states
-
-
-def restore_rng(states, device):
-    """Put back this process's part of what rng_states returned, where it has one."""
-    for mine in states[ranks()[0]:][:1]:
-        torch.set_rng_state(mine[0])
-        if device.type == "cuda" and len(mine) > 1:
-            torch.cuda.set_rng_state(mine[1], device)
-
-
-def restore_optimizer(optimizer, state):
-    """Take over an optimizer's momenta from a checkpoint, but keep the learning rates, decay and so on of
-    this run's settings."""
-    mine = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, mine):
-        group.update(values)
-
-
-def evaluations_since_best(history):
-    """How many evaluations have gone by since the lowest validation loss; history as in is_memorizing."""
-    losses = [val_loss for _, _, val_loss in history]
-    return len(losses) - 1 - losses.index(min(losses))
 
 
 def train_step(model, optimizers, dataset, step, s, device, autocast):
@@ -296,6 +201,25 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
     return total, norm.item(), work
 
 
+# ---- how it goes ----
+
+@torch.no_grad()
+def evaluate(model, dataset, split, max_tokens, device, autocast):
+    """Mean loss per target, in nats, over the dataset's fixed evaluation batches of a split, which the
+    processes share. Takes nothing from any random generator that training uses."""
+    rank, world = ranks()
+    model.eval()
+    total, count = 0.0, 0
+    for i, (idx, targets, where) in enumerate(dataset.eval_batches(split, max_tokens)):
+        if i % world == rank:
+            with autocast:
+                total += model(*to_device((idx, targets, where), device)).item()
+            count += targets.size
+    model.train()
+    total, count = sum_over_ranks(device, total, count)
+    return total / count
+
+
 @dataclass
 class Progress:
     """Where a run stands. A checkpoint holds it, and a resumed run goes on from it."""
@@ -309,6 +233,195 @@ class Progress:
 def epochs(dataset, step, s):
     """How often the training data has been read after `step` steps."""
     return dataset.epochs("train", step * s.gradient_accumulation)
+
+
+def is_memorizing(history):
+    """Whether validation has turned up while training still falls: history is a list of (step, train loss,
+    validation loss); the last two validation losses must both lie over the lowest, and rise."""
+    if len(history) < 3:
+        return False
+    best = min(history, key=lambda entry: entry[2])
+    (_, train_before, val_before), (_, train_now, val_now) = history[-2:]
+    return best[2] * 1.01 < val_before < val_now and train_now < train_before < best[1]
+
+
+def tell_memorizing(history):
+    """Say that validation has turned up; see is_memorizing."""
+    low, now = min(history, key=lambda entry: entry[2]), history[-1]
+    print(f"  Validation has turned up: {low[2]:.3f} at step {low[0]}, {now[2]:.3f} now, while the training "
+          f"loss fell from {low[1]:.3f} to {now[1]:.3f}. From here on the model memorizes more than it "
+          "generalizes.", flush=True)
+
+
+def evaluations_since_best(history):
+    """How many evaluations have gone by since the lowest validation loss; history as in is_memorizing."""
+    losses = [val_loss for _, _, val_loss in history]
+    return len(losses) - 1 - losses.index(min(losses))
+
+
+def duration(seconds):
+    """Seconds as people say them: 45s, 3m05s, 2h10m."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+# Dense bfloat16 FLOP/s that makers state, by a part of the device's name.
+PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+         "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that all processes' devices can do: the maker's figure for a GPU in bfloat16, a quick
+    measurement of a matrix product for a CPU, None where it is not known."""
+    if device.type == "cpu":
+        a = torch.ones(1024, 1024, dtype=dtype)
+        seconds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - began)
+        return 2 * 1024**3 / min(seconds)  # processes on one machine share its cores
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        found = (peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name))
+        return ranks()[1] * peak if (peak := next(found, None)) else None
+    return None
+
+
+class Log:
+    """out_dir/log.csv, a row for every step, and the line that a person sees."""
+
+    COLUMNS = ("step", "epoch", "loss", "lr", "norm", "tokens", "seconds", "peak_share", "train_loss",
+               "val_loss")
+
+    def __init__(self, path, at, measure_peak):
+        """Rows after step `at.step`, of a run that was stopped later than it was saved, are left out.
+        measure_peak(): FLOP/s that the machine can do, or None."""
+        kept = [",".join(self.COLUMNS) + "\n"]
+        if at.step and path.exists():
+            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+            kept += [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= at.step]
+        write_atomically(path, lambda f: f.write("".join(kept).encode("utf-8")))
+        self.path, self.warned, self.unwritten = path, False, b""
+        self.measure_peak, self.peak = measure_peak, measure_peak()
+        self.tokens = self.seconds = self.flops = 0.0  # since the last line
+
+    def add(self, row, tokens, flops, seconds):
+        """Write a row, a dict of COLUMNS; what a full disk refuses is kept for the next time."""
+        if self.peak and flops / seconds > self.peak:  # then something else was running when it was measured
+            self.peak = max(self.peak, self.measure_peak())
+        row = {**row, "tokens": int(tokens), "seconds": f"{seconds:.4f}",
+               "peak_share": f"{flops / seconds / self.peak:.3f}" if self.peak else "n/a"}
+        self.unwritten += (",".join(str(row.get(name, "")) for name in self.COLUMNS) + "\n").encode()
+        try:
+            with open(self.path, "ab", buffering=0) as f:
+                while self.unwritten:
+                    self.unwritten = self.unwritten[f.write(self.unwritten):]
+        except OSError as error:
+            if not self.warned:
+                print(f"warning: {self.path}: {error}; going on", file=sys.stderr, flush=True)
+            self.warned = True
+        self.tokens += tokens
+        self.flops += flops
+        self.seconds += seconds
+
+    def tell(self, at, row, s):
+        """Print the line of a step; speeds are of all steps since the last one."""
+        seconds, left = max(self.seconds, 1e-9), at.seconds / at.step * (s.max_iters - at.step)
+        losses = f"  train {row['train_loss']}  val {row['val_loss']}" if "val_loss" in row else ""
+        share = f"{self.flops / seconds / self.peak:.0%}" if self.peak else "n/a"
+        print(f"step {at.step:>5}/{s.max_iters}  epoch {row['epoch']}  loss {row['loss']}{losses}  "
+              f"lr {row['lr']}  norm {row['norm']}  {self.tokens / seconds:,.0f} tokens/s  {share} of peak  "
+              f"{duration(left)} left", flush=True)
+        self.tokens = self.seconds = self.flops = 0.0
+
+
+def sample_text(model, dataset, s):
+    """What the model writes now: after sample_prompt, or after a held-out question or a line's start."""
+    enc, prompt = get_tokenizer(dataset.tokenizer), s.sample_prompt
+    if dataset.kind == "chat":
+        if prompt is None:
+            prompt = decode_conversation(dataset.conversations("val")[0], enc)[0]["content"]
+        ids = encode_prompt([{"role": "user", "content": prompt}], enc)
+    else:
+        prompt = "\n" if prompt is None else prompt
+        ids = enc.encode_ordinary(prompt) or [special_ids(enc)[0]]
+    said = model.generate(ids, 50, temperature=0.7, top_k=50, seed=0, stop_ids=special_ids(enc))
+    return f"{prompt!r} -> {enc.decode(list(said))!r}"
+
+
+def draw_losses(out_dir, history):
+    """Where matplotlib is installed, loss.png in out_dir: every step's loss of log.csv, the evaluations, and
+    where validation was lowest."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    with open(out_dir / "log.csv", encoding="utf-8") as f:  # its last row is torn where the disk is full
+        every = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(f) if row["lr"]]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*every), color="0.8", linewidth=1, label="each step")
+    at, train_losses, val_losses = zip(*history)
+    axes.plot(at, train_losses, "o-", markersize=3, label="training")
+    axes.plot(at, val_losses, "o-", markersize=3, label="validation")
+    low = min(history, key=lambda entry: entry[2])
+    if low is not history[-1]:
+        axes.axvline(low[0], color="0.5", linestyle=":")
+        late = low[0] > at[-1] / 2  # the words stand where there is more room
+        axes.annotate(f"lowest validation loss, {low[2]:.2f}\nfrom here on: memorizing", (low[0], 0.97),
+                      xycoords=("data", "axes fraction"), xytext=(-8 if late else 8, 0), va="top",
+                      textcoords="offset points", ha="right" if late else "left")
+    axes.set(xlabel="step", ylabel="loss, nats per target", title=str(out_dir))
+    axes.legend()
+    try:
+        write_atomically(out_dir / "loss.png", lambda f: figure.savefig(f, dpi=100, format="png"))
+    except OSError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+
+
+def report(s, dataset, at):
+    """Say how the run went, and what to do with what it made."""
+    if not at.history:
+        print(f"nothing to do: {at.step} steps were done before, max_iters={s.max_iters}")
+        return
+    (step, train_loss, val_loss), low = at.history[-1], min(at.history, key=lambda entry: entry[2])
+    kept = min(at.history, key=lambda entry: entry[1 + SPLITS.index(s.best_by)])
+    print(f"{step} steps in {duration(at.seconds)}: training loss {train_loss:.4f}, validation "
+          f"{val_loss:.4f} (lowest {low[2]:.4f} at step {low[0]}, epoch {epochs(dataset, low[0], s):.2f})")
+    print(f"best.pt holds step {kept[0]} (epoch {epochs(dataset, kept[0], s):.2f}), the lowest {s.best_by} "
+          f"loss; talk to it: python chat.py --checkpoint={s.out_dir / 'best.pt'}")
+    print(f"{s.out_dir}: log.csv" + (", loss.png" if find_spec("matplotlib") else "; and where matplotlib is "
+                                     "installed (pip install matplotlib), loss.png"), flush=True)
+
+
+# ---- saving, and going on from it ----
+
+def rng_states(device):
+    """The states of the random generators that dropout uses, of every process: a list of lists."""
+    mine = [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+    states = [mine] * ranks()[1]
+    if len(states) > 1:
+        dist.all_gather_object(states, mine)
+    return states
+
+
+def restore_rng(states, device):
+    """Put back this process's part of what rng_states returned, where it has one."""
+    for mine in states[ranks()[0]:][:1]:
+        torch.set_rng_state(mine[0])
+        if device.type == "cuda" and len(mine) > 1:
+            torch.cuda.set_rng_state(mine[1], device)
+
+
+def restore_optimizer(optimizer, state):
+    """Take over an optimizer's momenta from a checkpoint, but keep the learning rates, decay and so on of
+    this run's settings."""
+    mine = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, values in zip(optimizer.param_groups, mine):
+        group.update(values)
 
 
 def restore(resumed, optimizers, device):
@@ -343,135 +456,63 @@ def save(s, name, model, dataset, at, **extra):
         return False
 
 
-def sample_text(model, dataset, s):
-    """What the model writes now: after sample_prompt, or after a held-out question or a line's start."""
-    enc, prompt = get_tokenizer(dataset.tokenizer), s.sample_prompt
-    if dataset.kind == "chat":
-        if prompt is None:
-            prompt = decode_conversation(dataset.conversations("val")[0], enc)[0]["content"]
-        ids = encode_prompt([{"role": "user", "content": prompt}], enc)
-    else:
-        prompt = "\n" if prompt is None else prompt
-        ids = enc.encode_ordinary(prompt) or [special_ids(enc)[0]]
-    said = model.generate(ids, 50, temperature=0.7, top_k=50, seed=0, stop_ids=special_ids(enc))
-    return f"{prompt!r} -> {enc.decode(list(said))!r}"
+# ---- the loop ----
+
+def evaluate_splits(run, dataset, at, s, device, autocast):
+    """Evaluate both splits and note it in at.history; returns the log's columns. Raises ValueError for a loss
+    that is no finite number."""
+    losses = [evaluate(run, dataset, split, s.eval_tokens, device, autocast) for split in SPLITS]
+    if not math.isfinite(sum(losses)):
+        raise not_finite(at.step, f"the losses are {losses[0]} and {losses[1]}", s, run)
+    at.history.append((at.step, *losses))
+    return {"train_loss": f"{losses[0]:.4f}", "val_loss": f"{losses[1]:.4f}"}
 
 
-def tell_memorizing(history):
-    """Say that validation has turned up; see is_memorizing."""
-    low, now = min(history, key=lambda entry: entry[2]), history[-1]
-    print(f"  Validation has turned up: {low[2]:.3f} at step {low[0]}, {now[2]:.3f} now, while the training "
-          f"loss fell from {low[1]:.3f} to {now[1]:.3f}. From here on the model memorizes more than it "
-          "generalizes.", flush=True)
+def keep_best(s, model, dataset, at, first):
+    """After an evaluation: save best.pt if its loss is the lowest, draw the losses, and say so, once, when
+    memorizing begins. `first`: whether this process is the one that writes."""
+    loss = at.history[-1][1 + SPLITS.index(s.best_by)]
+    if first and not at.told and is_memorizing(at.history):
+        at.told = True
+        tell_memorizing(at.history)
+    if loss < at.best and (not first or save(s, "best.pt", model, dataset, at)):
+        at.best = loss
+    if first:
+        draw_losses(s.out_dir, at.history)
 
 
-def draw_losses(out_dir, history):
-    """loss.png in out_dir: every step's loss of log.csv, the evaluations, and where validation was lowest.
-    Returns whether matplotlib is there to draw it."""
+@contextlib.contextmanager
+def stop_signals():
+    """Within it, the first Ctrl-C or SIGTERM is noted in the list it yields, for the loop to end in order;
+    a second one ends the program at once."""
+    caught = []
+
+    def handler(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        print(f"\n{signal.Signals(number).name}: finishing the step, then saving (again: leave at once)",
+              file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    with open(out_dir / "log.csv", encoding="utf-8") as f:  # its last row is torn where the disk is full
-        every = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(f) if row["lr"]]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*every), color="0.8", linewidth=1, label="each step")
-    at, train_losses, val_losses = zip(*history)
-    axes.plot(at, train_losses, "o-", markersize=3, label="training")
-    axes.plot(at, val_losses, "o-", markersize=3, label="validation")
-    low = min(history, key=lambda entry: entry[2])
-    if low is not history[-1]:
-        axes.axvline(low[0], color="0.5", linestyle=":")
-        axes.annotate(f"lowest validation loss, {low[2]:.2f}\nfrom here on: memorizing", (low[0], low[2]),
-                      xytext=(8, 24), textcoords="offset points")
-    axes.set(xlabel="step", ylabel="loss, nats per target", title=str(out_dir))
-    axes.legend()
-    try:
-        write_atomically(out_dir / "loss.png", lambda f: figure.savefig(f, dpi=100, format="png"))
-    except OSError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
-    return True
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
-def report(s, dataset, at):
-    """Say how the run went, and what to do with it."""
-    if not at.history:
-        print(f"nothing to do: {at.step} steps were done before, max_iters={s.max_iters}")
-        return
-    (step, train_loss, val_loss), low = at.history[-1], min(at.history, key=lambda entry: entry[2])
-    kept = min(at.history, key=lambda entry: entry[1 + SPLITS.index(s.best_by)])
-    print(f"{step} steps in {duration(at.seconds)}: training loss {train_loss:.4f}, validation "
-          f"{val_loss:.4f} (lowest {low[2]:.4f} at step {low[0]}, epoch {epochs(dataset, low[0], s):.2f})")
-    print(f"best.pt holds step {kept[0]} (epoch {epochs(dataset, kept[0], s):.2f}), the lowest {s.best_by} "
-          f"loss; talk to it: python chat.py --checkpoint={s.out_dir / 'best.pt'}", flush=True)
-
-
-# Dense bfloat16 FLOP/s that makers state, by a part of the device's name.
-PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-         "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}
-
-
-def peak_flops(device, dtype):
-    """FLOP/s that all processes' devices can do: the maker's figure for a GPU in bfloat16, a quick
-    measurement of a matrix product for a CPU, None where it is not known."""
-    if device.type == "cpu":
-        a = torch.ones(1024, 1024, dtype=dtype)
-        seconds = []
-        for _ in range(5):
-            began = time.perf_counter()
-            a @ a
-            seconds.append(time.perf_counter() - began)
-        return 2 * 1024**3 / min(seconds)  # processes on one machine share its cores
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        found = (peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name))
-        return ranks()[1] * peak if (peak := next(found, None)) else None
-    return None
-
-
-class Log:
-    """out_dir/log.csv, a row for every step, and the line that a person sees."""
-
-    COLUMNS = ("step", "epoch", "loss", "lr", "norm", "tokens", "seconds", "peak_share", "train_loss",
-               "val_loss")
-
-    def __init__(self, path, at, peak):
-        """Rows after step `at.step`, of a run that was stopped later than it was saved, are left out."""
-        kept = [",".join(self.COLUMNS) + "\n"]
-        if at.step and path.exists():
-            rows = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-            kept += [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= at.step]
-        write_atomically(path, lambda f: f.write("".join(kept).encode("utf-8")))
-        self.path, self.peak, self.warned, self.unwritten = path, peak, False, b""
-        self.tokens = self.seconds = self.flops = 0.0  # since the last line
-
-    def add(self, row, tokens, flops, seconds):
-        """Write a row, a dict of COLUMNS; what a full disk refuses is kept for the next time."""
-        row = {**row, "tokens": int(tokens), "seconds": f"{seconds:.4f}",
-               "peak_share": f"{flops / seconds / self.peak:.3f}" if self.peak else "n/a"}
-        self.unwritten += (",".join(str(row.get(name, "")) for name in self.COLUMNS) + "\n").encode()
-        try:
-            with open(self.path, "ab", buffering=0) as f:
-                while self.unwritten:
-                    self.unwritten = self.unwritten[f.write(self.unwritten):]
-        except OSError as error:
-            if not self.warned:
-                print(f"warning: {self.path}: {error}; going on", file=sys.stderr, flush=True)
-            self.warned = True
-        self.tokens += tokens
-        self.flops += flops
-        self.seconds += seconds
-
-    def tell(self, at, row, s):
-        """Print the line of a step; speeds are of all steps since the last one."""
-        seconds, left = max(self.seconds, 1e-9), at.seconds / at.step * (s.max_iters - at.step)
-        losses = f"  train {row['train_loss']}  val {row['val_loss']}" if "val_loss" in row else ""
-        share = f"{self.flops / seconds / self.peak:.0%}" if self.peak else "n/a"
-        print(f"step {at.step:>5}/{s.max_iters}  epoch {row['epoch']}  loss {row['loss']}{losses}  "
-              f"lr {row['lr']}  norm {row['norm']}  {self.tokens / seconds:,.0f} tokens/s  {share} of peak  "
-              f"{duration(left)} left", flush=True)
-        self.tokens = self.seconds = self.flops = 0.0
+def out_of_memory(error, s):
+    """What to raise for an error of a training step: where memory ran out, a ValueError that names smaller
+    batches of the same tokens per step; else the error itself."""
+    said = "allocate memory" in str(error) or "out of memory" in str(error)  # a CPU says so, or MPS
+    if not said and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return error
+    factor = next((n for n in range(2, s.batch_size + 1) if s.batch_size % n == 0), None)
+    smaller = (f"--batch_size={s.batch_size // factor} --gradient_accumulation="
+               f"{s.gradient_accumulation * factor}, the same tokens per step" if factor else
+               "a smaller --block_size, or a smaller model")
+    return ValueError(f"out of memory; the last checkpoint is kept. Try {smaller}")
 
 
 def train(s, model, dataset, device, dtype, resumed=None):
@@ -489,8 +530,8 @@ def train(s, model, dataset, device, dtype, resumed=None):
     if dist.is_initialized():
         run = torch.nn.parallel.DistributedDataParallel(run)
     first = ranks()[0] == 0  # of all processes, this one writes
-    log = Log(s.out_dir / "log.csv", at, peak_flops(device, dtype)) if first else None
-    saved, saved_at, stop, drawn = True, time.monotonic(), 0, (s.out_dir / "loss.png").exists()
+    log = Log(s.out_dir / "log.csv", at, functools.partial(peak_flops, device, dtype)) if first else None
+    saved, saved_at, stop = True, time.monotonic(), 0
     model.train()
     with stop_signals() as caught:
         while at.step < s.max_iters:
@@ -501,36 +542,26 @@ def train(s, model, dataset, device, dtype, resumed=None):
                 raise out_of_memory(error, s) from error
             at.step += 1
             stop, due = sum_over_ranks(device, len(caught), first and save_is_due(s, at.step, saved_at))
-            last, look = stop or at.step == s.max_iters, at.step % s.eval_interval == 0
+            last = stop or at.step == s.max_iters
+            look = last or at.step % s.eval_interval == 0
             row = {"step": at.step, "epoch": f"{epochs(dataset, at.step, s):.2f}", "loss": f"{loss:.4f}",
                    "lr": f"{get_lr(at.step - 1, s) * s.learning_rate:.2e}", "norm": f"{norm:.2f}"}
             seconds = time.monotonic() - began  # without the evaluation
-            if last or look:
-                losses = [evaluate(run, dataset, split, s.eval_tokens, device, autocast)
-                          for split in SPLITS]
-                if not math.isfinite(sum(losses)):
-                    raise not_finite(at.step, f"the losses are {losses[0]} and {losses[1]}", s, model)
-                at.history.append((at.step, *losses))
-                row |= {"train_loss": f"{losses[0]:.4f}", "val_loss": f"{losses[1]:.4f}"}
+            if look:
+                row |= evaluate_splits(run, dataset, at, s, device, autocast)
             at.seconds += time.monotonic() - began
             if first:
                 log.add(row, work[1], model.flops(*work), seconds)
-                if last or look or at.step % s.log_interval == 0 or at.step == 1:
+                if look or at.step % s.log_interval == 0 or at.step == 1:
                     log.tell(at, row, s)
                 if s.sample_interval and at.step % s.sample_interval == 0:
                     print(f"  sample: {sample_text(model, dataset, s)}", flush=True)
-            if last or look:
-                if first and not at.told and is_memorizing(at.history):
-                    at.told = True
-                    tell_memorizing(at.history)
-                by = losses[SPLITS.index(s.best_by)]
-                if by < at.best and (not first or save(s, "best.pt", model, dataset, at)):
-                    at.best = by
+            if look:
+                keep_best(s, model, dataset, at, first)
                 if not last and s.patience and evaluations_since_best(at.history) >= s.patience:
                     last = True
                     print(f"stopped: {s.patience} evaluations without a lower validation loss (patience)")
-                drawn = first and draw_losses(s.out_dir, at.history)
-            if last or look or due:
+            if look or due:
                 rng = rng_states(device)
                 saved = not first or save(s, "last.pt", model, dataset, at, rng=rng,
                                           optimizers=[optimizer.state_dict() for optimizer in optimizers])
@@ -539,13 +570,13 @@ def train(s, model, dataset, device, dtype, resumed=None):
                 break
     if first:
         report(s, dataset, at)
-        print(f"{s.out_dir}: log.csv" + (", loss.png" if drawn else "; and where matplotlib is installed "
-                                         "(pip install matplotlib), loss.png"), flush=True)
         if not saved:
             raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and "
                           "--resume=True")
     return caught[0] if caught else signal.SIGTERM if stop else 0
 
+
+# ---- starting ----
 
 def load_base(s):
     """The model that s.init_from names, for the ids of s.data_dir and a context of s.block_size (0: all that
@@ -674,6 +705,7 @@ def new_model(s):
 
 
 def main(argv):
+    """Train as the settings say. Raises ValueError or OSError for what a user can mend."""
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = pick_device(s.device, s.dtype)

@@ -416,19 +416,19 @@ HEADER = "step,epoch,loss,lr,norm,tokens,seconds,peak_share,train_loss,val_loss\
 
 def test_a_log_of_a_new_run_begins_anew_and_that_of_a_resumed_one_loses_later_and_torn_rows(tmp_path):
     path = tmp_path / "new" / "log.csv"
-    log = train.Log(path, train.Progress(), peak=1e6)
+    log = train.Log(path, train.Progress(), lambda: 1e6)
     assert path.read_text(encoding="utf-8") == HEADER
     log.add({"step": 1, "epoch": "0.50", "loss": "3.0000", "lr": "1e-3", "norm": "2.00"}, 64, 1e6, 0.5)
     log.add({"step": 2, "loss": "2.0000", "train_loss": "2.1", "val_loss": "2.2"}, 32.0, 1e5, 2)
     first, second = "1,0.50,3.0000,1e-3,2.00,64,0.5000,2.000,,\n", "2,,2.0000,,,32,2.0000,0.050,2.1,2.2\n"
     assert path.read_text(encoding="utf-8") == HEADER + first + second
-    train.Log(path, train.Progress(step=1), peak=None).add({"step": 2}, 1, 1, 1)
+    train.Log(path, train.Progress(step=1), lambda: None).add({"step": 2}, 1, 1, 1)
     assert path.read_text(encoding="utf-8") == HEADER + first + "2,,,,,1,1.0000,n/a,,\n"
     with open(path, "a", encoding="utf-8") as f:
         f.write("3,0.7")  # as a kill leaves it
-    train.Log(path, train.Progress(step=3), peak=None)
+    train.Log(path, train.Progress(step=3), lambda: None)
     assert path.read_text(encoding="utf-8").endswith("2,,,,,1,1.0000,n/a,,\n")
-    train.Log(path, train.Progress(), peak=None)
+    train.Log(path, train.Progress(), lambda: None)
     assert path.read_text(encoding="utf-8") == HEADER
 
 
