@@ -420,18 +420,24 @@ def sample(logits, temperature, top_k, top_p, generator):
     return int(picked if order is None else order[picked])
 
 
-def newton_schulz(x, steps=5):
+# Each round's (a, b, c) suit what the rounds before it leave of the singular values (Amsel et al. 2025, "The
+# Polar Express"; their coefficients, with the 1 % of safety that they recommend for rounding).
+NEWTON_SCHULZ_ROUNDS = ((8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250),
+                        (3.2856, -2.4153, 0.4853))
+
+
+def newton_schulz(x):
     """Nearest semi-orthogonal matrices, roughly: (n, r, c) -> (n, r, c) with singular values of about 1.
 
-    Rounds of a quintic iteration whose coefficients (Jordan et al. 2024, "Muon") drive every singular value
-    from (0, 1] to between 0.7 and 1.2, by matrix products alone.
+    Each round turns every singular value v into a v + b v^3 + c v^5, by matrix products alone (Jordan et al.
+    2024, "Muon"). Four of them bring all from a thousandth of the norm on to between 0.4 and 1.6: rough, but
+    a fifth costs a quarter more and does not lower the loss.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the smaller side first: x @ x.mT is then the smaller of the two products
     x = x.bfloat16() if x.is_cuda else x.float()  # bfloat16 is slow on most CPUs
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for a, b, c in NEWTON_SCHULZ_ROUNDS:
         s = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)  # a x + (b s + c s s) x
     return x.mT if tall else x
@@ -616,6 +622,7 @@ def write_safetensors(path, tensors):
 
 
 def write_json(path, value):
+    """Write a value as JSON; see write_atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, lambda f: f.write(text.encode("utf-8")))
 
@@ -751,9 +758,8 @@ def model_from_checkpoint(checkpoint, device="cpu", dropout=0.0):
     try:
         model.load_state_dict(checkpoint["model"], assign=True)
     except RuntimeError as error:
-        raise ValueError("the checkpoint's weights do not fit its config: "
-                         f"{str(error).splitlines()[-1].strip()}") \
-            from error
+        problem = str(error).splitlines()[-1].strip()
+        raise ValueError(f"the checkpoint's weights do not fit its config: {problem}") from error
     return model.to(device)
 
 
@@ -764,6 +770,7 @@ class ExportSettings:
 
 
 def main(argv):
+    """Export a checkpoint as a folder for transformers. Raises ValueError or OSError."""
     import config  # only the scripts need it
     from data.conversation import CHAT_TEMPLATE
     from data.tokenizer import write_hf_tokenizer

@@ -9,5 +9,6 @@ bias = False
 batch_size = 24
 max_iters = 860
 learning_rate = 2e-2
-embedding_learning_rate = 1e-2
+embedding_learning_rate = 2e-2
+weight_decay = 0.2
 eval_interval = 100

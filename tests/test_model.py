@@ -623,26 +623,24 @@ def test_newton_schulz_sets_singular_values_near_1_and_keeps_the_vectors(rows, c
         u, _ = np.linalg.qr(rng.normal(size=(rows, k)))
         v, _ = np.linalg.qr(rng.normal(size=(cols, k)))
         matrices.append((u, v))
-        batch.append(u @ np.diag(scale * np.geomspace(1, 0.03, k)) @ v.T)
+        batch.append(u @ np.diag(scale * np.geomspace(1, 0.003, k)) @ v.T)
     out = newton_schulz(torch.tensor(np.stack(batch), dtype=torch.float32)).double().numpy()
     assert out.shape == (3, rows, cols)
     for (u, v), x in zip(matrices, out):
         values = np.linalg.svd(x, compute_uv=False)
-        assert 0.6 < values.min() and values.max() < 1.3
+        assert 0.4 < values.min() and values.max() < 1.6
         inside = u.T @ x @ v  # in the basis of the input's singular vectors
         assert np.abs(inside - np.diag(np.diag(inside))).max() < 1e-3
-        assert np.diag(inside).min() > 0.6
+        assert np.diag(inside).min() > 0.4
 
 
 def np_orthogonalize(x):
-    """Muon's iteration for one matrix, as its authors give it, in float64."""
-    tall = len(x) > len(x[0])
-    x = x.T if tall else x
-    x = x / np.linalg.norm(x)
-    for _ in range(5):
-        s = x @ x.T
-        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
-    return x.T if tall else x
+    """What newton_schulz does to one matrix, by its singular values, in float64."""
+    u, values, v = np.linalg.svd(x, full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for a, b, c in m.NEWTON_SCHULZ_ROUNDS:
+        values = a * values + b * values**3 + c * values**5
+    return u @ np.diag(values) @ v
 
 
 def test_muon_steps_equal_a_plain_loop_over_matrices():
