@@ -346,7 +346,7 @@ def show_attention(talk, path, longest=40):
     except ImportError:
         note("no picture: pip install matplotlib")
         return
-    pieces = [p.replace("$", r"\$") for p in token_pieces(talk.enc, ids)][-longest:]
+    pieces = [p.replace("$", r"\$").replace(" ", "·") for p in token_pieces(talk.enc, ids)][-longest:]
     n_layer, n_head = weights.shape[:2]
     size = max(9 / n_head, 1.2)
     figure = Figure(figsize=(size * n_head + 1.2, size * n_layer + 1.2), layout="constrained")
@@ -549,6 +549,8 @@ def load_model(s, device, dtype):
 
 
 def main(argv):
+    """Score, answer one prompt, or talk, as the settings say. Raises ValueError or OSError for what a user
+    can mend."""
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = pick_device(s.device, "float32" if s.dtype == "int8" else s.dtype)

@@ -41,6 +41,7 @@ def count_steps(s, dataset):
 
 
 def main(argv):
+    """Finetune as the settings say. Raises ValueError or OSError for what a user can mend."""
     s = config.load(Settings, argv, __doc__)
     for name, low in (("epochs", 1), ("block_size", 0), ("max_iters", 0), ("eval_interval", 0)):
         if getattr(s, name) < low:

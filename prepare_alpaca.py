@@ -145,8 +145,8 @@ def encode_split(conversations, enc, max_tokens, too_long, report):
     return rows, categories
 
 
-def main(argv):
-    settings = config.load(Settings, argv, __doc__)
+def check_settings(settings):
+    """Raise ValueError for the first setting out of its range."""
     if settings.too_long not in ("cut", "drop"):
         raise ValueError(f"too_long={settings.too_long!r}: use cut or drop")
     if not 0 < settings.val_fraction < 1:
@@ -155,6 +155,23 @@ def main(argv):
         raise ValueError(f"join={settings.join}: use 1 (each row by itself) or more")
     if settings.max_tokens < 8:
         raise ValueError(f"max_tokens={settings.max_tokens}: no conversation fits; use 8 or more")
+
+
+def tokenizer_spec(settings, conversations):
+    """The tokenizer that the settings name, as data/tokenizer.py's read_spec has it; bpe is learned from
+    these conversations."""
+    name = settings.tokenizer
+    if name == "bpe":
+        return train_bpe((m["content"] for messages, _ in conversations for m in messages),
+                         settings.vocab_size)
+    return read_spec(config.local_path(name) if name.endswith(".json") else name)
+
+
+def main(argv):
+    """Turn a file of rows into a prepared folder, and report what was kept. Raises ValueError or OSError for
+    what a user can mend."""
+    settings = config.load(Settings, argv, __doc__)
+    check_settings(settings)
     path = fetch(settings.source, settings.out_dir)
     conversations = read_conversations(path)
     if not conversations:
@@ -164,13 +181,7 @@ def main(argv):
     if settings.join > 1:
         splits["train"] = splits["train"] + join_rows(splits["train"], settings.join, settings.seed)
     with new_files(settings.out_dir) as part:
-        spec = settings.tokenizer
-        if spec == "bpe":
-            texts = (m["content"] for messages, _ in splits["train"] for m in messages)
-            spec = train_bpe(texts, settings.vocab_size)
-        elif spec.endswith(".json"):
-            spec = config.local_path(spec)
-        spec = read_spec(spec)
+        spec = tokenizer_spec(settings, splits["train"])
         enc = get_tokenizer(spec)
         if isinstance(spec, dict):
             write_spec(part / "tokenizer.json", spec)

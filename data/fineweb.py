@@ -50,6 +50,7 @@ def unpack(raw, path):
 
 
 def main(argv):
+    """Fetch and unpack the shards that are not there yet. Raises ValueError or OSError."""
     s = config.load(Settings, argv, __doc__)
     if not 1 <= s.shards <= 103:
         raise ValueError(f"shards={s.shards}: must be from 1 to 103")

@@ -69,6 +69,7 @@ def character_start(path, at):
 
 
 def main(argv):
+    """Turn a text into a prepared folder. Raises ValueError or OSError for what a user can mend."""
     settings = config.load(Settings, argv, __doc__)
     if not settings.source:
         raise ValueError("no text given: use --source=FILE, or config/prepare_shakespeare.py")

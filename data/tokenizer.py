@@ -70,9 +70,8 @@ def read_spec(spec):
         re.compile(spec["pattern"])
         assert all(0 <= min(pair) <= max(pair) < 256 + i for i, pair in enumerate(spec["merges"]))
     except (ValueError, KeyError, TypeError, AssertionError, re.error) as error:
-        raise ValueError(f"{path}: not a tokenizer.json of this project; make a new one by preparing the "
-                         "data") \
-            from error
+        raise ValueError(f"{path}: not a tokenizer.json of this project; prepare the data again to make a "
+                         "new one") from error
     return spec
 
 

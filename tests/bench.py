@@ -5,8 +5,10 @@
     python -m tests.bench finetune prepare         # some parts
     python -m tests.bench decode --json=bench.json
 
-A line of the table: what, ours and the peer as medians (least to most), and their ratio, above 1 where ours
-is better. Never a test: machines vary by a third from minute to minute, so only ratios mean something.
+A line of the table: what, ours and the peer as medians (least to most), their ratio, above 1 where ours is
+better, and the share of what the machine can do: of the FLOP/s of a large matrix product, or of the bytes/s
+of reading memory, measured in turn with the rest. Never a test: machines vary by a third from minute to
+minute, so only ratios mean something.
 """
 import contextlib
 import io
@@ -33,7 +35,7 @@ import prepare_alpaca
 import train
 from data.conversation import read_conversations, supervised
 from data.tokenizer import get_tokenizer
-from data.tokens import open_dataset
+from data.tokens import SPLITS, open_dataset, write_meta, write_tokens
 from model import (
     GPT,
     GPTConfig,
@@ -71,14 +73,16 @@ def in_turn(runs, **functions):
     return seconds
 
 
-def line(what, ours, peer, unit, target="", smaller=False):
+def line(what, ours, peer, unit, target="", smaller=False, share=None):
     """One line of the table, printed and returned: lists of measurements, ours and the peer's; `smaller`
-    where less is better."""
+    where less is better; `share` of the machine's limit that ours reaches."""
     middle = [statistics.median(values) for values in (ours, peer)]
     ratio = middle[1] / middle[0] if smaller else middle[0] / middle[1]
     cells = [f"{m:,.4g} ({min(v):,.4g} to {max(v):,.4g})" for m, v in zip(middle, (ours, peer))]
-    print(f"{what:<44}{cells[0]:>28}{cells[1]:>28} {unit:<10}{ratio:>6.2f}  {target}", flush=True)
-    return {"what": what, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "target": target}
+    print(f"{what:<48}{cells[0]:>28}{cells[1]:>28} {unit:<10}{ratio:>6.2f}"
+          f"{'' if share is None else f'{share:.0%}':>7}  {target}", flush=True)
+    return {"what": what, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "share": share,
+            "target": target}
 
 
 def quiet(function, *args):
@@ -103,17 +107,30 @@ def as_transformers(model):
         return GPT2LMHeadModel.from_pretrained(folder)
 
 
-def limits():
-    """What this machine can do: (FLOP/s of a large float32 matrix product, bytes/s of reading memory)."""
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    x = torch.ones(1 << 27)  # 512 MB
-    seconds = in_turn(5, product=lambda: a @ b, read=x.sum)
-    return 2 * 2048**3 / min(seconds["product"]), x.numel() * 4 / min(seconds["read"])
+SIDE = 2048  # of the large matrices
+READ = 2**29  # bytes
+
+
+def large_product():
+    """What shows the FLOP/s that this machine can do: a function that multiplies two float32 matrices."""
+    a, b = torch.randn(2, SIDE, SIDE)
+    return lambda: a @ b
+
+
+def share_of_peak(flops, seconds, product):
+    """The share of the large product's FLOP/s that is reached; seconds: each time that `flops` took; product:
+    each time that the large product took."""
+    return flops / statistics.median(seconds) / (2 * SIDE**3 / statistics.median(product))
+
+
+def large_read():
+    """What shows the bytes/s that this machine can read: a function that adds up READ bytes."""
+    return torch.ones(READ // 4).sum
 
 
 def forward_backward(s):
     """Forward and backward of GPT-2 124M on 4 x 256 tokens, a loss at every position."""
-    model, peak = gpt2_shape(256), limits()[0]
+    model = gpt2_shape(256)
     peer = as_transformers(model).train()
     ids = torch.randint(0, 50257, (4, 257))
     x, y = ids[:, :-1], ids[:, 1:].reshape(-1)
@@ -126,25 +143,29 @@ def forward_backward(s):
         peer(x, labels=x).loss.backward()
         peer.zero_grad()
 
-    seconds = in_turn(s.runs + 1, ours=ours, peer=theirs)
-    share = model.flops(1024, 1024, 4 * 256**2) / statistics.median(seconds["ours"][1:]) / peak
-    yield line("forward + backward, 124M, 4 x 256; transformers", seconds["ours"][1:], seconds["peer"][1:],
-               "s", f"1.05 or more; {share:.0%} of matrix-product peak, 68 % or more", smaller=True)
+    in_turn(1, ours=ours, peer=theirs)  # to warm up
+    seconds = in_turn(s.runs, ours=ours, peer=theirs, product=large_product())
+    share = share_of_peak(model.flops(1024, 1024, 4 * 256**2), seconds["ours"], seconds["product"])
+    yield line("forward + backward, 124M, 4 x 256; transformers", seconds["ours"], seconds["peer"], "s",
+               "1.05 or more; 68% or more", smaller=True, share=share)
 
 
-def nanogpt_step(dataset, model, batch_size, block_size):
+def nanogpt_step(dataset, model, batch_size, block_size, device, autocast):
     """A training step as nanoGPT writes it: a slice of the memmap for each sample, the erf form of GELU, the
-    mean loss, AdamW with foreach."""
+    mean loss, AdamW with foreach (fused on a GPU, where the model is compiled too)."""
     for block in model.h:
         block.mlp.forward = lambda x, mlp=block.mlp: mlp.c_proj(F.gelu(mlp.c_fc(x)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), foreach=True)
-    data = dataset.tokens["train"][0]
+    fast = {"fused": True} if device.type == "cuda" else {"foreach": True}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), **fast)
+    data, run = dataset.tokens["train"][0], torch.compile(model) if device.type == "cuda" else model
 
     def step():
         starts = torch.randint(len(data) - block_size, (batch_size,))
         x = torch.stack([torch.from_numpy(data[i:i + block_size].astype(np.int64)) for i in starts])
         y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + block_size].astype(np.int64)) for i in starts])
-        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        with autocast:
+            loss = F.cross_entropy(run(x.to(device)).flatten(0, 1), y.to(device).flatten())
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -152,7 +173,8 @@ def nanogpt_step(dataset, model, batch_size, block_size):
 
 
 def shakespeare_step(s):
-    """A whole training step at the Shakespeare shape against nanoGPT's way, and what Muon takes of it."""
+    """A whole training step at the Shakespeare shape against nanoGPT's way (with AdamW), and what Muon takes
+    of one of its own."""
     with tempfile.TemporaryDirectory() as folder:
         quiet(data.text.main, [f"--source={s.shakespeare}", f"--out_dir={folder}", "--tokenizer=bytes"])
         for batch_size in (12, 48):
@@ -164,7 +186,8 @@ def steps_in_turn(dataset, batch_size, runs, count=20):
     model, peer, fast = (GPT(GPTConfig(dataset.vocab_size, 64, 4, 4, 128)) for _ in range(3))
     optimizers = model.configure_optimizers("adamw", 1e-3, 1e-3, 0.0, (0.9, 0.99))
     muon = fast.configure_optimizers("muon", 1e-3, 1e-3, 0.0, (0.9, 0.99))
-    nanogpt, spent, number = nanogpt_step(dataset, peer, batch_size, 64), [], iter(range(10**9))
+    nanogpt = nanogpt_step(dataset, peer, batch_size, 64, CPU, contextlib.nullcontext())
+    spent, number = [], iter(range(10**9))
 
     def ours():
         for _ in range(count):
@@ -183,17 +206,65 @@ def steps_in_turn(dataset, batch_size, runs, count=20):
             spent.append(1000 * (time.perf_counter() - began))
             fast.zero_grad()
 
-    seconds = in_turn(runs, ours=ours, peer=theirs, muon=with_muon)
+    seconds = in_turn(runs, ours=ours, peer=theirs, muon=with_muon, product=large_product())
     ms = {name: [1000 * second / count for second in values] for name, values in seconds.items()}
+    flops = count * model.flops(64 * batch_size, 64 * batch_size, batch_size * 64**2)
+    share = share_of_peak(flops, seconds["ours"], seconds["product"])
     yield line(f"AdamW step, Shakespeare, batch {batch_size}; nanoGPT's way", ms["ours"], ms["peer"], "ms",
-               "1 or more", smaller=True)
+               "1 or more", smaller=True, share=share)
     yield line("  Muon + AdamW alone; the whole step", spent, ms["muon"], "ms",
                "15 ms or less; 10 or more at batch 48", smaller=True)
 
 
+def gpu(s):
+    """A training step of GPT-2 124M, 1,024 tokens of context, on a CUDA GPU: bfloat16, compiled, fused
+    AdamW; nanoGPT's settings are batches of 12."""
+    if not torch.cuda.is_available():
+        return print("gpu: there is no CUDA GPU here")
+    device = torch.device("cuda")
+    print(torch.cuda.get_device_name(device), flush=True)
+    torch.set_float32_matmul_precision("high")
+    yield from gpu_steps(GPTConfig(), 32, 12, device, train.peak_flops(device, torch.bfloat16), 3 * s.runs)
+
+
+def gpu_steps(shape, batch_size, their_batch_size, device, peak, runs, count=10):
+    """The lines of `gpu` for one shape of model and two sizes of batch."""
+    loop = train.Settings(optimizer="adamw", batch_size=batch_size, learning_rate=6e-4)
+    autocast, number = torch.autocast(device.type, torch.bfloat16), iter(range(10**9))
+    with tempfile.TemporaryDirectory() as folder:
+        for split in SPLITS:
+            tokens = np.random.default_rng(0).integers(0, 50257, 10**6)
+            meta = {"kind": "text", "tokenizer": "gpt2", "vocab_size": shape.vocab_size,
+                    f"{split}_tokens": write_tokens(Path(folder) / f"{split}.bin", [tokens])}
+        write_meta(folder, meta)
+        dataset = open_dataset(folder, shape.block_size, batch_size)
+        model, peer = GPT(shape).to(device), GPT(shape).to(device)
+        run = torch.compile(model) if device.type == "cuda" else model
+        optimizers = model.configure_optimizers("adamw", 6e-4, 6e-4, 0.1, (0.9, 0.95))
+        nanogpt = nanogpt_step(dataset, peer, their_batch_size, shape.block_size, device, autocast)
+
+        def ours():
+            for _ in range(count):
+                train.train_step(run, optimizers, dataset, next(number), loop, device, autocast)
+
+        def theirs():
+            for _ in range(count):
+                nanogpt()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        in_turn(1, ours=ours, peer=theirs)  # to compile
+        seconds = in_turn(runs, ours=ours, peer=theirs)
+    tokens = {"ours": batch_size * shape.block_size, "peer": their_batch_size * shape.block_size}
+    speed = {name: [count * tokens[name] / second for second in values] for name, values in seconds.items()}
+    each = model.flops(1, 1, shape.block_size)  # a token's, at block_size pairs a token
+    yield line("training, GPU; nanoGPT's settings", speed["ours"], speed["peer"], "tokens/s",
+               "1.2 or more; aim 50%", share=statistics.median(speed["ours"]) * each / peak if peak else None)
+
+
 def decode(s):
     """Tokens a second for one conversation, GPT-2 124M, a prompt of 64 tokens and 128 new ones."""
-    model, (_, bandwidth) = gpt2_shape().eval(), limits()
+    model = gpt2_shape().eval()
     peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (64,)).tolist()
     small = gpt2_shape().eval()
     quantize_int8(small)
@@ -207,14 +278,15 @@ def decode(s):
                                  pad_token_id=50256)
         assert made.shape[1] == 192
 
-    seconds = in_turn(s.runs, peer=theirs, float32=lambda: ours(model), int8=lambda: ours(small))
+    seconds = in_turn(s.runs, peer=theirs, float32=lambda: ours(model), int8=lambda: ours(small),
+                      read=large_read())
     speed = {name: [128 / second for second in values] for name, values in seconds.items()}
-    read = 4 * (model.num_params() - model.wpe.weight.numel())
-    share = statistics.median(speed["float32"]) * read / bandwidth
-    yield line("decode, 124M, float32; transformers", speed["float32"], speed["peer"], "tokens/s",
-               f"1.25 or more; {share:.0%} of memory bandwidth, 85 % or more")
-    yield line("decode, 124M, int8; transformers float32", speed["int8"], speed["peer"], "tokens/s",
-               "3 or more, aim 3.5")
+    weights = model.num_params() - model.wpe.weight.numel()  # all are read for each token
+    bandwidth = READ / statistics.median(seconds["read"])
+    for name, size, target in (("float32", 4, "1.25 or more; 85% or more"),
+                               ("int8", 1, "3 or more, aim 3.5")):
+        yield line(f"decode, 124M, {name}; transformers float32", speed[name], speed["peer"], "tokens/s",
+                   target, share=size * weights * statistics.median(speed[name]) / bandwidth)
 
 
 def prefill(s):
@@ -233,10 +305,12 @@ def prefill(s):
 
     next(model.generate(ids, 1, temperature=0, cache=cache))
     seconds = in_turn(2 * s.runs, ours=lambda: next(model.generate(ids[:512], 1, temperature=0)), peer=theirs,
-                      second=second_turn, whole=lambda: next(model.generate(ids, 1, temperature=0)))
+                      second=second_turn, whole=lambda: next(model.generate(ids, 1, temperature=0)),
+                      product=large_product())
     speed = {name: [512 / second for second in values] for name, values in seconds.items()}
+    flops = model.flops(1, 512, 512**2) / 3  # forward only
     yield line("prefill, 124M, 512 tokens; transformers", speed["ours"], speed["peer"], "tokens/s",
-               "1.2 or more")
+               "1.2 or more", share=share_of_peak(flops, seconds["ours"], seconds["product"]))
     yield line("second turn, 900 + 32 tokens; from the start", seconds["second"], seconds["whole"], "s",
                "10 or more", smaller=True)
 
@@ -420,7 +494,7 @@ def shakespeare(s):
         rows = {name: [train_and_measure(argv, folder, f"{folder}/{name}{run}") for run in range(s.runs)]
                 for name, argv in (("short", SHORT), ("adamw", adamw), ("long", []))}
     seconds, losses = ({name: [row[i] for row in rows[name]] for name in rows} for i in (0, 1))
-    for name, what, target in (("short", "Muon, 205 steps", "4 or more"), ("long", "Muon", "1 or more")):
+    for name, what, target in (("short", "Muon, 215 steps", "4 or more"), ("long", "Muon", "1 or more")):
         yield line(f"Shakespeare: {what}; AdamW, nanoGPT's recipe", seconds[name], seconds["adamw"], "s",
                    target, smaller=True)
         yield line("  and the validation loss reached", losses[name], losses["adamw"], "nats", "",
@@ -475,11 +549,11 @@ def vary(s):
 
 
 # A shorter run likes shorter memories.
-SHORT = ["--max_iters=205", "--learning_rate=2.5e-2", "--momentum=0.85", "--beta1=0.8", "--beta2=0.95",
-         "--warmup_iters=5"]
-PARTS = {"train": forward_backward, "step": shakespeare_step, "decode": decode, "prefill": prefill,
-         "load": load, "prepare": prepare, "finetune": finetune_alpaca, "shakespeare": shakespeare,
-         "int8": int8_quality, "growth": growth, "vary": vary}
+SHORT = ["--max_iters=215", "--learning_rate=2.5e-2", "--embedding_learning_rate=1e-2", "--momentum=0.85",
+         "--beta1=0.8", "--beta2=0.95", "--warmup_iters=5", "--weight_decay=0.3", "--final_lr=0.05"]
+PARTS = {"train": forward_backward, "step": shakespeare_step, "gpu": gpu, "decode": decode,
+         "prefill": prefill, "load": load, "prepare": prepare, "finetune": finetune_alpaca,
+         "shakespeare": shakespeare, "int8": int8_quality, "growth": growth, "vary": vary}
 
 
 def main(argv):
@@ -489,7 +563,7 @@ def main(argv):
             raise ValueError(f"there is no part {name!r}; parts are {', '.join(PARTS)}")
     s = config.load(Settings, [arg for arg in argv if arg.startswith("-")], __doc__)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32")
-    print(f"{'what; the peer':<44}{'ours':>28}{'peer':>28} {'':<10}{'ratio':>6}  target")
+    print(f"{'what; the peer':<48}{'ours':>28}{'peer':>28} {'':<10}{'ratio':>6}{'share':>7}  target")
     results = [result for name in names or PARTS for result in PARTS[name](s)]
     if s.json:
         write_json(s.json, results)
