@@ -126,7 +126,7 @@ class Talk:
         return [{"role": role, "content": self.enc.decode(ids)} for role, ids in self.history]
 
 
-def trim(history, enc, block_size, room):
+def trim(history, block_size, room):
     """The newest messages of a history that ends with the person's, such that their prompt leaves `room` of
     block_size for the reply. Whole oldest turns are left out; a last message too long by itself loses its
     beginning. Returns (messages, whether the last one was clipped)."""
@@ -148,7 +148,7 @@ def prompt_ids(talk, s):
     and takes it out of the last message."""
     block_size = talk.model.config.block_size
     room = min(s.max_new_tokens, block_size // 4)  # kept free for the reply
-    view, clipped = trim(talk.history[1 - 2 * talk.turns:], talk.enc, block_size, room)
+    view, clipped = trim(talk.history[1 - 2 * talk.turns:], block_size, room)
     if clipped:
         talk.history[-1] = view[-1]
         note(f"(the message is too long for this model: only its last {len(view[-1][1])} tokens are read)")

@@ -63,6 +63,25 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def attention(q, k, v):
+    """Attention written out: each of T tokens takes the mean of S values, weighed by how well its query fits
+    their keys. q: (B, nh, T, hs), k and v: (B, nh, S, hs) -> ((B, nh, T, hs), weights (B, nh, T, S))."""
+    T, S = q.shape[2], k.shape[2]
+    scores = q @ k.mT / math.sqrt(q.shape[3])  # (B, nh, T, S)
+    allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # no token sees a later one:
+    scores = scores.masked_fill(~allowed, -math.inf)  # exp(-inf) is a weight of 0
+    weights = scores.softmax(dim=-1)  # each row adds up to 1
+    return weights @ v, weights
+
+
+def causal_mask(T, S, device):
+    """(T, S) booleans, or None where scaled_dot_product_attention needs none: the i-th of the T newest of S
+    tokens may look at tokens 0 .. S - T + i, never at a later one."""
+    if T in (1, S):  # one new token sees all; a square mask is what is_causal=True stands for
+        return None
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
 class CausalSelfAttention(nn.Module):
     """Every token looks at itself and the tokens before it, and takes a weighted mean of their values."""
 
@@ -90,25 +109,6 @@ class CausalSelfAttention(nn.Module):
                                                dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
-
-
-def attention(q, k, v):
-    """Attention written out: each of T tokens takes the mean of S values, weighed by how well its query fits
-    their keys. q: (B, nh, T, hs), k and v: (B, nh, S, hs) -> ((B, nh, T, hs), weights (B, nh, T, S))."""
-    T, S = q.shape[2], k.shape[2]
-    scores = q @ k.mT / math.sqrt(q.shape[3])  # (B, nh, T, S)
-    allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # no token sees a later one:
-    scores = scores.masked_fill(~allowed, -math.inf)  # exp(-inf) is a weight of 0
-    weights = scores.softmax(dim=-1)  # each row adds up to 1
-    return weights @ v, weights
-
-
-def causal_mask(T, S, device):
-    """(T, S) booleans, or None where scaled_dot_product_attention needs none: the i-th of the T newest of S
-    tokens may look at tokens 0 .. S - T + i, never at a later one."""
-    if T in (1, S):  # one new token sees all; a square mask is what is_causal=True stands for
-        return None
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 class MLP(nn.Module):
@@ -384,13 +384,7 @@ class GPT(nn.Module):
         return optimizers
 
 
-class NoInit(TorchFunctionMode):
-    """Within it, new modules draw no random numbers: loaded weights will replace them anyway. (Drawing them
-    for the meta device would also import half of torch, which takes a second.)"""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
-
+# ---- sampling ----
 
 def common_prefix(a, b):
     """How many ids two lists have in common at their start."""
@@ -419,6 +413,8 @@ def sample(logits, temperature, top_k, top_p, generator):
     picked = torch.multinomial(probs, 1, generator=generator)
     return int(picked if order is None else order[picked])
 
+
+# ---- the optimizer ----
 
 # Each round's (a, b, c) suit what the rounds before it leave of the singular values (Amsel et al. 2025, "The
 # Polar Express"; their coefficients, with the 1 % of safety that they recommend for rounding).
@@ -480,6 +476,8 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(matrices, update.unbind(), alpha=-lr * 0.2 * math.sqrt(grads.shape[2]))
 
 
+# ---- int8 weights ----
+
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights, each output row with a scale of its own. For a single token nearly
     all the time goes into reading weights, and these are a quarter of the bytes: PyTorch's int8 kernel then
@@ -514,6 +512,8 @@ def quantize_int8(model):
         model.int8_head = Int8Linear(model.wte.weight, None)
 
 
+# ---- the device ----
+
 def pick_device(device="auto", dtype="auto"):
     """Where and in what precision to compute: (torch.device, torch.dtype, why), for "auto" or a name.
 
@@ -537,32 +537,34 @@ def pick_device(device="auto", dtype="auto"):
     return picked, getattr(torch, name), f"{picked} ({why}), {name} ({why_dtype})"
 
 
-# ---- GPT-2's weights, in and out ----
+# ---- files ----
 
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-GPT2_URL = "{mirror}/openai-community/{name}/resolve/main/model.safetensors"
+def write_atomically(path, write):
+    """Call write(f) so that `path` is never half-written: to a file beside it, to the disk, then renamed
+    over it. Raises OSError (disk full, no permission); an older file then stays."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
+        part.unlink(missing_ok=True)
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path}: could not be saved ({cause}); an earlier file there is untouched") from error
 
-# GPT-2's tensors have our names and shapes, but for these:
-PREFIX = "transformer."  # stands before every name, or before none
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out)
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # the causal mask; wte.weight once more
+
+def write_json(path, value):
+    """Write a value as JSON; see write_atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode("utf-8")))
+
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
           "U8": torch.uint8}
-
-
-def fetch_gpt2(name):
-    """The local model.safetensors of gpt2, gpt2-medium, gpt2-large or gpt2-xl, downloaded at first use.
-
-    From the hub's openai-community repositories, or the mirror that the variable HF_ENDPOINT names; into
-    GPT2_CACHE_DIR, or ~/.cache/gpt2. Raises OSError.
-    """
-    folder = Path(os.environ.get("GPT2_CACHE_DIR") or "~/.cache/gpt2").expanduser() / name
-    path = folder / "model.safetensors"
-    if not path.exists():
-        print(f"downloading {name} into {folder}", file=sys.stderr)
-    mirror = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    return download(GPT2_URL.format(mirror=mirror.rstrip("/"), name=name), path)
 
 
 def read_safetensors(path):
@@ -621,10 +623,42 @@ def write_safetensors(path, tensors):
     write_atomically(path, write)
 
 
-def write_json(path, value):
-    """Write a value as JSON; see write_atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda f: f.write(text.encode("utf-8")))
+# ---- GPT-2's weights ----
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_URL = "{mirror}/openai-community/{name}/resolve/main/model.safetensors"
+
+# GPT-2's tensors have our names and shapes, but for these:
+PREFIX = "transformer."  # stands before every name, or before none
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # (in, out)
+NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # the causal mask; wte.weight once more
+
+
+def fetch_gpt2(name):
+    """The local model.safetensors of gpt2, gpt2-medium, gpt2-large or gpt2-xl, downloaded at first use.
+
+    From the hub's openai-community repositories, or the mirror that the variable HF_ENDPOINT names; into
+    GPT2_CACHE_DIR, or ~/.cache/gpt2. Raises OSError.
+    """
+    folder = Path(os.environ.get("GPT2_CACHE_DIR") or "~/.cache/gpt2").expanduser() / name
+    path = folder / "model.safetensors"
+    if not path.exists():
+        print(f"downloading {name} into {folder}", file=sys.stderr)
+    mirror = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    return download(GPT2_URL.format(mirror=mirror.rstrip("/"), name=name), path)
+
+
+def grow_rows(table, count, padded, noise=0.01):
+    """An embedding table with rows for ids that are new: (rows, C) -> (padded, C). Up to `count`, the mean
+    of the learned rows plus noise, so that a new id is at first an average one; the padding behind is 0."""
+    rows = table.shape[0]
+    grown = torch.zeros(padded, table.shape[1])
+    grown[:rows] = table
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(count - rows, table.shape[1], generator=generator)
+    if table.numel():
+        grown[rows:count] = table.mean(0) + noise * table.std() * drawn
+    return grown
 
 
 def read_gpt2_weights(path, vocab_size):
@@ -674,19 +708,6 @@ def read_n_head(path):
         return None
 
 
-def grow_rows(table, count, padded, noise=0.01):
-    """An embedding table with rows for ids that are new: (rows, C) -> (padded, C). Up to `count`, the mean
-    of the learned rows plus noise, so that a new id is at first an average one; the padding behind is 0."""
-    rows = table.shape[0]
-    grown = torch.zeros(padded, table.shape[1])
-    grown[:rows] = table
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(count - rows, table.shape[1], generator=generator)
-    if table.numel():
-        grown[rows:count] = table.mean(0) + noise * table.std() * drawn
-    return grown
-
-
 def checked(weights, expected, path):
     """`weights`, or a ValueError for the first tensor that is missing, unknown or of another shape."""
     for name in [*sorted(weights.keys() - expected.keys()), *expected]:  # the unknown ones first
@@ -701,22 +722,12 @@ def checked(weights, expected, path):
 
 # ---- checkpoints ----
 
-def write_atomically(path, write):
-    """Call write(f) so that `path` is never half-written: to a file beside it, to the disk, then renamed
-    over it. Raises OSError (disk full, no permission); an older file then stays."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
-        part.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path}: could not be saved ({cause}); an earlier file there is untouched") from error
+class NoInit(TorchFunctionMode):
+    """Within it, new modules draw no random numbers: loaded weights will replace them anyway. (Drawing them
+    for the meta device would also import half of torch, which takes a second.)"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **(kwargs or {}))
 
 
 def save_checkpoint(path, checkpoint):
@@ -762,6 +773,8 @@ def model_from_checkpoint(checkpoint, device="cpu", dropout=0.0):
         raise ValueError(f"the checkpoint's weights do not fit its config: {problem}") from error
     return model.to(device)
 
+
+# ---- by itself: a checkpoint for other tools ----
 
 @dataclass
 class ExportSettings:

@@ -401,7 +401,7 @@ def test_trim_leaves_out_as_few_whole_oldest_turns_as_it_can(before, last, block
     room = block_size // share
     said = [*(text for turn in before for text in turn), last]
     limit, given_to_it = block_size - room, history(*said)
-    view, clipped = chat.trim(given_to_it, BYTES, block_size, room)
+    view, clipped = chat.trim(given_to_it, block_size, room)
     assert given_to_it == history(*said), "the conversation itself stays whole"
     fitting = [history(*said)[k:] for k in range(0, len(said), 2) if len(framed(history(*said)[k:])) <= limit]
     if fitting:

@@ -45,59 +45,9 @@ def close(ours, oracle, atol=1e-5):
     np.testing.assert_allclose(ours.detach().double().numpy(), oracle, rtol=0, atol=atol)
 
 
-# The same GPT in NumPy. x is (T, C): one text, no batch.
+# The lesson: the parts of a GPT one by one, each first in NumPy. There x is (T, C): one text, no batch.
 
-def np_linear(x, w, name):
-    return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-
-def np_layer_norm(x, w, name):
-    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-    return (x - mean) / np.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-
-def np_softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def np_one_head(q, k, v):
-    scores = q @ k.T / np.sqrt(q.shape[1])  # (T, T): how well each query fits each key
-    scores[np.triu_indices(len(q), 1)] = -np.inf  # what comes later is not to be seen
-    return np_softmax(scores) @ v
-
-
-def np_heads(x, w, name, n_head):
-    q, k, v = np.split(np_linear(x, w, f"{name}c_attn"), 3, axis=1)
-    return [np_one_head(*(z[:, h * x.shape[1] // n_head:(h + 1) * x.shape[1] // n_head] for z in (q, k, v)))
-            for h in range(n_head)]
-
-
-def np_attention(x, w, name="", n_head=NH):
-    return np_linear(np.concatenate(np_heads(x, w, name, n_head), axis=1), w, f"{name}c_proj")
-
-
-def np_gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def np_mlp(x, w, name=""):
-    return np_linear(np_gelu(np_linear(x, w, f"{name}c_fc")), w, f"{name}c_proj")
-
-
-def np_block(x, w, name=""):
-    x = x + np_attention(np_layer_norm(x, w, f"{name}ln_1"), w, f"{name}attn.")
-    return x + np_mlp(np_layer_norm(x, w, f"{name}ln_2"), w, f"{name}mlp.")
-
-
-def np_gpt(ids, w, n_layer=2):
-    x = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
-    for i in range(n_layer):
-        x = np_block(x, w, f"h.{i}.")
-    return np_layer_norm(x, w, "ln_f") @ w["wte.weight"].T
-
-
-# The pieces
+# Tokens become vectors: what each is, and where it stands.
 
 def test_what_enters_the_first_block_is_token_plus_position_embedding():
     gpt, ids, seen = toy(), random_ids(2, 5), []
@@ -108,59 +58,61 @@ def test_what_enters_the_first_block_is_token_plus_position_embedding():
         close(seen[0][row], w["wte.weight"][ids[row]] + w["wpe.weight"][[0, 1, 2, 3, 4]])
 
 
-def test_layer_norm_makes_mean_0_and_variance_1_then_scales_and_shifts():
+@torch.no_grad()
+def test_without_positions_a_layer_could_not_tell_the_order_of_earlier_tokens():
+    gpt, ids = toy(n_layer=1), torch.tensor([[3, 1, 4, 5]])
+    swapped = ids[:, [1, 0, 2, 3]]
+    assert (gpt(ids) - gpt(swapped))[0, -1, :V].abs().max() > 1e-2
+    gpt.wpe.weight.zero_()
+    torch.testing.assert_close(gpt(ids)[0, -1, :V], gpt(swapped)[0, -1, :V], rtol=0, atol=1e-5)
+
+
+# Before each part, layer norm puts a token's channels on one scale.
+
+def np_layer_norm(x, w, name):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-5) * w[f"{name}.weight"] + w.get(f"{name}.bias", 0)
+
+
+@pytest.mark.parametrize("scale, shift", [(3, 5), (0.01, 0)])  # the second shows the 1e-5
+def test_layer_norm_makes_mean_0_and_variance_1_then_scales_and_shifts(scale, shift):
     ln, (x, tx) = toy().h[0].ln_1, random_x(7, C)
     w = {f"ln.{name}": value for name, value in arrays(ln).items()}
-    close(ln(tx * 3 + 5), np_layer_norm(x * 3 + 5, w, "ln"))
+    close(ln(tx * scale + shift), np_layer_norm(x * scale + shift, w, "ln"))
 
 
-def test_each_head_fills_its_own_channels():
-    attn, (x, tx) = toy(n_head=4).h[0].attn, random_x(6, C)
-    with torch.no_grad():  # a last projection that changes nothing shows the heads side by side
-        attn.c_proj.weight.copy_(torch.eye(C))
-        attn.c_proj.bias.zero_()
-    for h, head in enumerate(np_heads(x, arrays(attn), "", 4)):
-        close(attn(tx[None])[0][:, 8 * h:8 * h + 8], head)
+# Attention: every token looks at itself and the tokens before it.
+
+def np_linear(x, w, name):
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
 
 
-def test_attention_is_a_masked_softmax_of_scaled_products():
-    attn, (x, tx) = toy().h[0].attn, random_x(3, 9, C)
-    for row in range(3):
-        close(attn(tx)[row], np_attention(x[row], arrays(attn)))
+def np_softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
 
 
-def test_the_first_token_attends_only_to_itself():
-    attn, (x, tx) = toy().h[0].attn, random_x(5, C)
-    w = arrays(attn)
-    value = np_linear(x, w, "c_attn")[0, 2 * C:]  # whatever the query says, all weight is on its own value
-    close(attn(tx[None])[0, 0], np_linear(value, w, "c_proj"))
+def np_one_head(q, k, v):
+    scores = q @ k.T / np.sqrt(q.shape[1])  # (T, T): how well each query fits each key
+    scores[np.triu_indices(len(q), 1)] = -np.inf  # the causal mask: what comes later is not to be seen
+    return np_softmax(scores) @ v
 
 
-def test_mlp_is_two_linear_layers_around_a_tanh_gelu():
-    mlp, (x, tx) = toy().h[0].mlp, random_x(4, C)
-    assert mlp.c_fc.weight.shape == (4 * C, C)
-    close(mlp(3 * tx), np_mlp(3 * x, arrays(mlp)))
+def np_heads(x, w, name, n_head):
+    q, k, v = np.split(np_linear(x, w, f"{name}c_attn"), 3, axis=1)  # (T, C) each
+    heads = zip(*(np.split(z, n_head, axis=1) for z in (q, k, v)))  # n_head times three (T, hs)
+    return [np_one_head(*head) for head in heads]
 
 
-def test_a_block_adds_attention_and_mlp_to_the_residual_stream():
-    block, (x, tx) = toy().h[1], random_x(8, C)
-    close(block(tx[None])[0], np_block(x, arrays(block)))
+def np_attention(x, w, name="", n_head=NH):
+    return np_linear(np.concatenate(np_heads(x, w, name, n_head), axis=1), w, f"{name}c_proj")
 
 
-def test_the_head_is_the_token_embedding_and_ids_that_do_not_exist_get_minus_infinity():
-    gpt, (x, tx) = toy(), random_x(3, C)
-    logits = gpt.head(tx)
-    assert gpt.config.padded_vocab_size == logits.shape[1] == 128  # 70, up to a multiple of 64
-    close(logits[:, :V], x @ arrays(gpt)["wte.weight"][:V].T)
-    assert (logits[:, V:] == -math.inf).all()
-    assert not any("lm_head" in name for name, _ in gpt.named_parameters())
-
-
-def test_the_whole_model():
-    gpt, ids = toy(), random_ids(3, T)
-    logits = gpt(ids)
-    for row in range(3):
-        close(logits[row, :, :V], np_gpt(ids[row], arrays(gpt))[:, :V], atol=1e-4)
+def test_attention_written_out_is_a_masked_softmax_of_scaled_products():
+    q, k, v = (random_x(5, 8, seed=seed) for seed in range(3))
+    y, weights = m.attention(*(z[1][None, None] for z in (q, k, v)))
+    close(y[0, 0], np_one_head(q[0], k[0], v[0]))
+    close(weights[0, 0].sum(1), np.ones(5))
 
 
 def test_a_later_token_cannot_change_an_earlier_logit():
@@ -172,17 +124,109 @@ def test_a_later_token_cannot_change_an_earlier_logit():
     assert all((before[t] - after[t]).abs().max() > 1e-4 for t in range(9, T))
 
 
+def test_the_first_token_attends_only_to_itself():
+    attn, (x, tx) = toy().h[0].attn, random_x(5, C)
+    w = arrays(attn)
+    value = np_linear(x, w, "c_attn")[0, 2 * C:]  # whatever the query says, all weight is on its own value
+    close(attn(tx[None])[0, 0], np_linear(value, w, "c_proj"))
+
+
+def test_each_head_fills_its_own_channels():
+    attn, (x, tx) = toy(n_head=4).h[0].attn, random_x(6, C)
+    with torch.no_grad():  # a last projection that changes nothing shows the heads side by side
+        attn.c_proj.weight.copy_(torch.eye(C))
+        attn.c_proj.bias.zero_()
+    for h, head in enumerate(np_heads(x, arrays(attn), "", 4)):
+        close(attn(tx[None])[0][:, 8 * h:8 * h + 8], head)
+
+
+def test_attention_is_its_heads_side_by_side_and_a_projection():
+    attn, (x, tx) = toy().h[0].attn, random_x(3, 9, C)
+    for row in range(3):
+        close(attn(tx)[row], np_attention(x[row], arrays(attn)))
+
+
+# The MLP: each token by itself, through four times as many channels.
+
+def np_gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def np_mlp(x, w, name=""):
+    return np_linear(np_gelu(np_linear(x, w, f"{name}c_fc")), w, f"{name}c_proj")
+
+
+def test_mlp_is_two_linear_layers_around_a_tanh_gelu():
+    mlp, (x, tx) = toy().h[0].mlp, random_x(4, C)
+    assert mlp.c_fc.weight.shape == (4 * C, C)
+    close(mlp(3 * tx), np_mlp(3 * x, arrays(mlp)))
+
+
+# A block: both add to the residual stream, which goes on past them.
+
+def np_block(x, w, name=""):
+    x = x + np_attention(np_layer_norm(x, w, f"{name}ln_1"), w, f"{name}attn.")
+    return x + np_mlp(np_layer_norm(x, w, f"{name}ln_2"), w, f"{name}mlp.")
+
+
+def test_a_block_adds_attention_and_mlp_to_the_residual_stream():
+    block, (x, tx) = toy().h[1], random_x(8, C)
+    close(block(tx[None])[0], np_block(x, arrays(block)))
+
+
+@torch.no_grad()
+def test_a_block_whose_parts_say_nothing_passes_the_stream_on():
+    block, (_, tx) = toy().h[0], random_x(1, 8, C)
+    for p in (*block.attn.c_proj.parameters(), *block.mlp.c_proj.parameters()):
+        p.zero_()
+    assert torch.equal(block(tx), tx)
+
+
+# The head: the token embeddings once more. And all of it.
+
+def np_gpt(ids, w, n_layer=2):
+    x = w["wte.weight"][ids] + w["wpe.weight"][:len(ids)]
+    for i in range(n_layer):
+        x = np_block(x, w, f"h.{i}.")
+    return np_layer_norm(x, w, "ln_f") @ w["wte.weight"].T
+
+
+def test_the_head_is_the_token_embedding_and_ids_that_do_not_exist_get_minus_infinity():
+    gpt, (x, tx) = toy(), random_x(3, C)
+    logits = gpt.head(tx)
+    assert gpt.config.padded_vocab_size == logits.shape[1] == 128  # 70, up to a multiple of 64
+    close(logits[:, :V], x @ arrays(gpt)["wte.weight"][:V].T)
+    assert (logits[:, V:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_whole_model(bias):
+    gpt, ids = toy(bias=bias), random_ids(3, T)
+    logits = gpt(ids)
+    for row in range(3):
+        close(logits[row, :, :V], np_gpt(ids[row], arrays(gpt))[:, :V], atol=1e-4)
+
+
 def test_without_bias_no_layer_has_one():
-    gpt = GPT(GPTConfig(V, T, 2, NH, C, bias=False))
+    gpt = toy(bias=False)
     assert not [name for name, _ in gpt.named_parameters() if "bias" in name]
-    assert gpt(random_ids(1, 4)).shape == (1, 4, 128)
 
 
-def test_dropout_acts_in_training_only():
-    gpt, ids = toy(dropout=0.5), random_ids(1, T)
+def test_dropout_acts_in_training_only_and_in_all_its_places():
+    gpt, ids = toy(), random_ids(1, T)
+    attn, mlp = gpt.h[0].attn, gpt.h[0].mlp
+    places = (gpt.drop, "p"), (attn, "dropout"), (attn.resid_dropout, "p"), (mlp.dropout, "p")
+    for module, name in places:
+        setattr(module, name, 0.5)
+        gpt.eval()
+        assert torch.equal(gpt(ids), gpt(ids)), name
+        gpt.train()
+        assert not torch.equal(gpt(ids), gpt(ids)), name
+        setattr(module, name, 0.0)
     assert torch.equal(gpt(ids), gpt(ids))
-    gpt.train()
-    assert not torch.equal(gpt(ids), gpt(ids))
+    gpt = toy(dropout=0.25)
+    attn, mlp = gpt.h[1].attn, gpt.h[1].mlp
+    assert gpt.drop.p == attn.dropout == attn.resid_dropout.p == mlp.dropout.p == 0.25
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
@@ -250,7 +294,7 @@ def test_what_adds_to_the_residual_stream_starts_smaller():
 
 def test_transformers_gpt2_has_the_same_logits_and_gradients(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    transformers = pytest.importorskip("transformers")
+    import transformers
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=32, vocab_size=96, n_positions=16,
@@ -341,7 +385,7 @@ def test_a_cache_kept_for_the_next_turn_changes_nothing_but_the_work(monkeypatch
 
 @pytest.mark.parametrize("other", [[3, 1, 4, 15, 9, 2, 6, 5], [7], [3], [3, 1, 4, 1, 5]])
 def test_a_cache_that_holds_something_else_changes_nothing(other):
-    gpt, cache = toy(spread=0.4), None
+    gpt = toy(spread=0.4)
     cache = KVCache(gpt)
     greedy(gpt, [3, 1, 4, 1, 5, 9], 2 * T, cache)  # past the border: what it holds begins anew
     assert greedy(gpt, other, 10, cache) == greedy_without_cache(gpt, other, 10)
