@@ -26,7 +26,6 @@ from data.tokens import SPLITS, new_files, write_meta, write_tokens
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 ALPACA_SHA256 = "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"
 NO_INPUT = re.compile(r"\W*no ?input( required| needed)?\W*", re.IGNORECASE)  # Alpaca's ways of saying so
-CHAINED = "several turns"  # the category of rows that were joined
 BATCH = 2000  # conversations encoded at a time
 
 
@@ -41,7 +40,6 @@ class Settings:
     max_tokens: int = 1024  # longest conversation, in tokens
     too_long: str = "cut"  # what happens to longer ones: cut (the end of the last answer) or drop
     drop_duplicates: bool = True  # keep only the first of rows that are alike in all
-    join: int = 1  # above 1: training rows come once more, chained at random into chats of up to so many rows
 
 
 def fetch(source, out_dir):
@@ -98,18 +96,6 @@ def split_rows(conversations, val_fraction, seed):
     return splits
 
 
-def join_rows(conversations, join, seed):
-    """The conversations once more, in random order, chained into longer ones of 2 to `join` each: a model
-    that only ever saw single questions would be lost at the second one of a chat."""
-    rng = random.Random(seed)
-    rest, joined = rng.sample(conversations, len(conversations)), []
-    while len(rest) > 1:
-        count = rng.randint(2, join)
-        joined.append(([m for messages, _ in rest[:count] for m in messages], CHAINED))
-        rest = rest[count:]
-    return joined
-
-
 def cut_answer(ids, enc, max_tokens):
     """Conversation ids cut to at most max_tokens, inside the last of the assistant's turns that still has
     some text then, and ended with <|end|>; what came after is left out."""
@@ -151,8 +137,6 @@ def check_settings(settings):
         raise ValueError(f"too_long={settings.too_long!r}: use cut or drop")
     if not 0 < settings.val_fraction < 1:
         raise ValueError(f"val_fraction={settings.val_fraction}: use a value between 0 and 1, such as 0.05")
-    if settings.join < 1:
-        raise ValueError(f"join={settings.join}: use 1 (each row by itself) or more")
     if settings.max_tokens < 8:
         raise ValueError(f"max_tokens={settings.max_tokens}: no conversation fits; use 8 or more")
 
@@ -178,8 +162,6 @@ def main(argv):
         raise ValueError(f"{path}: holds no row")
     kept, dropped = select(conversations, settings.drop_duplicates)
     splits = split_rows(kept, settings.val_fraction, settings.seed)
-    if settings.join > 1:
-        splits["train"] = splits["train"] + join_rows(splits["train"], settings.join, settings.seed)
     with new_files(settings.out_dir) as part:
         spec = tokenizer_spec(settings, splits["train"])
         enc = get_tokenizer(spec)
@@ -216,11 +198,9 @@ def print_report(settings, path, conversations, dropped, report, meta):
     for reason in (f"longer than {settings.max_tokens} tokens", "nothing of the answer fits"):
         cut = settings.too_long == "cut" and reason.startswith("longer")
         lines += [(f"  {'answer cut' if cut else 'dropped'}: {reason}", report[reason])] * (reason in report)
-    chained = sum(meta["categories"][i] == CHAINED for i in meta["train_categories"])
-    lines += [("training rows", meta["train_rows"] - chained)]
-    lines += [("  and once more, chained: chats", chained)] * bool(chained)
-    lines += [("held-out rows", meta["val_rows"]), ("tokens", tokens), ("  supervised", report["supervised"]),
-              ("longest conversation", report["longest"]), ("ids in the vocabulary", meta["vocab_size"])]
+    lines += [("training rows", meta["train_rows"]), ("held-out rows", meta["val_rows"]), ("tokens", tokens),
+              ("  supervised", report["supervised"]), ("longest conversation", report["longest"]),
+              ("ids in the vocabulary", meta["vocab_size"])]
     print(f"{path} -> {settings.out_dir}")
     for name, count in lines:
         print(f"  {name:<42}{count:>12,}")

@@ -199,18 +199,6 @@ def test_a_trained_tokenizer_is_stored_and_learned_from_the_training_rows(tmp_pa
     assert open_dataset(folder, 64, 2).dropped == {"train": 0, "val": 0}
 
 
-def test_joined_rows_come_once_more_as_chats_of_several_turns_in_training_only(tmp_path):
-    folder = prepare(tmp_path, rows_of(40), "--join=3", "--val_fraction=0.1")
-    train, val = read_chats(folder, "train"), read_chats(folder, "val")
-    single, joined = train[:36], train[36:]
-    assert sorted(single + val) == sorted([r["instruction"], r["output"]] for r in rows_of(40))
-    pairs = [texts[i:i + 2] for texts in joined for i in range(0, len(texts), 2)]
-    assert sorted(pairs) == sorted(single) and pairs != single
-    assert {len(texts) // 2 for texts in joined[:-1]} == {2, 3}  # the last one has what is left
-    meta = read_meta(folder)
-    assert meta["train_rows"] == len(train) and len(meta["train_categories"]) == len(train)
-
-
 def test_a_tokenizer_made_elsewhere_comes_along(tmp_path):
     write_spec(tmp_path / "other.json", train_bpe(["answer answer question"], 270))
     folder = prepare(tmp_path, rows_of(6), tokenizer=tmp_path / "other.json")
