@@ -7,6 +7,7 @@ chat: out/chat/best.pt
 
 out/chat/best.pt: | data/instruction/meta.json
 	$(RUN) train.py config/train_chat.py
+.PRECIOUS: out/chat/best.pt  # Ctrl-C saves it; make would delete it
 
 data/instruction/meta.json: data/instruction/instruction-data.json config/prepare_instruction.py | .venv/runtime
 	$(RUN) prepare_alpaca.py config/prepare_instruction.py

@@ -39,6 +39,8 @@ from data.tokenizer import get_tokenizer, token_pieces
 from data.tokens import folder_tokenizer, open_dataset, read_meta
 from model import (
     GPT,
+    GPT2_NAMES,
+    GPT2_VOCAB_SIZE,
     KVCache,
     load_checkpoint,
     model_from_checkpoint,
@@ -100,6 +102,8 @@ def check_settings(s):
         if not low <= value <= (high or float("inf")) or name == "top_p" and value == 0:
             raise ValueError(f"{name}={value}: must be " + ("above 0, at most 1" if name == "top_p" else
                              f"{low} or more" if high is None else f"from {low} to {high}"))
+    if s.attention and s.prompt is None:
+        raise ValueError(f"attention={s.attention}: needs a --prompt=TEXT; in the chat: /attention")
 
 
 def note(text):
@@ -120,6 +124,11 @@ class Talk:
         self.history, self.cache = [], KVCache(model)
         self.left_out = 0  # messages that the model no longer sees, for want of room
         self.last = None  # what came of the newest reply, see `reply`
+
+    def see(self, turns):
+        """Show the model so many messages; 0: as many as it was trained on."""
+        self.turns = self.trained_turns and (turns or self.trained_turns)
+        self.left_out = 0
 
     def messages(self):
         """What was said, as data/conversation.py has it."""
@@ -204,47 +213,6 @@ def say(talk, ids, s, tty):
 
 
 # ---- commands ----
-
-def command(talk, s, line):
-    """Carry out a /command: returns the settings to go on with, or None to leave. Raises ValueError or
-    OSError, and has then changed nothing."""
-    name, _, rest = line.strip().partition(" ")
-    rest = rest.strip()
-    if name in ("/undo", "/retry", "/save", "/tokens", "/attention") and not talk.history:
-        raise ValueError("nothing was said yet")
-    if name in ("/save", "/load") and not rest:
-        raise ValueError(f"{name} needs a file: {name} chat.jsonl")
-    match name:
-        case "/help":
-            note(HELP)
-        case "/quit":
-            return None
-        case "/reset":
-            talk.history, talk.left_out = [], 0
-        case "/undo":
-            talk.history, talk.left_out = talk.history[:-2], 0
-        case "/retry":
-            (_, ids), _ = talk.history[-2:]
-            del talk.history[-2:]
-            say(talk, ids, replace(s, seed=None), True)
-        case "/set":
-            s = change(s, rest.split())
-            note("  ".join(f"{field}={getattr(s, field)}" for field in CHANGEABLE))
-            talk.turns, talk.left_out = talk.trained_turns and (s.turns or talk.trained_turns), 0
-        case "/save":
-            save(talk, user_path(rest))
-        case "/load":
-            load(talk, user_path(rest))
-        case "/tokens":
-            show_tokens(talk)
-        case "/attention":
-            show_attention(talk, user_path(rest or "out/attention.png"))
-        case _:
-            close = difflib.get_close_matches(name, COMMANDS, 1)
-            raise ValueError(f"there is no {name}; " + (f"did you mean {close[0]}?" if close else
-                                                        "/help lists the commands"))
-    return s
-
 
 def user_path(text):
     """A path that a person typed, `~` and all. Raises ValueError."""
@@ -363,6 +331,47 @@ def show_attention(talk, path, longest=40):
             axes.set_ylabel(f"layer {layer + 1}", fontsize=8)
     write_atomically(path, lambda f: figure.savefig(f, dpi=110, format="png"))
     note(f"{path}: rows look at columns")
+
+
+def command(talk, s, line):
+    """Carry out a /command: returns the settings to go on with, or None to leave. Raises ValueError or
+    OSError, and has then changed nothing."""
+    name, _, rest = line.strip().partition(" ")
+    rest = rest.strip()
+    if name in ("/undo", "/retry", "/save", "/tokens", "/attention") and not talk.history:
+        raise ValueError("nothing was said yet")
+    if name in ("/save", "/load") and not rest:
+        raise ValueError(f"{name} needs a file: {name} chat.jsonl")
+    match name:
+        case "/help":
+            note(HELP)
+        case "/quit":
+            return None
+        case "/reset":
+            talk.history, talk.left_out = [], 0
+        case "/undo":
+            talk.history, talk.left_out = talk.history[:-2], 0
+        case "/retry":
+            (_, ids), _ = talk.history[-2:]
+            del talk.history[-2:]
+            say(talk, ids, replace(s, seed=None), True)
+        case "/set":
+            s = change(s, rest.split())
+            note("  ".join(f"{field}={getattr(s, field)}" for field in CHANGEABLE))
+            talk.see(s.turns)
+        case "/save":
+            save(talk, user_path(rest))
+        case "/load":
+            load(talk, user_path(rest))
+        case "/tokens":
+            show_tokens(talk)
+        case "/attention":
+            show_attention(talk, user_path(rest or "out/attention.png"))
+        case _:
+            close = difflib.get_close_matches(name, COMMANDS, 1)
+            raise ValueError(f"there is no {name}; " + (f"did you mean {close[0]}?" if close else
+                                                        "/help lists the commands"))
+    return s
 
 
 # ---- reading messages ----
@@ -533,9 +542,14 @@ def score(model, enc, s):
 
 def load_model(s, device, dtype):
     """(model, tokenizer, turns as in Talk, what to call it). Raises ValueError or OSError."""
-    if s.init_from:  # weights as they came, without role tokens: they go on with a text
-        model, enc, turns = GPT.from_pretrained(s.init_from, 50257), get_tokenizer("gpt2"), 0
-        name = s.init_from
+    if s.init_from:  # weights as they came: they know no turns and go on with a text
+        original = s.init_from in GPT2_NAMES
+        model = GPT.from_pretrained(s.init_from if original else config.local_path(s.init_from),
+                                    GPT2_VOCAB_SIZE if original else None)
+        enc, turns, name = get_tokenizer("gpt2"), 0, s.init_from
+        if model.config.vocab_size not in (GPT2_VOCAB_SIZE, enc.n_vocab):
+            raise ValueError(f"init_from={s.init_from}: its {model.config.vocab_size} ids are not GPT-2's; "
+                             "talk to the checkpoint it was made from: --checkpoint=FILE")
     else:
         checkpoint = load_checkpoint(s.checkpoint, "Make one: python prepare_alpaca.py config/prepare_"
                                      "instruction.py && python train.py config/train_chat.py (or: make chat)")
@@ -549,8 +563,8 @@ def load_model(s, device, dtype):
 
 
 def main(argv):
-    """Score, answer one prompt, or talk, as the settings say. Raises ValueError or OSError for what a user
-    can mend."""
+    """Score, answer one prompt, or talk, as the settings say. Raises ValueError or OSError for a
+    mistake that a user can fix."""
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = pick_device(s.device, "float32" if s.dtype == "int8" else s.dtype)
@@ -569,7 +583,7 @@ def main(argv):
             raise ValueError(f"score={s.score}: this model knows no chats, so there are no answers to score")
         return score(model, enc, s)
     talk = Talk(model, enc, turns)
-    talk.turns = turns and (s.turns or turns)
+    talk.see(s.turns)
     if s.prompt is not None:
         say(talk, enc.encode_ordinary(s.prompt), s, False)
         return show_attention(talk, s.attention) if s.attention else None

@@ -3,7 +3,7 @@
     python finetune.py config/finetune_chat_small.py     # a model of train.py, minutes on a CPU
     python finetune.py config/finetune_instruction.py    # GPT-2 on the small instruction data
     python finetune.py config/finetune_alpaca.py         # GPT-2 on Stanford Alpaca, for a GPU
-    python finetune.py --init_from=out/mine/best.pt --data_dir=data/mine
+    python finetune.py --init_from=out/mine/best.pt --data_dir=data/my_chats --out_dir=out/my_chat
 
 The loop, the checkpoints, --resume and the signals are train.py's; what differs is where the weights come
 from, and that it counts epochs. Only the assistant's words and its <|end|> are learned.
@@ -24,7 +24,7 @@ class Settings(train.LoopSettings):
     data_dir: Path = Path("data/alpaca")  # a folder that prepare_alpaca.py made
     out_dir: Path = Path("out/alpaca")  # where best.pt and last.pt go
     block_size: int = 0  # a shorter context than the model has learned; 0: all of it
-    epochs: int = 3  # how often each conversation is seen; the last step may begin one more
+    epochs: int = 3  # how many times each conversation is seen; the last step may begin one more
     max_iters: int = 0  # steps; 0: as many as the epochs have
     eval_interval: int = 0  # steps between evaluations; 0: one after each epoch
     optimizer: str = "adamw"  # adamw (all), or muon (the blocks' matrices; AdamW for the rest)
@@ -41,7 +41,7 @@ def count_steps(s, dataset):
 
 
 def main(argv):
-    """Finetune as the settings say. Raises ValueError or OSError for what a user can mend."""
+    """Finetune as the settings say. Raises ValueError or OSError for a mistake that a user can fix."""
     s = config.load(Settings, argv, __doc__)
     for name, low in (("epochs", 1), ("block_size", 0), ("max_iters", 0), ("eval_interval", 0)):
         if getattr(s, name) < low:

@@ -43,15 +43,15 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self):
-        """Rows of the embedding table: a multiple of 64 makes faster matrix products. The ids in between
-        do not exist, so the head gives them a logit of -inf and they are never sampled."""
+        """Rows of the embedding table: a multiple of 64 makes faster matrix products. The extra rows stand
+        for no token, so the head gives them a logit of -inf and they are never sampled."""
         return (self.vocab_size + 63) // 64 * 64
 
 
 def linear(x, weight, bias=None):
-    """x @ weight.T + bias: (..., in), (out, in), (out,) -> (..., out), as F.linear. On a CPU, where no
-    gradient is wanted, by oneDNN: for one token, whose time goes into reading weights, it uses all cores
-    (BLAS only one), and for many it is a tenth faster."""
+    """x @ weight.T + bias, as F.linear: (..., in), (out, in), (out,) -> (..., out). Skip the rest on a first
+    reading: for inference on a CPU oneDNN computes it, which reads the weights with all cores even for a
+    single token (BLAS with one), and is a tenth faster for many."""
     if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and \
             not torch.is_grad_enabled():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -59,27 +59,26 @@ def linear(x, weight, bias=None):
 
 
 class Linear(nn.Linear):
+    """nn.Linear, computed by `linear` above."""
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
+def causal_mask(T, S, device):
+    """(T, S) booleans, a triangle: the i-th of the T newest of S tokens may look at tokens 0 .. S - T + i,
+    never at a later one."""
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
 def attention(q, k, v):
-    """Attention written out: each of T tokens takes the mean of S values, weighed by how well its query fits
+    """Attention written out: each of T tokens takes a mean of S values, weighted by how well its query fits
     their keys. q: (B, nh, T, hs), k and v: (B, nh, S, hs) -> ((B, nh, T, hs), weights (B, nh, T, S))."""
-    T, S = q.shape[2], k.shape[2]
     scores = q @ k.mT / math.sqrt(q.shape[3])  # (B, nh, T, S)
-    allowed = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)  # no token sees a later one:
-    scores = scores.masked_fill(~allowed, -math.inf)  # exp(-inf) is a weight of 0
+    allowed = causal_mask(q.shape[2], k.shape[2], q.device)  # (T, S)
+    scores = scores.masked_fill(~allowed, -math.inf)  # no word sees the words after it: exp(-inf) = 0
     weights = scores.softmax(dim=-1)  # each row adds up to 1
     return weights @ v, weights
-
-
-def causal_mask(T, S, device):
-    """(T, S) booleans, or None where scaled_dot_product_attention needs none: the i-th of the T newest of S
-    tokens may look at tokens 0 .. S - T + i, never at a later one."""
-    if T in (1, S):  # one new token sees all; a square mask is what is_causal=True stands for
-        return None
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 
 class CausalSelfAttention(nn.Module):
@@ -95,24 +94,26 @@ class CausalSelfAttention(nn.Module):
         self.keep_weights, self.weights = False, None  # see GPT.attention_weights
 
     def forward(self, x, layer_cache=None):
-        """x: (B, T, C) -> (B, T, C). With a cache, x holds only the newest T tokens."""
+        """x: (B, T, C) -> (B, T, C). With a LayerCache (below), x holds only the newest T tokens."""
         B, T, C = x.shape
         q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
                    for z in self.c_attn(x).split(C, dim=2))
         if layer_cache is not None:
             k, v = layer_cache.append(k, v)  # (B, nh, S, hs): all S tokens so far, the newest T among them
+        S = k.shape[2]
         if self.keep_weights:
             y, self.weights = attention(q, k, v)
-        else:  # the same, but in one fused kernel that never stores the weights
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(T, k.shape[2], x.device),
-                                               is_causal=T == k.shape[2] and T > 1,
+        else:  # the same in one fused kernel, which never stores the weights
+            mask = None if T in (1, S) else causal_mask(T, S, x.device)  # is_causal stands for a square one
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S and T > 1,
                                                dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side again
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
-    """Each token by itself: four times wider, a bend (GELU, Hendrycks & Gimpel 2016), and back."""
+    """Each token by itself: widened to 4 C channels, a nonlinearity (GELU, Hendrycks & Gimpel 2016, in the
+    form with tanh that GPT-2 has), and back to C."""
 
     def __init__(self, config):
         super().__init__()
@@ -177,6 +178,9 @@ class KVCache:
 
 
 class GPT(nn.Module):
+    """GPT-2: token and position embeddings, n_layer blocks, a last layer norm, and the token embeddings once
+    more as the output head (Radford et al. 2019). Raises ValueError for heads that do not divide n_embd."""
+
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
@@ -197,18 +201,6 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-
-    def num_params(self):
-        int8 = sum(m.weight.numel() for m in self.h.modules() if isinstance(m, Int8Linear))
-        return int8 + sum(p.numel() for p in self.parameters())
-
-    def flops(self, targets, tokens, pairs):
-        """Floating-point operations of a training step: 6 for each weight that a token meets in a matrix
-        product (2 forward, 4 backward), and those of attention; `pairs` is the sum of T * T over its rows
-        (Chowdhery et al. 2022, "PaLM", appendix B)."""
-        c = self.config
-        return 6 * (12 * c.n_layer * c.n_embd**2 * tokens + self.wte.weight.numel() * targets) + \
-            12 * c.n_layer * c.n_embd * pairs
 
     def hidden(self, idx, cache=None):
         """Token ids (B, T) -> what the last block knows of each, (B, T, C). With a KVCache, idx holds only
@@ -305,7 +297,7 @@ class GPT(nn.Module):
 
         name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once, see fetch_gpt2), or a local
         folder (model.safetensors or pytorch_model.bin, and config.json) or .safetensors file of that shape.
-        vocab_size: how many ids it shall know; more than the file has adds rows at the mean of the learned
+        vocab_size: how many ids it is to know; more than the file has adds rows at the mean of the learned
         ones plus a little noise (Hewitt 2021). None: GPT-2's 50257 and the three role tokens, or what
         another file has. block_size: a shorter context, the learned positions are cropped. Raises
         ValueError or OSError, saying what does not fit.
@@ -345,7 +337,8 @@ class GPT(nn.Module):
             bias = name.removesuffix("weight") + "bias"
             if not c.bias and name.startswith(("h.", "ln_f")):
                 weights[PREFIX + bias] = torch.zeros(tensor.shape[0])
-        end_of_text = c.vocab_size - (1 if c.vocab_size == 50257 else 4)  # the three role tokens follow it
+        roles = 0 if c.vocab_size == GPT2_VOCAB_SIZE else 3  # tokens that follow <|endoftext|>
+        end_of_text = c.vocab_size - 1 - roles
         ends = {"bos_token_id": end_of_text, "eos_token_id": sorted({end_of_text, c.vocab_size - 1})}
         write_safetensors(folder / "model.safetensors", weights)
         write_json(folder / "config.json", {
@@ -356,6 +349,20 @@ class GPT(nn.Module):
             "tie_word_embeddings": True, "torch_dtype": "float32",
             "bos_token_id": end_of_text, "eos_token_id": end_of_text})
         write_json(folder / "generation_config.json", ends)
+
+    def num_params(self):
+        """How many numbers the model is made of, positions and the padding of the vocabulary among them."""
+        int8 = sum(m.weight.numel() for m in self.h.modules() if isinstance(m, Int8Linear))
+        return int8 + sum(p.numel() for p in self.parameters())
+
+    def flops(self, targets, tokens, pairs):
+        """Floating-point operations of a training step that reads `tokens` tokens, `targets` of which reach
+        the output head; `pairs` is the sum of T * T over its rows. 6 for each weight that a token meets in a
+        matrix product (2 forward, 4 backward), and 12 * C for each pair in each layer (Chowdhery et al.
+        2022, "PaLM", appendix B)."""
+        c = self.config
+        return 6 * (12 * c.n_layer * c.n_embd**2 * tokens + self.wte.weight.numel() * targets) + \
+            12 * c.n_layer * c.n_embd * pairs
 
     def configure_optimizers(self, optimizer, learning_rate, embedding_learning_rate, weight_decay, betas,
                              momentum=0.9):
@@ -426,8 +433,8 @@ def newton_schulz(x):
     """Nearest semi-orthogonal matrices, roughly: (n, r, c) -> (n, r, c) with singular values of about 1.
 
     Each round turns every singular value v into a v + b v^3 + c v^5, by matrix products alone (Jordan et al.
-    2024, "Muon"). Four of them bring all from a thousandth of the norm on to between 0.4 and 1.6: rough, but
-    a fifth costs a quarter more and does not lower the loss.
+    2024, "Muon"). Four of them bring every one above a thousandth of the norm to between 0.4 and 1.6: rough,
+    but a fifth costs a quarter more and does not lower the loss.
     """
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the smaller side first: x @ x.mT is then the smaller of the two products
@@ -463,6 +470,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One step from the gradients in p.grad."""
         for group in self.param_groups:
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
             matrices = [matrix for p in params for matrix in wide_matrices(p)]
@@ -517,7 +525,7 @@ def quantize_int8(model):
 def pick_device(device="auto", dtype="auto"):
     """Where and in what precision to compute: (torch.device, torch.dtype, why), for "auto" or a name.
 
-    Raises ValueError for a device this machine has not, or a precision the device cannot do.
+    Raises ValueError for a device this machine does not have, or a dtype of another name.
     """
     best = ("cuda" if torch.cuda.is_available() else
             "mps" if torch.backends.mps.is_available() else "cpu")
@@ -626,6 +634,7 @@ def write_safetensors(path, tensors):
 # ---- GPT-2's weights ----
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_VOCAB_SIZE = 50257  # ids in GPT-2's own files, which know no role tokens
 GPT2_URL = "{mirror}/openai-community/{name}/resolve/main/model.safetensors"
 
 # GPT-2's tensors have our names and shapes, but for these:
@@ -648,7 +657,7 @@ def fetch_gpt2(name):
     return download(GPT2_URL.format(mirror=mirror.rstrip("/"), name=name), path)
 
 
-def grow_rows(table, count, padded, noise=0.01):
+def grow_rows(table, count, padded):
     """An embedding table with rows for ids that are new: (rows, C) -> (padded, C). Up to `count`, the mean
     of the learned rows plus noise, so that a new id is at first an average one; the padding behind is 0."""
     rows = table.shape[0]
@@ -657,7 +666,7 @@ def grow_rows(table, count, padded, noise=0.01):
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(count - rows, table.shape[1], generator=generator)
     if table.numel():
-        grown[rows:count] = table.mean(0) + noise * table.std() * drawn
+        grown[rows:count] = table.mean(0) + 0.01 * table.std() * drawn
     return grown
 
 
@@ -687,7 +696,7 @@ def read_gpt2_weights(path, vocab_size):
             tensor = tensor.t()
         if name == "wte.weight" and tensor.dim() == 2:  # the largest, so while little else is in memory
             rows = tensor.shape[0]
-            vocab_size = vocab_size or (GPTConfig.vocab_size if rows == 50257 else rows)
+            vocab_size = vocab_size or (GPTConfig.vocab_size if rows == GPT2_VOCAB_SIZE else rows)
             if vocab_size < rows:
                 raise ValueError(f"vocab_size={vocab_size}: {path} has {rows} ids; use that or more")
             tensor = grow_rows(tensor, vocab_size, GPTConfig(vocab_size).padded_vocab_size)
@@ -760,7 +769,7 @@ def model_checkpoint(model, tokenizer_spec, kind, **extra):
             "kind": kind, **extra}
 
 
-def model_from_checkpoint(checkpoint, device="cpu", dropout=0.0):
+def model_from_checkpoint(checkpoint, dropout=0.0):
     """The GPT in a checkpoint, with no random initialisation on the way. Raises ValueError where the
     weights do not fit the config."""
     config = GPTConfig(**{**checkpoint["config"], "dropout": dropout})
@@ -771,7 +780,7 @@ def model_from_checkpoint(checkpoint, device="cpu", dropout=0.0):
     except RuntimeError as error:
         problem = str(error).splitlines()[-1].strip()
         raise ValueError(f"the checkpoint's weights do not fit its config: {problem}") from error
-    return model.to(device)
+    return model
 
 
 # ---- by itself: a checkpoint for other tools ----

@@ -5,7 +5,7 @@
     python prepare_alpaca.py --source=my.jsonl --out_dir=data/mine
 
 The source is a JSON list or JSON lines of {"instruction", "input", "output"} or {"messages": [...]}. It
-writes chat_corpus.txt (the chats as people read them), train.bin, val.bin and meta.json, and reports what
+writes chat_corpus.txt (the same chats for people to read), train.bin, val.bin and meta.json, and reports what
 it kept.
 """
 import random
@@ -18,8 +18,15 @@ from pathlib import Path
 import numpy as np
 
 import config
-from data.conversation import encode_conversations, read_conversations, special_ids, supervised, to_text
-from data.download import download, sha256_of
+from data.conversation import (
+    decode_conversation,
+    encode_conversations,
+    read_conversations,
+    special_ids,
+    supervised,
+    to_text,
+)
+from data.download import download, name_in, sha256_of
 from data.tokenizer import get_tokenizer, read_spec, train_bpe, write_spec
 from data.tokens import SPLITS, new_files, write_meta, write_tokens
 
@@ -39,14 +46,14 @@ class Settings:
     seed: int = 1337  # which rows are held out
     max_tokens: int = 1024  # longest conversation, in tokens
     too_long: str = "cut"  # what happens to longer ones: cut (the end of the last answer) or drop
-    drop_duplicates: bool = True  # keep only the first of rows that are alike in all
+    drop_duplicates: bool = True  # keep only the first of identical rows
 
 
 def fetch(source, out_dir):
     """The local path of a source; an address is downloaded into out_dir first. Raises OSError."""
     if not source.startswith(("http://", "https://")):
         return config.local_path(source)
-    path = download(source, out_dir / source.rpartition("/")[2])
+    path = download(source, out_dir / name_in(source))
     actual = sha256_of(path)
     print(f"{path}: {path.stat().st_size:,} bytes, sha256 {actual}", file=sys.stderr)
     if source == ALPACA_URL and actual != ALPACA_SHA256:
@@ -105,30 +112,31 @@ def cut_answer(ids, enc, max_tokens):
 
 
 def encode_split(conversations, enc, max_tokens, too_long, report):
-    """Encode one split: returns (list of id arrays, their categories), counting into `report`."""
-    rows, categories = [], []
+    """Encode one split: returns its (ids, messages, category) triples, counting into `report`. What is cut
+    from the ids is cut from the messages too."""
+    rows = []
     for start in range(0, len(conversations), BATCH):
         batch = conversations[start:start + BATCH]
-        for ids, (_, category) in zip(encode_conversations([m for m, _ in batch], enc), batch):
+        for ids, (messages, category) in zip(encode_conversations([m for m, _ in batch], enc), batch):
             report["longest"] = max(report["longest"], len(ids))
             if len(ids) > max_tokens:
                 report[f"longer than {max_tokens} tokens"] += 1
                 if too_long == "drop":
                     continue
                 ids = cut_answer(ids, enc, max_tokens)
+                messages = decode_conversation(ids, enc)
             ids = np.array(ids)
-            targets = int(supervised(ids, enc)[:max_tokens].sum())
+            targets = int(supervised(ids, enc).sum())
             if targets < 2:  # <|end|> alone teaches nothing
                 report["nothing of the answer fits"] += 1
                 continue
             report["supervised"] += targets
-            rows.append(ids)
-            categories.append(category)
+            rows.append((ids, messages, category))
         if sys.stderr.isatty():
             print(f"\rencoded {start + len(batch):,} of {len(conversations):,}", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    return rows, categories
+    return rows
 
 
 def check_settings(settings):
@@ -151,45 +159,6 @@ def tokenizer_spec(settings, conversations):
     return read_spec(config.local_path(name) if name.endswith(".json") else name)
 
 
-def main(argv):
-    """Turn a file of rows into a prepared folder, and report what was kept. Raises ValueError or OSError for
-    what a user can mend."""
-    settings = config.load(Settings, argv, __doc__)
-    check_settings(settings)
-    path = fetch(settings.source, settings.out_dir)
-    conversations = read_conversations(path)
-    if not conversations:
-        raise ValueError(f"{path}: holds no row")
-    kept, dropped = select(conversations, settings.drop_duplicates)
-    splits = split_rows(kept, settings.val_fraction, settings.seed)
-    with new_files(settings.out_dir) as part:
-        spec = tokenizer_spec(settings, splits["train"])
-        enc = get_tokenizer(spec)
-        if isinstance(spec, dict):
-            write_spec(part / "tokenizer.json", spec)
-        meta = {"kind": "chat", "tokenizer": "tokenizer.json" if isinstance(spec, dict) else spec,
-                "vocab_size": enc.n_vocab, "seed": settings.seed, "source": path.name,
-                "sha256": sha256_of(path)}
-        names = sorted({category for rows in splits.values() for _, category in rows})
-        meta["categories"] = names
-        report = Counter()
-        for split in SPLITS:
-            rows, categories = encode_split(splits[split], enc, settings.max_tokens, settings.too_long,
-                                            report)
-            if not rows:
-                raise ValueError(f"{path}: no {split} row is left at max_tokens={settings.max_tokens}; use "
-                                 "more")
-            meta[f"{split}_rows"] = len(rows)
-            meta[f"{split}_tokens"] = write_tokens(part / f"{split}.bin", rows)
-            meta[f"{split}_categories"] = [names.index(c) for c in categories] if names != [""] else []
-        meta |= {"supervised_tokens": report["supervised"], "longest": report["longest"]}
-        with open(part / "chat_corpus.txt", "w", encoding="utf-8", newline="\n") as f:
-            for split in SPLITS:
-                f.writelines(f"{to_text(messages)}\n\n" for messages, _ in splits[split])
-        write_meta(part, meta)
-    print_report(settings, path, conversations, dropped, report, meta)
-
-
 def print_report(settings, path, conversations, dropped, report, meta):
     """Say what was kept, and what was dropped and why."""
     tokens = meta["train_tokens"] + meta["val_tokens"]
@@ -204,6 +173,43 @@ def print_report(settings, path, conversations, dropped, report, meta):
     print(f"{path} -> {settings.out_dir}")
     for name, count in lines:
         print(f"  {name:<42}{count:>12,}")
+
+
+def main(argv):
+    """Turn a file of rows into a prepared folder, and report what was kept. Raises ValueError or OSError for
+    a mistake that a user can fix."""
+    settings = config.load(Settings, argv, __doc__)
+    check_settings(settings)
+    path = fetch(settings.source, settings.out_dir)
+    conversations = read_conversations(path)
+    if not conversations:
+        raise ValueError(f"{path}: holds no row")
+    kept, dropped = select(conversations, settings.drop_duplicates)
+    splits = split_rows(kept, settings.val_fraction, settings.seed)
+    with new_files(settings.out_dir) as part, \
+            open(part / "chat_corpus.txt", "w", encoding="utf-8", newline="\n") as corpus:
+        spec = tokenizer_spec(settings, splits["train"])
+        enc = get_tokenizer(spec)
+        if isinstance(spec, dict):
+            write_spec(part / "tokenizer.json", spec)
+        meta = {"kind": "chat", "tokenizer": "tokenizer.json" if isinstance(spec, dict) else spec,
+                "vocab_size": enc.n_vocab, "seed": settings.seed, "source": path.name,
+                "sha256": sha256_of(path)}
+        names = sorted({category for rows in splits.values() for _, category in rows})
+        meta["categories"] = names
+        report = Counter()
+        for split in SPLITS:
+            rows = encode_split(splits[split], enc, settings.max_tokens, settings.too_long, report)
+            if not rows:
+                raise ValueError(f"{path}: no {split} row is left at max_tokens={settings.max_tokens}; use "
+                                 "more")
+            meta[f"{split}_rows"] = len(rows)
+            meta[f"{split}_tokens"] = write_tokens(part / f"{split}.bin", (ids for ids, _, _ in rows))
+            meta[f"{split}_categories"] = [names.index(c) for _, _, c in rows] if names != [""] else []
+            corpus.writelines(f"{to_text(messages)}\n\n" for _, messages, _ in rows)
+        meta |= {"supervised_tokens": report["supervised"], "longest": report["longest"]}
+        write_meta(part, meta)
+    print_report(settings, path, conversations, dropped, report, meta)
 
 
 if __name__ == "__main__":

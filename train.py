@@ -75,7 +75,7 @@ class LoopSettings:
     sample_interval: int = 500  # steps between samples of what the model writes; 0: none
     sample_prompt: str | None = None  # what samples go on from; None: a held-out question, or a line's start
     eval_tokens: int = 20_000  # tokens of an evaluation, of each split; always the same ones
-    best_by: str = "val"  # best.pt has the lowest loss on val; or on train, for a model that shall memorize
+    best_by: str = "val"  # best.pt has the lowest loss on val; or on train, for a model meant to memorize
     patience: int = 0  # stop after so many evaluations without a lower validation loss; 0: never
     # the machine
     seed: int = 1337  # of the first weights, the batches and the dropout
@@ -87,7 +87,7 @@ class LoopSettings:
 @dataclass
 class Settings(LoopSettings):
     """The loop's settings, and those of a model made from scratch."""
-    init_from: str = "scratch"  # scratch; or gpt2, gpt2-medium, ..., a folder or a .pt: the model there
+    init_from: str = "scratch"  # or gpt2, gpt2-medium, ..., a folder, a .pt: that model, of its own shape
     block_size: int = 128  # context length, in tokens
     n_layer: int = 4  # blocks, one after the other
     n_head: int = 4  # attention heads in each block
@@ -103,7 +103,7 @@ def check_settings(s):
 
     for name in ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation",
                  "max_iters", "log_interval", "eval_interval", "eval_tokens"):
-        need(getattr(s, name, 1) >= 1, name, "1 or more")  # a model found somewhere has its own shape
+        need(getattr(s, name, 1) >= 1, name, "1 or more")  # finetune.py has no n_layer and so on
     for name in ("learning_rate", "embedding_learning_rate"):
         need(getattr(s, name) > 0, name, "above 0")
     for name in ("weight_decay", "grad_clip", "warmup_iters", "patience"):
@@ -151,7 +151,8 @@ def sum_over_ranks(device, *numbers):
 
 
 def not_finite(step, what, s, model):
-    """The error of a run that has left the real numbers. Names the parameter with the largest gradient."""
+    """The ValueError for a loss or gradient that is infinite or NaN. Names the parameter with the largest
+    gradient."""
     rate = get_lr(step - 1, s) * s.learning_rate
     grads = {name: p.grad.abs().max().item() for name, p in model.named_parameters() if p.grad is not None}
     largest = ""
@@ -161,7 +162,8 @@ def not_finite(step, what, s, model):
         largest = f", the largest gradient {grads[name]:.3g} in {plain}"
     return ValueError(f"step {step}: {what}; the learning rate was {rate:.2g}{largest}. The last good "
                       f"checkpoint is kept. Try a lower learning_rate (now {s.learning_rate:g}), more "
-                      f"warmup_iters (now {s.warmup_iters}) or a lower grad_clip (now {s.grad_clip:g})")
+                      f"warmup_iters (now {s.warmup_iters}) or a " +
+                      (f"lower grad_clip (now {s.grad_clip:g})" if s.grad_clip else "grad_clip of 1"))
 
 
 def train_step(model, optimizers, dataset, step, s, device, autocast):
@@ -231,7 +233,7 @@ class Progress:
 
 
 def epochs(dataset, step, s):
-    """How often the training data has been read after `step` steps."""
+    """How many times the training data has been read after `step` steps."""
     return dataset.epochs("train", step * s.gradient_accumulation)
 
 
@@ -313,7 +315,7 @@ class Log:
             self.peak = max(self.peak, self.measure_peak())
         row = {**row, "tokens": int(tokens), "seconds": f"{seconds:.4f}",
                "peak_share": f"{flops / seconds / self.peak:.3f}" if self.peak else "n/a"}
-        self.unwritten += (",".join(str(row.get(name, "")) for name in self.COLUMNS) + "\n").encode()
+        self.unwritten += (",".join(str(row.get(name, "")) for name in self.COLUMNS) + "\n").encode("utf-8")
         try:
             with open(self.path, "ab", buffering=0) as f:
                 while self.unwritten:
@@ -384,7 +386,6 @@ def draw_losses(out_dir, history):
 def report(s, dataset, at):
     """Say how the run went, and what to do with what it made."""
     if not at.history:
-        print(f"nothing to do: {at.step} steps were done before, max_iters={s.max_iters}")
         return
     (step, train_loss, val_loss), low = at.history[-1], min(at.history, key=lambda entry: entry[2])
     kept = min(at.history, key=lambda entry: entry[1 + SPLITS.index(s.best_by)])
@@ -458,12 +459,12 @@ def save(s, name, model, dataset, at, **extra):
 
 # ---- the loop ----
 
-def evaluate_splits(run, dataset, at, s, device, autocast):
+def evaluate_splits(model, dataset, at, s, device, autocast):
     """Evaluate both splits and note it in at.history; returns the log's columns. Raises ValueError for a loss
     that is no finite number."""
-    losses = [evaluate(run, dataset, split, s.eval_tokens, device, autocast) for split in SPLITS]
+    losses = [evaluate(model, dataset, split, s.eval_tokens, device, autocast) for split in SPLITS]
     if not math.isfinite(sum(losses)):
-        raise not_finite(at.step, f"the losses are {losses[0]} and {losses[1]}", s, run)
+        raise not_finite(at.step, f"the losses are {losses[0]} and {losses[1]}", s, model)
     at.history.append((at.step, *losses))
     return {"train_loss": f"{losses[0]:.4f}", "val_loss": f"{losses[1]:.4f}"}
 
@@ -503,11 +504,11 @@ def stop_signals():
 
 
 def out_of_memory(error, s):
-    """What to raise for an error of a training step: where memory ran out, a ValueError that names smaller
-    batches of the same tokens per step; else the error itself."""
+    """Where an error says that memory ran out, the ValueError that names smaller batches of the same tokens
+    per step; None for other errors."""
     said = "allocate memory" in str(error) or "out of memory" in str(error)  # a CPU says so, or MPS
     if not said and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return error
+        return None
     factor = next((n for n in range(2, s.batch_size + 1) if s.batch_size % n == 0), None)
     smaller = (f"--batch_size={s.batch_size // factor} --gradient_accumulation="
                f"{s.gradient_accumulation * factor}, the same tokens per step" if factor else
@@ -526,30 +527,27 @@ def train(s, model, dataset, device, dtype, resumed=None):
                                             s.weight_decay, (s.beta1, s.beta2), s.momentum)
     at = restore(resumed, optimizers, device) if resumed else Progress()
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else contextlib.nullcontext()
-    run = torch.compile(model) if s.compile == "on" else model  # what computes; checkpoints take `model`
+    wrapped = torch.compile(model) if s.compile == "on" else model  # computes; checkpoints take `model`
     if dist.is_initialized():
-        run = torch.nn.parallel.DistributedDataParallel(run)
+        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
     first = ranks()[0] == 0  # of all processes, this one writes
     log = Log(s.out_dir / "log.csv", at, functools.partial(peak_flops, device, dtype)) if first else None
     saved, saved_at, stop = True, time.monotonic(), 0
     model.train()
     with stop_signals() as caught:
         while at.step < s.max_iters:
-            began = time.monotonic()
-            try:
-                loss, norm, work = train_step(run, optimizers, dataset, at.step, s, device, autocast)
-            except (RuntimeError, MemoryError) as error:
-                raise out_of_memory(error, s) from error
+            began = time.perf_counter()
+            loss, norm, work = train_step(wrapped, optimizers, dataset, at.step, s, device, autocast)
             at.step += 1
             stop, due = sum_over_ranks(device, len(caught), first and save_is_due(s, at.step, saved_at))
             last = stop or at.step == s.max_iters
             look = last or at.step % s.eval_interval == 0
             row = {"step": at.step, "epoch": f"{epochs(dataset, at.step, s):.2f}", "loss": f"{loss:.4f}",
                    "lr": f"{get_lr(at.step - 1, s) * s.learning_rate:.2e}", "norm": f"{norm:.2f}"}
-            seconds = time.monotonic() - began  # without the evaluation
+            seconds = time.perf_counter() - began  # without the evaluation
             if look:
-                row |= evaluate_splits(run, dataset, at, s, device, autocast)
-            at.seconds += time.monotonic() - began
+                row |= evaluate_splits(wrapped, dataset, at, s, device, autocast)
+            at.seconds += time.perf_counter() - began
             if first:
                 log.add(row, work[1], model.flops(*work), seconds)
                 if look or at.step % s.log_interval == 0 or at.step == 1:
@@ -638,7 +636,7 @@ def set_up(s, device, make_model):
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (s.out_dir / "last.pt").exists():
         s.resume = True  # torchrun --max-restarts started us again
     elif not s.resume and rank == 0 and dist.is_initialized() and (s.out_dir / "last.pt").exists():
-        os.replace(s.out_dir / "last.pt", s.out_dir / "last.pt.old")  # of a run that is not this one
+        os.replace(s.out_dir / "last.pt", s.out_dir / "last.pt.old")  # or a restart would go on from it
     torch.manual_seed(s.seed)
     resumed = load_resumed(s) if s.resume else None
     if rank:
@@ -657,13 +655,17 @@ def set_up(s, device, make_model):
 
 @contextlib.contextmanager
 def processes(device):
-    """Within it, the processes that torchrun started, if it did, know one another; yields this one's device.
-    Only the first of them prints."""
+    """Within it, the processes that torchrun started, if it did, are joined by torch.distributed; yields this
+    one's device. Only the first of them prints. Raises ValueError where a process has no GPU."""
     if "WORLD_SIZE" not in os.environ:
         yield device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"process {number} has no GPU, this machine has {count}: use torchrun "
+                             f"--nproc_per_node={count}")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     # A store for each restart: in torchrun's, the addresses of processes that died may still be there.
     store, rank, world = next(rendezvous("env://"))
@@ -679,7 +681,8 @@ def processes(device):
 
 
 def run(s, model, dataset, device, dtype, why, resumed):
-    """Say what is about to be trained, train it, and leave with the signal's exit code if one stopped it."""
+    """Say what is about to be trained, train it, and leave with the signal's exit code if one stopped it.
+    Raises ValueError or OSError, the first of them where memory runs out too."""
     torch.set_float32_matmul_precision("high")
     reason = "as set"
     if s.compile == "auto":
@@ -690,8 +693,14 @@ def run(s, model, dataset, device, dtype, why, resumed):
           f"{model.config.n_embd}; device: {why}; compile {s.compile} ({reason}); optimizer {s.optimizer}" +
           (f"; {ranks()[1]} processes" if ranks()[1] > 1 else ""), flush=True)
     if resumed:
-        print(f"resumed at step {resumed['step']}")
-    stopped_by = train(s, model, dataset, device, dtype, resumed)
+        print(f"resumed at step {resumed['step']}" + ("" if resumed["step"] < s.max_iters else
+              f", and nothing is left to do: max_iters={s.max_iters}; a larger one trains on"), flush=True)
+    try:
+        stopped_by = train(s, model, dataset, device, dtype, resumed)
+    except (RuntimeError, MemoryError) as error:
+        if advice := out_of_memory(error, s):
+            raise advice from error
+        raise
     if stopped_by:
         raise SystemExit(128 + stopped_by)
 
@@ -705,7 +714,7 @@ def new_model(s):
 
 
 def main(argv):
-    """Train as the settings say. Raises ValueError or OSError for what a user can mend."""
+    """Train as the settings say. Raises ValueError or OSError for a mistake that a user can fix."""
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = pick_device(s.device, s.dtype)

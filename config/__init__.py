@@ -64,7 +64,7 @@ def repo_folder():
 
 def local_path(text):
     """A path that is written as text: as it stands, or where there is no such file, in the repository."""
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # an unknown ~user stays as it is, and is then no such file
     return path if path.exists() or not (REPO / path).exists() else REPO / path
 
 
@@ -93,6 +93,7 @@ def read_config(path):
 
 
 def check_name(name, fields, source):
+    """Raise ValueError, with a guess at what was meant, for a name that is no setting."""
     if name not in fields:
         close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
         raise ValueError(f"{source}: there is no setting {name!r}; " +

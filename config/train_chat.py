@@ -10,5 +10,5 @@ max_iters = 1000
 learning_rate = 2e-2
 embedding_learning_rate = 1e-2
 weight_decay = 0.2
-best_by = "train"  # this model shall know its rows by heart; see what that does to the held-out ones
+best_by = "train"  # it is meant to know its rows by heart; see what that does to the held-out ones
 eval_interval = 100

@@ -1,1 +1,1 @@
-"""From raw text to token files: tokenizer.py, conversation.py, tokens.py, text.py, download.py."""
+"""From raw text to token files: tokenizer, conversation, tokens, text, fineweb, download."""

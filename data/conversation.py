@@ -7,7 +7,7 @@ first. As token ids it is
 
 where each `<|...|>` is a single id. A model is trained on the ids that follow `<|assistant|>`, up to and
 with `<|end|>`: it learns to answer and to stop, and not to ask. What people write is always encoded as
-ordinary text, so typing "<|end|>" makes six harmless tokens, never the one that ends a turn.
+ordinary text, so typing "<|end|>" makes harmless tokens, never the one that ends a turn.
 """
 import json
 from pathlib import Path
@@ -90,13 +90,14 @@ def to_text(messages):
 def to_messages(row, where):
     """One row of a file as a list of messages and its category.
 
-    A row is {"instruction", "input", "output"} (`input` may be missing or empty, and follows the
+    A row is {"instruction", "input", "output"} (`input` may be missing, null or empty, and follows the
     instruction on a new line) or {"messages": [...]}; `category` is optional in both. `where` names the
     file and row in the ValueError that a row of another shape raises.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with instruction, input and output, found "
                          f"{type(row).__name__}")
+    row = {**row, "input": ""} if row.get("input", "") is None else row
     category = row.get("category", "")
     if "messages" in row:
         return check_messages(row["messages"], where), str(category)
@@ -141,7 +142,7 @@ def read_conversations(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name an instruction file with --source=FILE")
+        raise FileNotFoundError(f"{path}: no such file; name a JSON or JSON-lines file of chats")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -159,7 +160,11 @@ def read_conversations(path):
     except RecursionError as error:
         raise ValueError(f"{path}: brackets within brackets too deep; expected a list of rows") from error
     except json.JSONDecodeError as error:
-        line = error.lineno if text.lstrip().startswith("[") else number
+        is_list = text.lstrip().startswith("[")
+        line = error.lineno if is_list else number
+        if not is_list and text[:text.index("{") if "{" in text else 0].count("\n") == number - 1:
+            raise ValueError(f"{path}, line {line}: not a whole JSON object; expected a list of rows, "
+                             "[{...}, ...], or an object on every line") from error
         cut = "; the file seems cut short" if error.pos >= len(error.doc.rstrip()) - 1 or \
             error.msg.startswith("Unterminated") else ""
         raise ValueError(f"{path}, line {line}: not JSON: {error.msg}{cut}") from error

@@ -1,9 +1,10 @@
-"""The one downloader: weights, Alpaca, Shakespeare. A file appears under its name only when it is whole."""
+"""The one downloader: weights, Alpaca, Shakespeare, FineWeb. A file gets its name only when it is whole."""
 import hashlib
 import os
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import requests
 
@@ -19,6 +20,11 @@ def sha256_of(path):
         while block := f.read(CHUNK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def name_in(url):
+    """The file name at the end of an address, without what follows a "?"."""
+    return urlsplit(url).path.rpartition("/")[2] or "source"
 
 
 def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):

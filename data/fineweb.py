@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import config
-from data.download import download
+from data.download import download, name_in
 from data.tokenizer import ROLE_TOKENS
 from data.tokens import SPLITS, shards, write_meta
 
@@ -59,7 +59,7 @@ def main(argv):
     for split, number, name in wanted:
         if not (path := s.out_dir / name).exists():
             url = s.url.format(mirror=mirror, split=split, number=number)
-            unpack(download(url, s.out_dir / url.rpartition("/")[2]), path)
+            unpack(download(url, s.out_dir / name_in(url)), path)
             print(f"{path}: {path.stat().st_size // 2:,} tokens", flush=True)
     counts = {f"{split}_tokens": sum(path.stat().st_size // 2 for path in shards(s.out_dir, split))
               for split in SPLITS}

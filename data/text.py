@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config
-from data.download import download
+from data.download import download, name_in
 from data.tokenizer import get_tokenizer, train_bpe, write_spec
 from data.tokens import new_files, write_meta, write_tokens
 
@@ -69,7 +69,7 @@ def character_start(path, at):
 
 
 def main(argv):
-    """Turn a text into a prepared folder. Raises ValueError or OSError for what a user can mend."""
+    """Turn a text into a prepared folder. Raises ValueError or OSError for a mistake that a user can fix."""
     settings = config.load(Settings, argv, __doc__)
     if not settings.source:
         raise ValueError("no text given: use --source=FILE, or config/prepare_shakespeare.py")
@@ -77,7 +77,7 @@ def main(argv):
         raise ValueError(f"val_fraction={settings.val_fraction}: use a value between 0 and 1, such as 0.1")
     path = config.local_path(settings.source)
     if settings.source.startswith(("http://", "https://")):
-        path = download(settings.source, settings.out_dir / settings.source.rpartition("/")[2])
+        path = download(settings.source, settings.out_dir / name_in(settings.source))
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name a text with --source=FILE")
     split, size = find_split(path, settings.val_fraction)

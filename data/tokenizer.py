@@ -1,6 +1,6 @@
 """Text to token ids and back: GPT-2's tokenizer, plain bytes, or a byte-pair encoding trained here.
 
-    python -m data.tokenizer "Hello,   world! naive 👋"    # see how text becomes tokens
+    python -m data.tokenizer "Hello,   world! naïve 👋"    # see how text becomes tokens
 
 Every tokenizer is a tiktoken.Encoding, so encode_ordinary, decode and n_vocab work on all of them, and
 every one knows `<|endoftext|>` and the three role tokens of a chat as single ids after its last ordinary
@@ -68,8 +68,9 @@ def read_spec(spec):
         loaded = json.loads(path.read_text(encoding="utf-8"))
         spec = {"pattern": str(loaded["pattern"]), "merges": [[int(a), int(b)] for a, b in loaded["merges"]]}
         re.compile(spec["pattern"])
-        assert all(0 <= min(pair) <= max(pair) < 256 + i for i, pair in enumerate(spec["merges"]))
-    except (ValueError, KeyError, TypeError, AssertionError, re.error) as error:
+        if not all(0 <= min(pair) <= max(pair) < 256 + i for i, pair in enumerate(spec["merges"])):
+            raise ValueError("a merge of ids that do not exist yet")
+    except (ValueError, KeyError, TypeError, re.error) as error:
         raise ValueError(f"{path}: not a tokenizer.json of this project; prepare the data again to make a "
                          "new one") from error
     return spec

@@ -17,6 +17,7 @@ from data.conversation import special_ids, supervised
 from data.tokenizer import get_tokenizer, read_spec
 
 SPLITS = ("train", "val")
+CHECKED = 10_000_000  # ids that are checked when a file is opened; of the others each batch checks its own
 
 
 @contextlib.contextmanager
@@ -106,11 +107,12 @@ def open_tokens(path, vocab_size):
         raise ValueError(f"{path}: {size} bytes are not 16-bit token ids; the file is cut short or empty, "
                          "prepare the folder again")
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
-    check_ids(tokens[:10_000_000], vocab_size, path)
+    check_ids(tokens[:CHECKED], vocab_size, path)
     return tokens
 
 
 def check_ids(ids, vocab_size, path):
+    """Raise ValueError where `ids`, those of the file `path`, are not all below vocab_size."""
     if ids.max() >= vocab_size:
         raise ValueError(f"{path}: holds token id {ids.max()}, but the vocabulary has {vocab_size}; it was "
                          "made with another tokenizer, prepare the folder again")
@@ -153,7 +155,7 @@ class TokenDataset:
         return self.windows(split, rng.integers(0, self.ends[split][-1], self.batch_size))
 
     def epochs(self, split, index):
-        """How often a token has been read, on average, in the batches before `index`."""
+        """How many times a token has been read, on average, in the batches before `index`."""
         return index * self.batch_size * self.block_size / self.n_tokens(split)
 
     def eval_batches(self, split, max_tokens):

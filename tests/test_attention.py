@@ -42,6 +42,9 @@ def test_attention_by_hand():
 def test_the_weights_of_a_model_are_those_it_uses():
     model, ids = tiny(), [5, 9, 5, 200, 7]
     before = model(torch.tensor([ids]))
+    for block in model.h:
+        block.attn.keep_weights = True
+    torch.testing.assert_close(model(torch.tensor([ids])), before)  # written out = fused, in all layers
     weights = model.attention_weights(ids)
     assert weights.shape == (3, 2, 5, 5)
     torch.testing.assert_close(model(torch.tensor([ids])), before)

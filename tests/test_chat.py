@@ -760,6 +760,11 @@ def test_a_setting_out_of_range_is_refused_with_its_range(monkeypatch, flag, wan
     assert flag.partition("=")[0] in line and wanted in line
 
 
+def test_a_picture_of_attention_needs_something_to_look_at(monkeypatch):
+    line = error_of(monkeypatch, "--attention=x.png")
+    assert "attention=x.png" in line and "--prompt" in line
+
+
 @pytest.mark.parametrize("temperature", ["1e-6", "1e-30", "1e-45"])
 def test_a_temperature_near_0_is_like_0(talk, temperature):
     assert talk("--prompt=Say hi.", f"--temperature={temperature}").out == "Hello, you!\n"

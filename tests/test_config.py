@@ -201,6 +201,8 @@ def test_absolute_paths_and_the_home_folder_stay_where_they_are(tmp_path, monkey
     path = write(tmp_path, f"data_dir = {str(tmp_path / 'far')!r}")
     assert load(path).data_dir == tmp_path / "far"
     assert load("--data_dir=~/near").data_dir == tmp_path / "near"
+    assert config.local_path("~") == tmp_path
+    assert config.local_path("~no_such_user/x") == Path("~no_such_user/x")  # which is then no such file
 
 
 def test_config_files_are_found_in_the_current_folder_and_else_in_the_repository(tmp_path, monkeypatch):

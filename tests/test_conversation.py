@@ -102,6 +102,7 @@ def test_text_for_people_spells_the_roles_out():
 @pytest.mark.parametrize("row, asked", [
     ({"instruction": "Sort.", "input": "b, a"}, "Sort.\nb, a"),
     ({"instruction": "Sort.", "input": ""}, "Sort."), ({"instruction": "Sort."}, "Sort."),
+    ({"instruction": "Sort.", "input": None}, "Sort."),
     ({"instruction": " Sort.\n", "input": " b\n"}, "Sort.\nb"),
     ({"instruction": "", "input": "b"}, "b"),
 ])
@@ -121,7 +122,8 @@ BAD_ROWS = [
     ({"instruction": "a"}, "'output'"), ({"output": "a"}, "'instruction'"),
     ({"prompt": "a", "completion": "b"}, "'prompt'"), ({"text": "a"}, "'text'"),
     ({**GOOD, "output": 3}, "'output'"), ({**GOOD, "output": None}, "'output'"),
-    ({**GOOD, "input": ["a"]}, "'input'"), ({**GOOD, "instruction": {"a": 1}}, "'instruction'"),
+    ({**GOOD, "input": ["a"]}, "'input'"), ({**GOOD, "input": 0}, "'input'"),
+    ({**GOOD, "instruction": {"a": 1}}, "'instruction'"),
     ({**GOOD, "category": 3}, "'category'"), ({"messages": "a"}, "'messages'"),
     ({"messages": []}, "'messages'"), ({"messages": {"role": "user"}}, "'messages'"),
     ({"messages": ["a", "b"]}, "message 1"),
@@ -174,8 +176,9 @@ def test_line_separators_inside_a_text_do_not_end_a_json_line(tmp_path):
     assert read_conversations(path) == [(chat("a", "x\u2028y\x85z"), "")]
 
 
-def test_a_missing_file_is_named_with_the_flag(tmp_path):
-    assert "--source" in refused(tmp_path / "none.json")
+def test_a_missing_file_is_named(tmp_path):
+    message = refused(tmp_path / "none.json")
+    assert "none.json: no such file" in message and "--" not in message  # chat.py reads files by other flags
 
 
 @pytest.mark.parametrize("content", [b"", b" \n\n\t", b"\xef\xbb\xbf"])
@@ -211,6 +214,15 @@ def test_json_lines_cut_in_a_line_are_refused_with_its_number(tmp_path):
     for end in range(1, len(line)):
         path.write_text(f"{line}\n{line}\n{line[:end]}", encoding="utf-8")
         assert "line 3" in refused(path)
+
+
+@pytest.mark.parametrize("before", ["", "\n \n"])
+def test_an_object_that_is_no_line_is_told_what_a_file_looks_like(tmp_path, before):
+    path = tmp_path / "rows.json"
+    path.write_text(before + json.dumps({"data": [GOOD]}, indent=2), encoding="utf-8")
+    message = refused(path)
+    assert f"line {1 + before.count(chr(10))}:" in message and "list" in message
+    assert "cut short" not in message
 
 
 def test_broken_json_is_refused_with_its_line(tmp_path):

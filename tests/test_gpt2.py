@@ -273,6 +273,14 @@ FAMILY = "👨\u200d👩\u200d👧\u200d👦"  # one emoji, four joined by zero-
 PARAGRAPH = ("Où est le café?  Ça, c'est à 3.14 km; naïve Ærøskøbing, Straße, 東京都, здравствуйте, नमस्ते."
              f"\n\n\tif x_1 == 10**6:\n        return '👋🏽 {FAMILY} 🇫🇷 e\u0301'   \r\n \n\n  I'll we've "
              "they'D   1,234,567   ...!?  __init__ \u00a0\u2003 end  ")
+def get_gpt2():
+    """GPT-2's tokenizer; the test is skipped where its vocabulary cannot be had."""
+    try:
+        return get_tokenizer("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
 EXPORTS = {"gpt2": dict(n_head=4, n_embd=64), "bpe": dict(n_head=2, n_embd=32, bias=False),
            "bytes": dict(n_head=3, n_embd=48)}
 
@@ -283,10 +291,7 @@ def export(request, tmp_path_factory):
     spec, folder = request.param, tmp_path_factory.mktemp(request.param)
     if spec == "bpe":
         spec = train_bpe([PARAGRAPH] * 3, 420)
-    try:
-        enc = get_tokenizer(spec)
-    except ValueError as error:
-        pytest.skip(str(error))
+    enc = get_gpt2() if spec == "gpt2" else get_tokenizer(spec)
     torch.manual_seed(5)
     gpt = GPT(GPTConfig(vocab_size=enc.n_vocab, block_size=64, n_layer=2, **EXPORTS[request.param])).eval()
     with torch.no_grad():
@@ -322,6 +327,20 @@ def test_an_export_comes_in_again_with_the_same_logits(export):
     assert again.config.vocab_size == export.enc.n_vocab and again.config.block_size == 64
     n = export.enc.n_vocab
     close(again(ids)[..., :n], export.gpt(ids)[..., :n])
+
+
+def test_chat_opens_an_export_in_gpt2s_ids_and_refuses_another(export, capsys):
+    argv = [f"--init_from={export.folder}", "--prompt=Once", "--temperature=0", "--max_new_tokens=3",
+            "--device=cpu", "--json=True"]
+    if export.enc.n_vocab == 50260:
+        chat.main(argv)
+        ids = list(export.gpt.generate(export.enc.encode_ordinary("Once"), 3, temperature=0,
+                                       stop_ids=range(50256, 50260)))
+        assert json.loads(capsys.readouterr().out)["text"] == export.enc.decode(ids)
+    else:
+        get_gpt2()
+        with pytest.raises(ValueError, match=f"{export.enc.n_vocab} ids are not GPT-2's"):
+            chat.main(argv)
 
 
 def test_the_special_tokens_of_an_export_have_their_ids(export):
@@ -790,10 +809,7 @@ def test_an_interrupted_download_is_gone_on_with_in_a_later_run(hub, monkeypatch
 @torch.no_grad()
 def test_chat_goes_on_with_a_text_in_the_raw_model(wide_folder, capsys):
     hf, folder = wide_folder
-    try:
-        enc = get_tokenizer("gpt2")
-    except ValueError as error:
-        pytest.skip(str(error))
+    enc = get_gpt2()
     chat.main([f"--init_from={folder}", "--prompt=Once upon a time", "--temperature=0",
                "--max_new_tokens=10", "--device=cpu"])
     said = capsys.readouterr().out

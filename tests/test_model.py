@@ -1,4 +1,5 @@
-"""model.py piece by piece, each against a few lines of NumPy in float64; top to bottom, a lesson."""
+"""model.py piece by piece. The first part is a lesson: the parts of a GPT one by one, each first in a few
+lines of NumPy in float64. What follows holds the rest to its promises: gradients, cache, sampling, Muon."""
 import math
 import os
 import re
@@ -33,6 +34,7 @@ def arrays(module):
 
 
 def random_x(*shape, seed=1):
+    """The same random numbers twice: (a float64 array, a float32 tensor)."""
     x = np.random.default_rng(seed).normal(size=shape)
     return x, torch.tensor(x, dtype=torch.float32)
 
@@ -132,12 +134,12 @@ def test_the_first_token_attends_only_to_itself():
 
 
 def test_each_head_fills_its_own_channels():
-    attn, (x, tx) = toy(n_head=4).h[0].attn, random_x(6, C)
+    attn, (x, tx), hs = toy(n_head=4).h[0].attn, random_x(6, C), C // 4
     with torch.no_grad():  # a last projection that changes nothing shows the heads side by side
         attn.c_proj.weight.copy_(torch.eye(C))
         attn.c_proj.bias.zero_()
     for h, head in enumerate(np_heads(x, arrays(attn), "", 4)):
-        close(attn(tx[None])[0][:, 8 * h:8 * h + 8], head)
+        close(attn(tx[None])[0][:, h * hs:(h + 1) * hs], head)
 
 
 def test_attention_is_its_heads_side_by_side_and_a_projection():

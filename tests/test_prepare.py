@@ -159,6 +159,8 @@ def test_long_answers_are_cut_and_end_all_the_same(tmp_path, capsys):
     assert found["training rows"] + found["held-out rows"] == 5
     chats = read_chats(folder, "train") + read_chats(folder, "val")
     assert ["long", "abcdefghijklmnopqrs"] in chats  # 28 - 4 - 5 letters
+    corpus = (folder / "chat_corpus.txt").read_text(encoding="utf-8")  # what was made, not what was read
+    assert "\n<|assistant|>abcdefghijklmnopqrs<|end|>\n" in corpus and corpus.count("<|user|>") == 5
     assert max(len(ids) for ids in read_rows(folder)) == 28
 
 

@@ -241,7 +241,8 @@ def test_a_finished_run_that_is_resumed_says_how_it_ended_and_changes_nothing(ma
     files = {name: (tmp_path / name).read_bytes() for name in ("last.pt", "best.pt", "log.csv")}
     capsys.readouterr()
     run(made, script, tmp_path, max_iters=max_iters, resume=True)
-    assert "4 steps in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 steps in" in said and f"step 4, and nothing is left to do: max_iters={max_iters};" in said
     assert {name: (tmp_path / name).read_bytes() for name in files} == files
 
 
@@ -527,13 +528,17 @@ def test_a_loss_that_is_no_number_keeps_the_save_before_it(made, tmp_path, monke
     assert last["step"] == 2 and assert_whole(tmp_path) == 1
 
 
+@pytest.mark.parametrize("where", ["step", "evaluation"])
 @pytest.mark.parametrize("script", [train, finetune], ids=["train", "finetune"])
-def test_where_memory_runs_out_one_line_says_what_fits(made, tmp_path, monkeypatch, script):
-    def full():
+def test_where_memory_runs_out_one_line_says_what_fits(made, tmp_path, monkeypatch, script, where):
+    def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nSee more lines")
-    before_step(3, full)
+    if where == "step":
+        before_step(3, full)
+    else:
+        monkeypatch.setattr(train, "evaluate", full)
     monkeypatch.setattr(sys, "argv", ["x", *flags(made, script, tmp_path, save_interval=1, batch_size=6,
-                                                  gradient_accumulation=5)])
+                                                  eval_interval=3, gradient_accumulation=5)])
     with pytest.raises(SystemExit) as left:
         config.run(script.main)
     assert "out of memory" in left.value.code and "\n" not in left.value.code
