@@ -1,0 +1,108 @@
+"""What the README and the files' first lines promise is there: every command passes the scripts' own check of
+settings, every file, function and picture that is named exists."""
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import chat
+import config
+import data.fineweb
+import data.text
+import finetune
+import model
+import prepare_alpaca
+import train
+from tests import bench
+
+REPO = Path(__file__).parent.parent
+README = (REPO / "README.md").read_text(encoding="utf-8")
+SETTINGS = {"train.py": train.Settings, "finetune.py": finetune.Settings, "chat.py": chat.Settings,
+            "prepare_alpaca.py": prepare_alpaca.Settings, "model.py": model.ExportSettings,
+            "data.text": data.text.Settings, "data.fineweb": data.fineweb.Settings,
+            "tests.bench": bench.Settings}
+SOURCES = [path for folder in (".", "config", "data") for path in sorted((REPO / folder).glob("*.py"))]
+
+
+def commands():
+    """The words after "python" or "torchrun" of each command in the README, in docstrings and in comments."""
+    found = set()
+    for path in (REPO / "README.md", REPO / "tests" / "bench.py", *SOURCES):
+        text = path.read_text(encoding="utf-8")
+        lines = re.findall(r"^(?:    |# )((?:python|torchrun) .+)", text, re.MULTILINE)
+        lines += re.findall(r"`((?:python|torchrun) [^`\n]+)`", text)
+        for line in (part for whole in lines for part in whole.split(" && ")):
+            words = shlex.split(line, comments=True)
+            if words[0] == "make":
+                continue
+            ends = [i for i, word in enumerate(words) if word in "<|" or word.startswith(("(", "config/..."))]
+            found.add(tuple(words[:min(ends, default=None)]))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_a_command_passes_the_scripts_own_check(words, monkeypatch):
+    monkeypatch.chdir(REPO)
+    skipped = 2 if words[:2] == ("python", "-m") else 1
+    ours = [word for word in words[skipped:] if not re.match("--(nproc_per_node|max-restarts)=", word)]
+    name, *argv = ours or ["torchrun"]
+    if name in ("venv", "data.tokenizer", "torchrun") or "--help" in argv:  # no settings of ours
+        return
+    if name == "tests.bench":
+        assert {word for word in argv if not word.startswith("-")} <= bench.PARTS.keys()
+        argv = [word for word in argv if word.startswith("-")]
+    config.load(SETTINGS[name], argv)
+
+
+def test_there_are_commands_of_every_script():
+    named = {word for words in commands() for word in words[:3]}
+    assert named >= {*SETTINGS, "data.tokenizer", "torchrun"} and len(commands()) > 40
+
+
+def test_what_the_readme_tells_to_read_is_there():
+    everything = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    told = re.findall(r"\*\*Read\*\*(.+?)(?:\n\n|\Z)", README, re.DOTALL)
+    assert len(told) == 8
+    for name in re.findall(r"`([\w./]+)`", " ".join(told)):
+        *owner, last = name.split(".")
+        assert (REPO / name).is_file() or re.search(rf"(def|class) {last}\b", everything), name
+    table = README[README.index("## Where to read"):README.index("## Recipes")]
+    for file, looked_for in re.findall(r"^\| `(\S+?)` \|.*\|([^|]*)\|$", table, re.MULTILINE):
+        text = (REPO / file).read_text(encoding="utf-8") if file.endswith(".py") else ""
+        assert (REPO / file).exists(), file
+        assert all(re.search(rf"(def|class) {name}\b", text) for name in re.findall(r"`(\w+)`", looked_for))
+
+
+def test_quoted_code_is_in_the_files():
+    for line in re.findall(r"`(\w+\.\w+\([^`]+\))` is the line", README):
+        assert line in (REPO / "model.py").read_text(encoding="utf-8")
+
+
+def test_every_recipe_is_in_the_table_and_the_other_way_round():
+    table = README[README.index("## Recipes"):README.index("## Your own data")]
+    named = set(re.findall(r"^\| `(\w+\.py)`", table, re.MULTILINE))
+    assert named == {path.name for path in REPO.glob("config/*.py") if re.match("train|finetune", path.name)}
+
+
+def test_pictures_are_there_and_small():
+    named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    assert {REPO / name for name in named} == set((REPO / "pictures").iterdir())
+    assert all((REPO / name).stat().st_size < 300_000 for name in named)
+
+
+def test_the_parameters_and_sizes_of_gpt2_are_sums():
+    shapes = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
+    rows = re.findall(r"^\| `(gpt2[\w-]*)` \| ([\d,]+) \| (.+?) GB \| (.+?) GB \| (.+?) GB", README,
+                      re.MULTILINE)
+    assert [row[0] for row in rows] == list(shapes)
+    for name, parameters, download, talking, tuning in rows:
+        layers, width = shapes[name]
+        count = 50257 * width + 1024 * width + layers * (12 * width**2 + 13 * width) + 2 * width
+        assert int(parameters.replace(",", "")) == count
+        masks, cache = layers * 1024**2 * 4, 2 * layers * 1024 * width * 4
+        for text, parts in ((download, (4 * count, masks)), (talking, (4 * count, cache))):
+            a, b, total = (float(n) for n in re.findall(r"[\d.]+", text))
+            assert (a, b) == tuple(round(part / 1e9, 2) for part in parts)
+            assert abs(total - sum(parts) / 1e9) < 0.0051
+        assert float(re.match(r"[\d.]+", tuning)[0]) == round(16 * count / 1e9, 1)
