@@ -5,7 +5,7 @@
     python chat.py < questions.txt                         # a message a line, a reply each; blank lines: none
     python chat.py --json=True < questions.txt             # a JSON line for each reply
     python chat.py --score=data/instruction                # how many answers are right, by category
-    python chat.py --attention=attention.png --prompt="What is the plural of box?"    # where heads look
+    python chat.py --attention=out/attention.png --prompt="What is the plural of box?"    # where heads look
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 as it is: it goes on with the text
 
 Only replies go to standard output; all else goes to standard error. A model trained on plain text has no
@@ -71,6 +71,9 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32, bfloat16, or int8 (quantized weights, CPU only)
 
+
+MAKE_ONE = ("Make it: python prepare_alpaca.py config/prepare_instruction.py && python train.py "
+            "config/train_chat.py (or: make chat)")
 
 # what /set changes
 CHANGEABLE = ("temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens", "seed", "turns")
@@ -419,7 +422,9 @@ def chat(talk, s):
     tty = sys.stdin.isatty() and sys.stdout.isatty()
     for line in read_messages(tty):
         try:
-            if not (tty and re.match(r"/\w*(\s|$)", line)):
+            if tty and line in ("exit", "quit"):
+                note("(/quit leaves)")
+            elif not (tty and re.match(r"/\w*(\s|$)", line)):
                 say(talk, talk.enc.encode_ordinary(line), s, tty)
             elif (s := command(talk, s, line)) is None:
                 return
@@ -551,8 +556,9 @@ def load_model(s, device, dtype):
             raise ValueError(f"init_from={s.init_from}: its {model.config.vocab_size} ids are not GPT-2's; "
                              "talk to the checkpoint it was made from: --checkpoint=FILE")
     else:
-        checkpoint = load_checkpoint(s.checkpoint, "Make one: python prepare_alpaca.py config/prepare_"
-                                     "instruction.py && python train.py config/train_chat.py (or: make chat)")
+        usual = s.checkpoint.absolute() == config.REPO / Settings.checkpoint
+        checkpoint = load_checkpoint(s.checkpoint, MAKE_ONE if usual else "The config file with its out_dir "
+                                     "makes it; that file's first line says how.")
         model, enc = model_from_checkpoint(checkpoint), get_tokenizer(checkpoint["tokenizer"])
         name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
         turns = checkpoint.get("turns", 1) if checkpoint["kind"] == "chat" else 0

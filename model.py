@@ -654,7 +654,10 @@ def fetch_gpt2(name):
     if not path.exists():
         print(f"downloading {name} into {folder}", file=sys.stderr)
     mirror = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    return download(GPT2_URL.format(mirror=mirror.rstrip("/"), name=name), path)
+    try:
+        return download(GPT2_URL.format(mirror=mirror.rstrip("/"), name=name), path)
+    except OSError as error:
+        raise OSError(f"{error} (HF_ENDPOINT names a mirror, --init_from=FILE.safetensors a file)") from error
 
 
 def grow_rows(table, count, padded):

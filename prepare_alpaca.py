@@ -168,7 +168,7 @@ def print_report(settings, path, conversations, dropped, report, meta):
         cut = settings.too_long == "cut" and reason.startswith("longer")
         lines += [(f"  {'answer cut' if cut else 'dropped'}: {reason}", report[reason])] * (reason in report)
     lines += [("training rows", meta["train_rows"]), ("held-out rows", meta["val_rows"]), ("tokens", tokens),
-              ("  supervised", report["supervised"]), ("longest conversation", report["longest"]),
+              ("  supervised", report["supervised"]), ("longest conversation read", report["longest"]),
               ("ids in the vocabulary", meta["vocab_size"])]
     print(f"{path} -> {settings.out_dir}")
     for name, count in lines:

@@ -184,7 +184,7 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
         # Processes exchange gradients once a step, during the last backward; DDP takes their mean.
         alone = world > 1 and i < len(batches) - 1
         with model.no_sync() if alone else contextlib.nullcontext():
-            with autocast:
+            with autocast:  # the model sums over a batch's targets; work[0] is how many the whole step has
                 loss = model(*to_device(batch, device)) * (world / work[0])
             loss.backward()
         total += loss.detach()
@@ -692,6 +692,8 @@ def run(s, model, dataset, device, dtype, why, resumed):
     print(f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x "
           f"{model.config.n_embd}; device: {why}; compile {s.compile} ({reason}); optimizer {s.optimizer}" +
           (f"; {ranks()[1]} processes" if ranks()[1] > 1 else ""), flush=True)
+    if (s.out_dir / "best.pt").exists() and not resumed:
+        print(f"{s.out_dir / 'best.pt'} of an earlier run will be replaced (--out_dir=FOLDER keeps it)")
     if resumed:
         print(f"resumed at step {resumed['step']}" + ("" if resumed["step"] < s.max_iters else
               f", and nothing is left to do: max_iters={s.max_iters}; a larger one trains on"), flush=True)

@@ -29,12 +29,13 @@ REPO = Path(__file__).resolve().parent.parent
 
 def load(settings_class, argv, doc="", start=None):
     """Build settings_class from its defaults (or from `start`, one of it), then each config file and
-    --key=value in argv, in order.
+    --key=value in argv, in order. (With `start` it is what chat.py's /set changes.)
 
     Relative paths (fields of type Path) count from the repository in defaults and config files, and from
     the current folder in flags. Raises ValueError naming the setting, the value and what to do; --help
     prints every setting and leaves.
     """
+    typed = "/set" if start else "the command line"
     if "--help" in argv or "-h" in argv:
         print(describe(settings_class, doc))
         raise SystemExit(0)
@@ -50,10 +51,10 @@ def load(settings_class, argv, doc="", start=None):
                 values[name] = cast(name, value, fields[name], path, repo_folder())
             continue
         name, equals, text = arg.lstrip("-").partition("=")
-        check_name(name, fields, "the command line")
+        check_name(name, fields, typed)
         if not equals:
             raise ValueError(f"--{name} has no value: write --{name}=VALUE (for a switch --{name}=True)")
-        values[name] = cast(name, parse(text, fields[name]), fields[name], "the command line", Path())
+        values[name] = cast(name, parse(text, fields[name]), fields[name], typed, Path())
     return settings_class(**values)
 
 
@@ -71,8 +72,11 @@ def local_path(text):
 def find_config(arg):
     """The config file meant by arg: in the current folder, or in the repository."""
     for path in (Path(arg), REPO / arg):
-        if path.is_file():
+        if path.is_file() and path.suffix == ".py":
             return path
+        if path.exists():
+            raise ValueError(f"{arg}: is no config file; settings are written --name=value, such as "
+                             f"--checkpoint={arg}")
     known = [f"config/{p.name}" for p in sorted((REPO / "config").glob("*.py"))]
     close = difflib.get_close_matches(arg, known, 1)
     raise ValueError(f"{arg}: no such config file" + (f"; did you mean {close[0]}?" if close else
@@ -93,8 +97,12 @@ def read_config(path):
 
 
 def check_name(name, fields, source):
-    """Raise ValueError, with a guess at what was meant, for a name that is no setting."""
+    """Raise ValueError, with a guess at what was meant, for a name that is no setting. A config file's first
+    line may say which script it is for."""
     if name not in fields:
+        first = source.read_text(encoding="utf-8").partition("\n")[0] if isinstance(source, Path) else ""
+        if first.startswith("# python"):
+            raise ValueError(f"{source}: there is no setting {name!r}; the file is for {first[2:].strip()}")
         close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
         raise ValueError(f"{source}: there is no setting {name!r}; " +
                          (f"did you mean {close[0]!r}?" if close else "--help lists them all"))

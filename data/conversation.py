@@ -58,7 +58,8 @@ def supervised(ids, enc):
     """Which of `ids` the model is to predict, as booleans: the assistant's text and its <|end|>.
 
     A pure function of the ids: a token is supervised if the nearest of <|endoftext|>, <|user|> and
-    <|assistant|> before it is <|assistant|>. ids: (n,) -> (n,).
+    <|assistant|> before it is <|assistant|>. ids: (n,) -> (n,). In <|endoftext|> <|user|> Hi <|end|>
+    <|assistant|> Hello <|end|> the nearest markers stand at 0 1 1 1 4 4 4: "Hello" and its <|end|> are it.
     """
     ids = np.asarray(ids)
     end_of_text, user, assistant, _ = special_ids(enc)

@@ -55,7 +55,7 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
         if attempt == retries:
             raise OSError(f"{url}: {problem}, {retries + 1} times; run it again to go on where it stopped, "
                           "or fetch the file by hand and name it instead")
-        print(f"{url}: {problem}; trying again", file=sys.stderr)
+        print(f"{path.name}: {problem}; trying again", file=sys.stderr)
         time.sleep(wait * 2**attempt)
     found = part.stat().st_size
     if found != (size or total or found):

@@ -144,6 +144,17 @@ def test_a_missing_config_file_is_named_with_a_guess():
     assert "config/train_chatt.py" in message and "did you mean config/train_chat.py?" in message
 
 
+def test_a_config_file_for_another_script_says_for_which(tmp_path):
+    path = write(tmp_path, "# python other.py config/mine.py\nepochs = 3")
+    assert refused(path).endswith("the file is for python other.py config/mine.py")
+
+
+def test_a_file_that_is_no_config_file_is_named_with_the_flag(tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"PK")
+    assert f"--checkpoint={tmp_path / 'best.pt'}" in refused(str(tmp_path / "best.pt"))
+    assert "no config file" in refused(str(tmp_path))
+
+
 def test_a_flag_without_a_value_says_how_to_write_it():
     assert "--resume=" in refused("--resume")
 

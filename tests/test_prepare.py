@@ -99,7 +99,8 @@ def test_the_report_counts_what_is_kept_and_dropped(tmp_path, capsys):
     assert found["training rows"] == meta["train_rows"] == 8
     assert found["held-out rows"] == meta["val_rows"] == 2
     length = len("x question 1") + len("answer 1") + 5  # start, user, end, assistant, end
-    assert found["tokens"] == 10 * length and found["longest conversation"] == meta["longest"] == length
+    assert found["tokens"] == 10 * length
+    assert found["longest conversation read"] == meta["longest"] == length
     assert found["supervised"] == meta["supervised_tokens"] == 10 * len("answer 1 ")  # and the end
     assert found["ids in the vocabulary"] == meta["vocab_size"] == 260
     chats = read_chats(folder, "train") + read_chats(folder, "val")
