@@ -100,12 +100,11 @@ def check_name(name, fields, source):
     """Raise ValueError, with a guess at what was meant, for a name that is no setting. A config file's first
     line may say which script it is for."""
     if name not in fields:
-        first = source.read_text(encoding="utf-8").partition("\n")[0] if isinstance(source, Path) else ""
-        if first.startswith("# python"):
-            raise ValueError(f"{source}: there is no setting {name!r}; the file is for {first[2:].strip()}")
         close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
+        first = source.read_text(encoding="utf-8").partition("\n")[0] if isinstance(source, Path) else ""
         raise ValueError(f"{source}: there is no setting {name!r}; " +
-                         (f"did you mean {close[0]!r}?" if close else "--help lists them all"))
+                         (f"did you mean {close[0]!r}?" if close else "--help lists them all") +
+                         (f" (the file is for {first[2:].strip()})" if first.startswith("# python") else ""))
 
 
 def parse(text, wanted):

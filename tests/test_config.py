@@ -145,8 +145,8 @@ def test_a_missing_config_file_is_named_with_a_guess():
 
 
 def test_a_config_file_for_another_script_says_for_which(tmp_path):
-    path = write(tmp_path, "# python other.py config/mine.py\nepochs = 3")
-    assert refused(path).endswith("the file is for python other.py config/mine.py")
+    path = write(tmp_path, "# python other.py config/mine.py\nstps = 3")
+    assert refused(path).endswith("did you mean 'steps'? (the file is for python other.py config/mine.py)")
 
 
 def test_a_file_that_is_no_config_file_is_named_with_the_flag(tmp_path):

@@ -246,6 +246,13 @@ def test_a_finished_run_that_is_resumed_says_how_it_ended_and_changes_nothing(ma
     assert {name: (tmp_path / name).read_bytes() for name in files} == files
 
 
+def test_a_new_run_says_that_it_replaces_an_earlier_one(made, tmp_path, capsys):
+    run(made, train, tmp_path, max_iters=1)
+    assert "replaced" not in capsys.readouterr().out
+    run(made, train, tmp_path, max_iters=1)
+    assert f"{tmp_path / 'best.pt'} of an earlier run will be replaced" in capsys.readouterr().out
+
+
 def test_a_run_resumed_past_its_new_end_before_any_evaluation_is_no_traceback(made, tmp_path, monkeypatch):
     before_step(4, crash)
     with pytest.raises(Crash):

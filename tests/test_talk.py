@@ -616,3 +616,14 @@ def test_what_only_looks_like_a_command_is_a_message(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "yes\n" * 4
     assert all(part in err for part in ("this list", "temperature=-1.0: must be 0 or more", "/nothing"))
+
+
+@pytest.mark.parametrize("tty", [True, False])
+def test_exit_and_quit_are_messages_in_a_pipe_only(tty, monkeypatch, capsys):
+    talk = new_talk()
+    monkeypatch.setattr(chat, "read_messages", lambda tty: iter(["exit", "quit"]))
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: tty, raising=False)
+    chat.chat(talk, GREEDY)
+    assert len(talk.history) == (0 if tty else 4)
+    assert capsys.readouterr().err.count("/quit") == (2 if tty else 0)
