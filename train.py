@@ -13,6 +13,7 @@ It writes out_dir/best.pt, which chat.py talks to, out_dir/last.pt, which --resu
 import contextlib
 import csv
 import functools
+import gc
 import math
 import os
 import re
@@ -480,6 +481,7 @@ def keep_best(s, model, dataset, at, first):
         at.best = loss
     if first:
         draw_losses(s.out_dir, at.history)
+        gc.collect()  # figures refer to themselves, and the loop makes too few objects for them to go soon
 
 
 @contextlib.contextmanager
