@@ -231,7 +231,7 @@ def change(s, flags):
         name = flag.lstrip("-").partition("=")[0]
         if name not in CHANGEABLE:
             raise ValueError(f"{name}: cannot be set here; {', '.join(CHANGEABLE)} can")
-    changed = config.load(Settings, [f"--{flag.lstrip('-')}" for flag in flags], start=s)
+    changed = config.load(Settings, [f"--{flag.lstrip('-')}" for flag in flags], start=s, typed="/set")
     check_settings(changed)
     return changed
 

@@ -27,15 +27,14 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 
 
-def load(settings_class, argv, doc="", start=None):
+def load(settings_class, argv, doc="", start=None, typed="the command line"):
     """Build settings_class from its defaults (or from `start`, one of it), then each config file and
-    --key=value in argv, in order. (With `start` it is what chat.py's /set changes.)
+    --key=value in argv, in order; messages call the place where these were typed `typed`.
 
     Relative paths (fields of type Path) count from the repository in defaults and config files, and from
     the current folder in flags. Raises ValueError naming the setting, the value and what to do; --help
     prints every setting and leaves.
     """
-    typed = "/set" if start else "the command line"
     if "--help" in argv or "-h" in argv:
         print(describe(settings_class, doc))
         raise SystemExit(0)

@@ -150,8 +150,9 @@ def read_conversations(path):
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; expected a JSON list of rows")
+    is_list = text.lstrip().startswith("[")
     try:
-        if text.lstrip().startswith("["):
+        if is_list:
             rows = json.loads(text)
         else:  # JSON lines
             rows, number = [], 0
@@ -161,9 +162,8 @@ def read_conversations(path):
     except RecursionError as error:
         raise ValueError(f"{path}: brackets within brackets too deep; expected a list of rows") from error
     except json.JSONDecodeError as error:
-        is_list = text.lstrip().startswith("[")
         line = error.lineno if is_list else number
-        if not is_list and text[:text.index("{") if "{" in text else 0].count("\n") == number - 1:
+        if not is_list and not rows:
             raise ValueError(f"{path}, line {line}: not a whole JSON object; expected a list of rows, "
                              "[{...}, ...], or an object on every line") from error
         cut = "; the file seems cut short" if error.pos >= len(error.doc.rstrip()) - 1 or \

@@ -594,12 +594,12 @@ def main(argv):
             raise ValueError(f"there is no part {name!r}; parts are {', '.join(PARTS)}")
     s = config.load(Settings, [arg for arg in argv if arg.startswith("-")], __doc__)
     names = names or list(PARTS)
-    for part, path, remedy in (("step", s.shakespeare, "python -m data.text config/prepare_shakespeare.py"),
-                               ("shakespeare", s.shakespeare, "--shakespeare=FILE"),
-                               ("growth", s.shakespeare, "--shakespeare=FILE"),
-                               ("int8", s.checkpoint, "make chat, or --checkpoint=FILE")):
-        if part in names and not path.is_file():
-            raise ValueError(f"{path}: no such file, and {part} needs it: {remedy}")
+    shakespeare = "python -m data.text config/prepare_shakespeare.py, or --shakespeare=FILE"
+    for parts, path, remedy in (({"step", "shakespeare", "growth"}, s.shakespeare, shakespeare),
+                                ({"int8"}, s.checkpoint, "make chat, or --checkpoint=FILE")):
+        wanted = ", ".join(sorted(parts.intersection(names)))
+        if wanted and not path.is_file():
+            raise ValueError(f"{path}: no such file, and {wanted} needs it: {remedy}")
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32")
     print(f"{'what; the peer':<48}{'ours':>28}{'peer':>28} {'':<10}{'ratio':>6}{'share':>7}  target")
     results = []

@@ -273,16 +273,16 @@ FAMILY = "👨\u200d👩\u200d👧\u200d👦"  # one emoji, four joined by zero-
 PARAGRAPH = ("Où est le café?  Ça, c'est à 3.14 km; naïve Ærøskøbing, Straße, 東京都, здравствуйте, नमस्ते."
              f"\n\n\tif x_1 == 10**6:\n        return '👋🏽 {FAMILY} 🇫🇷 e\u0301'   \r\n \n\n  I'll we've "
              "they'D   1,234,567   ...!?  __init__ \u00a0\u2003 end  ")
+EXPORTS = {"gpt2": dict(n_head=4, n_embd=64), "bpe": dict(n_head=2, n_embd=32, bias=False),
+           "bytes": dict(n_head=3, n_embd=48)}
+
+
 def get_gpt2():
     """GPT-2's tokenizer; the test is skipped where its vocabulary cannot be had."""
     try:
         return get_tokenizer("gpt2")
     except ValueError as error:
         pytest.skip(str(error))
-
-
-EXPORTS = {"gpt2": dict(n_head=4, n_embd=64), "bpe": dict(n_head=2, n_embd=32, bias=False),
-           "bytes": dict(n_head=3, n_embd=48)}
 
 
 @pytest.fixture(scope="module", params=EXPORTS)
