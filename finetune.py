@@ -5,10 +5,12 @@
     python finetune.py config/finetune_alpaca.py         # GPT-2 on Stanford Alpaca, for a GPU
     python finetune.py --init_from=out/mine/best.pt --data_dir=data/my_chats --out_dir=out/my_chat
 
-The loop, the checkpoints, --resume and the signals are train.py's; what differs is where the weights come
-from, and that it counts epochs. Only the assistant's words and its <|end|> are learned.
+The loop, the checkpoints, --resume and the signals are train.py's; what differs is where the
+weights come from, and that it counts epochs. Only the assistant's words and its <|end|> are
+learned (data/conversation.py, `supervised`).
 """
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 
 import config
@@ -20,11 +22,11 @@ from model import pick_device
 @dataclass
 class Settings(train.LoopSettings):
     """The loop's settings with other defaults, and what to start from."""
-    init_from: str = "gpt2"  # gpt2, gpt2-medium, ...; a best.pt; or a folder that transformers opens
+    init_from: str = "gpt2"  # gpt2, gpt2-medium, ...; a best.pt; or a Hugging Face model's folder
     data_dir: Path = Path("data/alpaca")  # a folder that prepare_alpaca.py made
     out_dir: Path = Path("out/alpaca")  # where best.pt and last.pt go
     block_size: int = 0  # a shorter context than the model has learned; 0: all of it
-    epochs: int = 3  # how many times each conversation is seen; the last step may begin one more
+    epochs: int = 3  # how often each conversation is seen; the last step may run into one more
     max_iters: int = 0  # steps; 0: as many as the epochs have
     eval_interval: int = 0  # steps between evaluations; 0: one after each epoch
     optimizer: str = "adamw"  # adamw (all), or muon (the blocks' matrices; AdamW for the rest)
@@ -33,33 +35,48 @@ class Settings(train.LoopSettings):
     dropout: float = 0.1  # share of activations zeroed while training; slows memorizing
 
 
-def count_steps(s, dataset):
-    """Fill in max_iters and eval_interval where they are 0: all epochs in steps, an evaluation for each."""
-    steps = -(-dataset.batches_until("train", s.epochs) // s.gradient_accumulation)
-    s.max_iters = s.max_iters or steps
-    s.eval_interval = s.eval_interval or -(-steps // s.epochs)
-
-
 def main(argv):
-    """Finetune as the settings say. Raises ValueError or OSError for a mistake that a user can fix."""
+    """Finetune as the settings say. Raises ValueError or OSError for a mistake of the user's."""
     s = config.load(Settings, argv, __doc__)
-    for name, low in (("epochs", 1), ("block_size", 0), ("max_iters", 0), ("eval_interval", 0)):
-        if getattr(s, name) < low:
-            raise ValueError(f"{name}={getattr(s, name)}: must be {low} or more")
-    train.check_settings(replace(s, block_size=1, max_iters=1, eval_interval=1))  # 0 has a meaning here
-    if read_meta(s.data_dir)["kind"] != "chat":
-        raise ValueError(f"data_dir={s.data_dir}: holds plain text; finetune on chats (prepare_alpaca.py), "
-                         "or go on with text by train.py --init_from")
+    check_settings(s)
     device, dtype, why = pick_device(s.device, s.dtype)
     with train.processes(device) as device:
         model, dataset, resumed = train.set_up(s, device, train.load_base)
         count_steps(s, dataset)
-        print(f"{s.init_from}: {s.max_iters:,} steps are {train.epochs(dataset, s.max_iters, s):.1f} epochs "
-              f"of {len(dataset.starts['train']):,} conversations")
-        if dropped := dataset.dropped["train"]:
-            print(f"{dropped:,} conversations are left out: nothing of the answer lies in their first "
-                  f"{dataset.block_size} tokens")
+        say_what_is_read(s, dataset)
         train.run(s, model, dataset, device, dtype, why, resumed)
+
+
+def count_steps(s, dataset):
+    """Fill in max_iters and eval_interval where they are 0: all epochs in steps, and an evaluation
+    for each epoch."""
+    steps = ceil(dataset.batches_until("train", s.epochs) / s.gradient_accumulation)
+    s.max_iters = s.max_iters or steps
+    s.eval_interval = s.eval_interval or ceil(steps / s.epochs)
+
+
+# ==================================================================================================
+# The idea ends here. Below: checks and messages.
+# ==================================================================================================
+
+def check_settings(s):
+    """Raise ValueError for the first setting out of its range, or data that holds no chats."""
+    for name, low in (("epochs", 1), ("block_size", 0), ("max_iters", 0), ("eval_interval", 0)):
+        if getattr(s, name) < low:
+            raise ValueError(f"{name}={getattr(s, name)}: must be {low} or more")
+    train.check_settings(replace(s, block_size=1, max_iters=1, eval_interval=1))  # 0 is fine here
+    if read_meta(s.data_dir)["kind"] != "chat":
+        raise ValueError(f"data_dir={s.data_dir}: holds plain text; finetune on chats "
+                         "(prepare_alpaca.py), or go on with text by train.py --init_from")
+
+
+def say_what_is_read(s, dataset):
+    """Print what the steps come to, and what of the data they leave out."""
+    print(f"{s.init_from}: {s.max_iters:,} steps are {train.epochs(dataset, s.max_iters, s):.1f} "
+          f"epochs of {len(dataset.starts['train']):,} conversations")
+    if dropped := dataset.dropped["train"]:
+        print(f"{dropped:,} conversations are left out: nothing of the answer lies in their first "
+              f"{dataset.block_size} tokens")
 
 
 if __name__ == "__main__":

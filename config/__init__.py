@@ -3,21 +3,21 @@
     python train.py config/train_chat.py --batch_size=16 --learning_rate=1e-3
     python train.py --help
 
-A script declares its settings once, as a dataclass whose fields have a type, a default and a comment:
+A script declares its settings once, as a dataclass whose fields have a type, a default and a
+comment:
 
     @dataclass
     class Settings:
         batch_size: int = 32  # sequences per step
 
-A config file is Python: assignments to those names, arithmetic allowed. Names that start with `_` are its
-own.
+A config file is Python: assignments to those names, arithmetic allowed. Names that start with `_`
+are its own.
 """
 import ast
 import dataclasses
 import difflib
 import inspect
 import os
-import re
 import runpy
 import sys
 import types
@@ -28,12 +28,12 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def load(settings_class, argv, doc="", start=None, typed="the command line"):
-    """Build settings_class from its defaults (or from `start`, one of it), then each config file and
-    --key=value in argv, in order; messages call the place where these were typed `typed`.
+    """Build settings_class from its defaults (or from `start`, one of it), then each config file
+    and --key=value in argv, in order; messages call the place where these were typed `typed`.
 
-    Relative paths (fields of type Path) count from the repository in defaults and config files, and from
-    the current folder in flags. Raises ValueError naming the setting, the value and what to do; --help
-    prints every setting and leaves.
+    Relative paths (fields of type Path) count from the repository in defaults and config files, and
+    from the current folder in flags. Raises ValueError naming the setting, the value and what to
+    do; --help prints every setting and leaves.
     """
     if "--help" in argv or "-h" in argv:
         print(describe(settings_class, doc))
@@ -52,7 +52,8 @@ def load(settings_class, argv, doc="", start=None, typed="the command line"):
         name, equals, text = arg.lstrip("-").partition("=")
         check_name(name, fields, typed)
         if not equals:
-            raise ValueError(f"--{name} has no value: write --{name}=VALUE (for a switch --{name}=True)")
+            raise ValueError(f"--{name} has no value: write --{name}=VALUE "
+                             f"(for a switch --{name}=True)")
         values[name] = cast(name, parse(text, fields[name]), fields[name], typed, Path())
     return settings_class(**values)
 
@@ -63,8 +64,10 @@ def repo_folder():
 
 
 def local_path(text):
-    """A path that is written as text: as it stands, or where there is no such file, in the repository."""
-    path = Path(os.path.expanduser(text))  # an unknown ~user stays as it is, and is then no such file
+    """A path that is written as text: as it stands, or where there is no such file, in the
+    repository."""
+    # An unknown ~user stays as it is, and is then no such file.
+    path = Path(os.path.expanduser(text))
     return path if path.exists() or not (REPO / path).exists() else REPO / path
 
 
@@ -74,8 +77,8 @@ def find_config(arg):
         if path.is_file() and path.suffix == ".py":
             return path
         if path.exists():
-            raise ValueError(f"{arg}: is no config file; settings are written --name=value, such as "
-                             f"--checkpoint={arg}")
+            raise ValueError(f"{arg}: is no config file; settings are written --name=value, "
+                             f"such as --checkpoint={arg}")
     known = [f"config/{p.name}" for p in sorted((REPO / "config").glob("*.py"))]
     close = difflib.get_close_matches(arg, known, 1)
     raise ValueError(f"{arg}: no such config file" + (f"; did you mean {close[0]}?" if close else
@@ -96,14 +99,16 @@ def read_config(path):
 
 
 def check_name(name, fields, source):
-    """Raise ValueError, with a guess at what was meant, for a name that is no setting. A config file's first
-    line may say which script it is for."""
+    """Raise ValueError, with a guess at what was meant, for a name that is no setting. A config
+    file's first line may say which script it is for."""
     if name not in fields:
         close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
-        first = source.read_text(encoding="utf-8").partition("\n")[0] if isinstance(source, Path) else ""
+        first = (source.read_text(encoding="utf-8").partition("\n")[0]
+                 if isinstance(source, Path) else "")
         raise ValueError(f"{source}: there is no setting {name!r}; " +
                          (f"did you mean {close[0]!r}?" if close else "--help lists them all") +
-                         (f" (the file is for {first[2:].strip()})" if first.startswith("# python") else ""))
+                         (f" (the file is for {first[2:].strip()})"
+                          if first.startswith("# python") else ""))
 
 
 def parse(text, wanted):
@@ -118,8 +123,8 @@ def parse(text, wanted):
 
 
 def cast(name, value, wanted, source, base):
-    """`value` as the type `wanted`, or a ValueError. int is a float too, 1e3 is an int; nothing else is
-    bent. Relative paths start at the folder `base`."""
+    """`value` as the type `wanted`, or a ValueError. int is a float too, 1e3 is an int; nothing
+    else is bent. Relative paths start at the folder `base`."""
     union = typing.get_origin(wanted) in (typing.Union, types.UnionType)
     options = typing.get_args(wanted) if union else (wanted,)
     if type(None) in options and (value is None or value == "None"):
@@ -135,24 +140,30 @@ def cast(name, value, wanted, source, base):
             return tuple(value)
         if option is not type(None) and type(value) is (typing.get_origin(option) or option):
             return value
-    names = " or ".join("None" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    raise ValueError(f"{source}: {name}={value!r} is of type {type(value).__name__}; {name} must be {names}")
+    names = " or ".join("None" if o is type(None) else getattr(o, "__name__", str(o))
+                        for o in options)
+    raise ValueError(f"{source}: {name}={value!r} is of type {type(value).__name__}; "
+                     f"{name} must be {names}")
 
 
 def describe(settings_class, doc=""):
     """The text of --help: every setting with its default and the comment that stands behind it."""
     lines = [doc.strip(), "", "Settings (--name=value, or name = value in a config file):", ""]
-    source = "".join(inspect.getsource(c) for c in settings_class.__mro__ if dataclasses.is_dataclass(c))
+    comments = {}
+    for declared in reversed(settings_class.__mro__):  # a subclass has the last word
+        if dataclasses.is_dataclass(declared):
+            for line in inspect.getsource(declared).splitlines():
+                name = line.partition(":")[0].strip()
+                comments[name] = line.partition("  # ")[2]
     for field in dataclasses.fields(settings_class):
-        comment = re.search(rf"^\s+{field.name}\s*:[^#\n]*(?:#\s*(.*))?$", source, re.MULTILINE)
         default = f"--{field.name}={field.default}"
-        lines.append(f"  {default:<38} {(comment.group(1) if comment else '') or ''}".rstrip())
+        lines.append(f"  {default:<38} {comments[field.name]}".rstrip())
     return "\n".join(lines)
 
 
 def run(main):
-    """Call main(sys.argv[1:]) as a script's last line: a user's mistake (ValueError, OSError) ends as one
-    line on standard error and exit code 1, Ctrl-C as 130."""
+    """Call main(sys.argv[1:]) as a script's last line: a user's mistake (ValueError, OSError) ends
+    as one line on standard error and exit code 1, Ctrl-C as 130."""
     try:
         main(sys.argv[1:])
     except BrokenPipeError:  # the reader of our output has gone, as `head` does

@@ -1,5 +1,5 @@
 # python prepare_alpaca.py && python finetune.py config/finetune_alpaca.py
-# GPT-2 124M on one consumer GPU with 8 GB; on several: torchrun --nproc_per_node=2 finetune.py config/...
+# GPT-2 124M on one consumer GPU with 8 GB. On several: torchrun --nproc_per_node=2 finetune.py ...
 init_from = "gpt2"
 data_dir = "data/alpaca"
 out_dir = "out/alpaca"

@@ -1,5 +1,5 @@
 # python prepare_alpaca.py config/prepare_alpaca_small.py
-# Alpaca's short rows in the vocabulary of the small instruction data, to train a small model on first.
+# Alpaca's short rows in the small instruction data's vocabulary, to train a small model on first.
 out_dir = "data/alpaca_small"
 tokenizer = "data/instruction/tokenizer.json"  # prepare_instruction.py makes it
 max_tokens = 129

@@ -1,4 +1,5 @@
-# python prepare_alpaca.py config/prepare_alpaca_small.py && python train.py config/train_alpaca_small.py
+# python train.py config/train_alpaca_small.py
+# Its data: python prepare_alpaca.py config/prepare_alpaca_small.py
 data_dir = "data/alpaca_small"
 out_dir = "out/alpaca_small"
 block_size = 128

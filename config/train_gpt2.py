@@ -1,7 +1,8 @@
 # python -m data.fineweb && torchrun --nproc_per_node=8 train.py config/train_gpt2.py
-# GPT-2 124M from scratch on 10 billion tokens of FineWeb. Expect a validation loss of about 3.28 to 3.3: the
-# figure of llm.c (its discussion 481: 3.29 with this batch, rate and schedule; 90 minutes on 8 A100 80GB), of
-# which this is the recipe. It was not run here, for want of GPUs. One process takes the same steps, slower.
+# GPT-2 124M from scratch on 10 billion tokens of FineWeb. Expect a validation loss of about 3.28 to
+# 3.3: the figure of llm.c (its discussion 481: 3.29 with this batch, rate and schedule; 90 minutes
+# on 8 A100 80GB), of which this is the recipe. It was not run here: there was no GPU. One process
+# takes the same steps, slower.
 data_dir = "data/fineweb"
 out_dir = "out/gpt2"
 block_size = 1024

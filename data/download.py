@@ -1,4 +1,5 @@
-"""The one downloader: weights, Alpaca, Shakespeare, FineWeb. A file gets its name only when it is whole."""
+"""The one downloader: weights, Alpaca, Shakespeare, FineWeb. A file gets its name only when it is
+whole."""
 import hashlib
 import os
 import sys
@@ -30,10 +31,10 @@ def name_in(url):
 def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
     """Fetch `url` to `path`, unless it is there, and return the path.
 
-    Bytes go to `path.part`; a connection that breaks is taken up where it stopped (HTTP Range), after 1, 2,
-    4 ... seconds (`wait` times that). Proxies are those `requests` finds in the environment. The size and
-    the sha256 that the server states, or `size` and `sha256` where given, must be met before the file gets
-    its name. Raises OSError with the address and what to do.
+    Bytes go to `path.part`; a connection that breaks is taken up where it stopped (HTTP Range),
+    after 1, 2, 4 ... seconds (`wait` times that). Proxies are those `requests` finds in the
+    environment. The size and the sha256 that the server states, or `size` and `sha256` where given,
+    must be met before the file gets its name. Raises OSError with the address and what to do.
     """
     path = Path(path)
     if path.exists():
@@ -47,36 +48,39 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
         except requests.HTTPError as error:
             status = error.response.status_code
             if status < 500 and status not in (408, 429):
-                raise OSError(f"{url}: the server answers {status} {error.response.reason}; check the "
-                              "address, or fetch the file by hand and name it instead") from error
+                raise OSError(f"{url}: the server answers {status} {error.response.reason}; "
+                              "check the address, or fetch the file by hand "
+                              "and name it instead") from error
             problem = f"{status} {error.response.reason}"
         except (requests.RequestException, ConnectionError) as error:
             problem = type(error).__name__
         if attempt == retries:
-            raise OSError(f"{url}: {problem}, {retries + 1} times; run it again to go on where it stopped, "
-                          "or fetch the file by hand and name it instead")
+            raise OSError(f"{url}: {problem}, {retries + 1} times; run it again to go on where "
+                          "it stopped, or fetch the file by hand and name it instead")
         print(f"{path.name}: {problem}; trying again", file=sys.stderr)
         time.sleep(wait * 2**attempt)
     found = part.stat().st_size
     if found != (size or total or found):
         part.unlink()
-        raise OSError(f"{url}: {found:,} bytes came, {size or total:,} were expected; nothing was kept, "
-                      "try again")
+        raise OSError(f"{url}: {found:,} bytes came, {size or total:,} were expected; "
+                      "nothing was kept, try again")
     wanted = sha256 or stated
     if wanted and (actual := sha256_of(part)) != wanted:
         part.unlink()
-        raise OSError(f"{url}: the sha256 is {actual}, expected {wanted}; nothing was kept, try again later")
+        raise OSError(f"{url}: the sha256 is {actual}, expected {wanted}; "
+                      "nothing was kept, try again later")
     os.replace(part, path)
     return path
 
 
 def _fetch(url, part):
-    """One attempt: append to `part` what it lacks. Returns the whole size and the sha256 as the server
-    states them, each None where it does not."""
+    """One attempt: append to `part` what it lacks. Returns the whole size and the sha256 as the
+    server states them, each None where it does not."""
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:  # nothing after what we have: it is whole, or not this file at all
+        # Nothing after what we have: it is whole, or not this file at all.
+        if response.status_code == 416:
             total = response.headers.get("Content-Range", "").rpartition("/")[2]
             if total == str(have):
                 return have, stated_sha256(response)
@@ -117,7 +121,7 @@ def _copy(response, part, have, total):
                 shown, speed = now, (done - have) / max(now - started, 1e-9)
                 left = f", {(total - done) / max(speed, 1):.0f} s left" if total else ""
                 of = f" of {total / 1e6:.1f}" if total else ""
-                print(f"\r{part.stem}: {done / 1e6:.1f}{of} MB, {speed / 1e6:.1f} MB/s{left}   ", end="",
-                      file=sys.stderr, flush=True)
+                print(f"\r{part.stem}: {done / 1e6:.1f}{of} MB, {speed / 1e6:.1f} MB/s{left}   ",
+                      end="", file=sys.stderr, flush=True)
     if shown:
         print(file=sys.stderr)

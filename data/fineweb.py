@@ -1,10 +1,11 @@
 """FineWeb, web pages that others tokenized for GPT-2 -> token files, shard by shard.
 
-    python -m data.fineweb --shards=9      # 0.9 billion tokens for training, 0.1 for validation: 2 GB
-    python -m data.fineweb                 # all of the ten billion that config/train_gpt2.py wants: 21 GB
+    python -m data.fineweb --shards=9    # 0.9 billion tokens to train on, 0.1 to validate: 2 GB
+    python -m data.fineweb               # all ten billion, for config/train_gpt2.py: 21 GB
 
-A shard that is there already is not fetched again. The variable HF_ENDPOINT names a mirror of the hub.
-FineWeb: Penedo et al. 2024; these shards: the hub's kjj0/fineweb10B-gpt2, in the format of Karpathy's llm.c.
+A shard that is there already is not fetched again. The variable HF_ENDPOINT names a mirror of the
+hub. FineWeb: Penedo et al. 2024; these shards: the hub's kjj0/fineweb10B-gpt2, in the format of
+Karpathy's llm.c.
 """
 import os
 import shutil
@@ -20,7 +21,8 @@ from data.tokens import SPLITS, shards, write_meta
 
 URL = "{mirror}/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{split}_{number:06}.bin"
 GPT2_IDS = 50257
-MAGIC, VERSION = 20240520, 1  # the first numbers of a shard's header; the third is the count of tokens
+# The first numbers of a shard's header; the third is the count of tokens.
+MAGIC, VERSION = 20240520, 1
 HEADER = 256 * 4  # bytes
 
 
@@ -32,16 +34,18 @@ class Settings:
 
 
 def unpack(raw, path):
-    """Turn a downloaded shard into plain uint16 ids at `path`. Raises ValueError for a file that is none."""
+    """Turn a downloaded shard into plain uint16 ids at `path`. Raises ValueError for a file that is
+    none."""
     with open(raw, "rb") as f:
         header = np.frombuffer(f.read(HEADER).ljust(HEADER, b"\0"), "<i4")
         if header[0] != MAGIC or header[1] != VERSION:
-            raise ValueError(f"{raw}: no shard of tokens (its header begins {header[:3].tolist()}, not "
-                             f"{MAGIC}, {VERSION}); delete it and try again")
+            raise ValueError(f"{raw}: no shard of tokens (its header begins "
+                             f"{header[:3].tolist()}, not {MAGIC}, {VERSION}); "
+                             "delete it and try again")
         size = raw.stat().st_size
         if size != HEADER + 2 * int(header[2]):
-            raise ValueError(f"{raw}: {size:,} bytes, but its header tells of {header[2]:,} tokens; delete "
-                             "it and try again")
+            raise ValueError(f"{raw}: {size:,} bytes, but its header tells of {header[2]:,} "
+                             "tokens; delete it and try again")
         part = path.with_name(path.name + ".part")
         with open(part, "wb") as out:
             shutil.copyfileobj(f, out, 1 << 20)
@@ -55,7 +59,8 @@ def main(argv):
     if not 1 <= s.shards <= 103:
         raise ValueError(f"shards={s.shards}: must be from 1 to 103")
     mirror = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    wanted = [("val", 0, "val_000.bin")] + [("train", n + 1, f"train_{n:03}.bin") for n in range(s.shards)]
+    wanted = [("val", 0, "val_000.bin")] + [
+        ("train", n + 1, f"train_{n:03}.bin") for n in range(s.shards)]
     for split, number, name in wanted:
         if not (path := s.out_dir / name).exists():
             url = s.url.format(mirror=mirror, split=split, number=number)
@@ -63,9 +68,11 @@ def main(argv):
             print(f"{path}: {path.stat().st_size // 2:,} tokens", flush=True)
     counts = {f"{split}_tokens": sum(path.stat().st_size // 2 for path in shards(s.out_dir, split))
               for split in SPLITS}
-    write_meta(s.out_dir, {"kind": "text", "tokenizer": "gpt2", "vocab_size": GPT2_IDS + len(ROLE_TOKENS),
-                           **counts, "source": "fineweb10B-gpt2"})
-    print(f"{s.out_dir}: {counts['train_tokens']:,} training tokens, {counts['val_tokens']:,} for validation")
+    write_meta(s.out_dir, {"kind": "text", "tokenizer": "gpt2",
+                           "vocab_size": GPT2_IDS + len(ROLE_TOKENS), **counts,
+                           "source": "fineweb10B-gpt2"})
+    print(f"{s.out_dir}: {counts['train_tokens']:,} training tokens, "
+          f"{counts['val_tokens']:,} for validation")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Plain text -> token files, in a stream, so that a file may be larger than memory.
 
-    python -m data.text config/prepare_shakespeare.py                      # downloads tiny Shakespeare
+    python -m data.text config/prepare_shakespeare.py    # downloads tiny Shakespeare
     python -m data.text --source=my.txt --out_dir=data/mine --tokenizer=bpe
 """
 import codecs
@@ -21,16 +21,16 @@ BLOCK = 1 << 20  # bytes read at a time
 class Settings:
     source: str = ""  # a UTF-8 text file, or the http(s) address of one
     out_dir: Path = Path("data/text")  # where train.bin, val.bin and meta.json go
-    tokenizer: str = "bytes"  # bytes, gpt2, bpe (trained on this text) or the path of a tokenizer.json
+    tokenizer: str = "bytes"  # bytes, gpt2, bpe (trained on this text) or a tokenizer.json's path
     vocab_size: int = 4096  # ids that bpe makes
     bpe_bytes: int = 100_000_000  # bpe learns from at most so much of the text's beginning
     val_fraction: float = 0.1  # the last part of the text is kept for validation
 
 
 def read_text(path, start, stop, digest=None):
-    """Yield bytes start..stop of a UTF-8 file as strings of about BLOCK bytes, cut after line ends where
-    there are any, so that no word is torn. Feeds `digest` what it reads. Raises ValueError for other
-    encodings."""
+    """Yield bytes start..stop of a UTF-8 file as strings of about BLOCK bytes, cut after line ends
+    where there are any, so that no word is torn. Feeds `digest` what it reads. Raises ValueError
+    for other encodings."""
     decoder, kept = codecs.getincrementaldecoder("utf-8")(), ""
     with open(path, "rb") as f:
         f.seek(start)
@@ -44,7 +44,8 @@ def read_text(path, start, stop, digest=None):
             try:
                 kept += decoder.decode(block, final=start >= stop)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: not UTF-8 text (near byte {start - len(block) + error.start}); "
+                raise ValueError(f"{path}: not UTF-8 text "
+                                 f"(near byte {start - len(block) + error.start}); "
                                  "save it as UTF-8") from error
             at = kept.rfind("\n") + 1 or len(kept)
             yield kept[:at]
@@ -69,12 +70,14 @@ def character_start(path, at):
 
 
 def main(argv):
-    """Turn a text into a prepared folder. Raises ValueError or OSError for a mistake that a user can fix."""
+    """Turn a text into a prepared folder. Raises ValueError or OSError for a mistake that a user
+    can fix."""
     settings = config.load(Settings, argv, __doc__)
     if not settings.source:
         raise ValueError("no text given: use --source=FILE, or config/prepare_shakespeare.py")
     if not 0 < settings.val_fraction < 1:
-        raise ValueError(f"val_fraction={settings.val_fraction}: use a value between 0 and 1, such as 0.1")
+        raise ValueError(f"val_fraction={settings.val_fraction}: "
+                         "use a value between 0 and 1, such as 0.1")
     path = config.local_path(settings.source)
     if settings.source.startswith(("http://", "https://")):
         path = download(settings.source, settings.out_dir / name_in(settings.source))
@@ -87,7 +90,8 @@ def main(argv):
     name = config.local_path(name) if name.endswith(".json") else name
     with new_files(settings.out_dir) as part:
         if name == "bpe":
-            print(f"training a byte-pair encoding of {settings.vocab_size} ids ...", file=sys.stderr)
+            print(f"training a byte-pair encoding of {settings.vocab_size} ids ...",
+                  file=sys.stderr)
             learned = min(split, character_start(path, settings.bpe_bytes))
             write_spec(part / "tokenizer.json",
                        train_bpe(read_text(path, 0, learned), settings.vocab_size))
@@ -97,12 +101,14 @@ def main(argv):
         counts = {f"{which}_tokens": write_tokens(part / f"{which}.bin", map(
             enc.encode_ordinary, read_text(path, start, stop, digest)))
             for which, start, stop in (("train", 0, split), ("val", split, size))}
-        if str(name).endswith(".json") and settings.tokenizer != "bpe":  # made elsewhere: comes along
+        # Made elsewhere: comes along.
+        if str(name).endswith(".json") and settings.tokenizer != "bpe":
             (part / "tokenizer.json").write_bytes(Path(name).read_bytes())
         stored = "tokenizer.json" if str(name).endswith(".json") else name
         write_meta(part, {"kind": "text", "tokenizer": stored, "vocab_size": enc.n_vocab, **counts,
                           "source": path.name, "sha256": digest.hexdigest()})
-    print(f"{path}: {size:,} bytes -> {settings.out_dir}: {counts['train_tokens']:,} training tokens, "
+    print(f"{path}: {size:,} bytes -> {settings.out_dir}: "
+          f"{counts['train_tokens']:,} training tokens, "
           f"{counts['val_tokens']:,} validation tokens, {enc.n_vocab} ids ({stored})")
 
 

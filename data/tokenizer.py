@@ -2,9 +2,9 @@
 
     python -m data.tokenizer "Hello,   world! naïve 👋"    # see how text becomes tokens
 
-Every tokenizer is a tiktoken.Encoding, so encode_ordinary, decode and n_vocab work on all of them, and
-every one knows `<|endoftext|>` and the three role tokens of a chat as single ids after its last ordinary
-id.
+Every tokenizer is a tiktoken.Encoding, so encode_ordinary, decode and n_vocab work on all of them,
+and every one knows `<|endoftext|>` and the three role tokens of a chat as single ids after its last
+ordinary id.
 """
 import heapq
 import json
@@ -19,13 +19,68 @@ import tiktoken
 END_OF_TEXT = "<|endoftext|>"
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 
-# How text is cut before bytes are paired (no pair crosses a cut): words, single digits (so that numbers are
-# spelled, and sums can be learned), runs of punctuation, white space. GPT-2 glues a space to the word
-# behind it; here it stands alone, so that a word is the same id wherever it stands and a small model learns
-# it once. It is written for Python's re, which trains, tiktoken's engine, which encodes, and that of
-# exported tokenizers; they disagree on whether the joiners in emoji (U+200C, U+200D) are letters: here not.
+# How text is cut before bytes are paired (no pair crosses a cut): words, single digits (so that
+# numbers are spelled, and sums can be learned), runs of punctuation, white space. GPT-2 glues a
+# space to the word behind it; here it stands alone, so that a word is the same id wherever it
+# stands and a small model learns it once. It is written for Python's re, which trains, tiktoken's
+# engine, which encodes, and that of exported tokenizers; they disagree on whether the joiners in
+# emoji (U+200C, U+200D) are letters: here not.
 SPLIT_PATTERN = "[^\\W\\d_\u200c\u200d]+|\\d|(?:[^\\s\\w]|[_\u200c\u200d])+|\\s+"
 
+
+# ---- byte-pair encoding, as it is taught ----
+
+def learn_merges(text, n_merges, pattern=SPLIT_PATTERN, min_count=2):
+    """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2), the plain way: the merges as
+    a list of pairs of ids, where merge i makes the new id 256 + i.
+
+    Start from the 256 bytes; again and again the most frequent pair of neighbours becomes a new id.
+    "aab aab" first merges (a, a), which occurs twice, then (aa, b): [(97, 97), (256, 98)].
+    """
+    words = [list(word.encode("utf-8")) for word in re.findall(pattern, text)]
+    merges = []
+    for i in range(n_merges):
+        counts = Counter()
+        for word in words:
+            counts.update(zip(word, word[1:]))  # its pairs of neighbours
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))  # among equals the smallest pair
+        if counts[best] < min_count:
+            break
+        merges.append(best)
+        words = [merge(word, best, 256 + i) for word in words]
+    return merges
+
+
+def apply_merges(text, merges, pattern=SPLIT_PATTERN):
+    """The ids of a text: each word's bytes, merged in the order in which the merges were learned.
+    With the two merges above "aabb" is first [97, 97, 98, 98], then [256, 98, 98], then [257,
+    98]."""
+    ids = []
+    for word in re.findall(pattern, text):
+        word = list(word.encode("utf-8"))
+        for i, pair in enumerate(merges):
+            word = merge(word, pair, 256 + i)
+        ids += word
+    return ids
+
+
+def merge(ids, pair, new_id):
+    """Replace each `pair` in a list of ids, from the left: merge([1, 1, 1, 2], (1, 1), 9) -> [9, 1,
+    2]."""
+    merged, i = [], 0
+    while i < len(ids):
+        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
+            merged.append(new_id)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
+# ---- the same, fast: tiktoken encodes, and train_bpe learns ----
 
 def build(name, pattern, token_bytes):
     """A tiktoken.Encoding from the bytes of each ordinary token, in the order of their ids."""
@@ -35,19 +90,21 @@ def build(name, pattern, token_bytes):
 
 
 def get_tokenizer(spec):
-    """The tokenizer named by `spec`: "gpt2", "bytes", the path of a tokenizer.json, or what read_spec
-    returns.
+    """The tokenizer named by `spec`: "gpt2", "bytes", the path of a tokenizer.json, or what
+    read_spec returns.
 
-    Raises ValueError where there is none of that name, the file is not one, or GPT-2's vocabulary can
-    neither be found nor downloaded.
+    Raises ValueError where there is none of that name, the file is not one, or GPT-2's vocabulary
+    can neither be found nor downloaded.
     """
     spec = read_spec(spec)
     if spec == "bytes":
         return build("bytes", r"[\s\S]", [bytes([i]) for i in range(256)])
     if spec == "gpt2":
         base = load_gpt2()
-        specials = {**base._special_tokens, **{t: base.n_vocab + i for i, t in enumerate(ROLE_TOKENS)}}
-        return tiktoken.Encoding("gpt2", pat_str=base._pat_str, mergeable_ranks=base._mergeable_ranks,
+        specials = {**base._special_tokens,
+                    **{t: base.n_vocab + i for i, t in enumerate(ROLE_TOKENS)}}
+        return tiktoken.Encoding("gpt2", pat_str=base._pat_str,
+                                 mergeable_ranks=base._mergeable_ranks,
                                  special_tokens=specials)
     token_bytes = [bytes([i]) for i in range(256)]
     for a, b in spec["merges"]:
@@ -56,8 +113,8 @@ def get_tokenizer(spec):
 
 
 def read_spec(spec):
-    """What a checkpoint keeps of a tokenizer: "gpt2", "bytes", or the dict {"pattern", "merges"} of a
-    tokenizer.json at the path `spec`. Raises ValueError."""
+    """What a checkpoint keeps of a tokenizer: "gpt2", "bytes", or the dict {"pattern", "merges"} of
+    a tokenizer.json at the path `spec`. Raises ValueError."""
     if isinstance(spec, dict) or spec in ("gpt2", "bytes"):
         return spec
     path = Path(spec)
@@ -66,13 +123,14 @@ def read_spec(spec):
                          "tokenizer.json")
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-        spec = {"pattern": str(loaded["pattern"]), "merges": [[int(a), int(b)] for a, b in loaded["merges"]]}
+        spec = {"pattern": str(loaded["pattern"]),
+                "merges": [[int(a), int(b)] for a, b in loaded["merges"]]}
         re.compile(spec["pattern"])
         if not all(0 <= min(pair) <= max(pair) < 256 + i for i, pair in enumerate(spec["merges"])):
             raise ValueError("a merge of ids that do not exist yet")
     except (ValueError, KeyError, TypeError, re.error) as error:
-        raise ValueError(f"{path}: not a tokenizer.json of this project; prepare the data again to make a "
-                         "new one") from error
+        raise ValueError(f"{path}: not a tokenizer.json of this project; "
+                         "prepare the data again to make a new one") from error
     return spec
 
 
@@ -86,38 +144,38 @@ def load_gpt2():
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests, urllib3 and tiktoken each have their own
-        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR") or "unset"
+        folder = (os.environ.get("TIKTOKEN_CACHE_DIR") or
+                  os.environ.get("DATA_GYM_CACHE_DIR") or "unset")
         raise ValueError(
-            f"GPT-2's vocabulary could not be loaded ({type(error).__name__}). It is two files, vocab.bpe "
-            "and encoder.json, that tiktoken downloads once. Without a network, copy tiktoken's cache "
-            f"folder from another machine and set TIKTOKEN_CACHE_DIR to it (now: {folder})") from error
+            f"GPT-2's vocabulary could not be loaded ({type(error).__name__}). It is two files, "
+            "vocab.bpe and encoder.json, that tiktoken downloads once. Without a network, copy "
+            "tiktoken's cache folder from another machine and set TIKTOKEN_CACHE_DIR to it "
+            f"(now: {folder})") from error
 
 
 def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN, min_count=2):
-    """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): the merges that make vocab_size ids.
+    """The merges of `learn_merges` that make vocab_size ids, without counting anew for each of
+    them.
 
-    texts: an iterable of strings; words are not joined across two of them. Start from the 256 bytes; again
-    and again the most frequent pair of neighbours becomes a new id (among equals the smallest pair), until
-    there are vocab_size ids or no pair is left that occurs min_count times. For example "aab aab" first
-    merges (a, a), which occurs twice, then (aa, b). Returns {"pattern": ..., "merges": [[id, id], ...]},
-    where merge i makes id 256 + i. Raises ValueError for fewer than 256 ids.
+    texts: an iterable of strings; words are not joined across two of them. Returns {"pattern": ...,
+    "merges": [[id, id], ...]}. Raises ValueError for fewer than 256 ids.
     """
     if vocab_size < 256:
-        raise ValueError(f"vocab_size={vocab_size}: a byte-pair encoding starts from 256 bytes; use 256 or "
-                         "more")
-    splitter = re.compile(pattern)
-    word_counts = Counter()
+        raise ValueError(f"vocab_size={vocab_size}: a byte-pair encoding starts from 256 bytes; "
+                         "use 256 or more")
+    splitter, word_counts = re.compile(pattern), Counter()
     for text in texts:
         word_counts.update(splitter.findall(text))
-    words = [list(word.encode("utf-8")) for word in word_counts]  # each word once, however often it occurs
+    # Each word once, however often it occurs; and for each pair, how often and in which words.
+    words = [list(word.encode("utf-8")) for word in word_counts]
     counts = list(word_counts.values())
     pair_counts, pair_words = Counter(), defaultdict(set)
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pair_counts[pair] += counts[i]
             pair_words[pair].add(i)
-    # A heap finds the most frequent pair. Counts change as words merge: changed pairs are pushed anew, and
-    # entries whose count is no longer true are skipped when they come up.
+    # A heap finds the most frequent pair. Counts change as words merge: changed pairs are pushed
+    # anew, and entries whose count is no longer true are skipped when they come up.
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     merges = []
@@ -129,7 +187,7 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN, min_count=2):
             break
         new_id = 256 + len(merges)
         merges.append(list(pair))
-        changed = Counter()
+        changed = Counter()  # how the counts of pairs change, in the words that hold this one
         for i in pair_words.pop(pair):
             old, new = words[i], merge(words[i], pair, new_id)
             words[i] = new
@@ -149,74 +207,6 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN, min_count=2):
     return {"pattern": pattern, "merges": merges}
 
 
-def merge(ids, pair, new_id):
-    """Replace each `pair` in a list of ids, from the left: merge([1, 1, 1, 2], (1, 1), 9) -> [9, 1, 2]."""
-    merged, i = [], 0
-    while i < len(ids):
-        if ids[i] == pair[0] and i + 1 < len(ids) and ids[i + 1] == pair[1]:
-            merged.append(new_id)
-            i += 2
-        else:
-            merged.append(ids[i])
-            i += 1
-    return merged
-
-
-def printable_bytes():
-    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, others for letters from
-    U+0100 on, so that tokens can be written in text files."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
-def merge_pairs(enc):
-    """The two tokens that each token of more than one byte is merged from, in the order of their ids: what
-    is left of its bytes when only tokens of lower ids may be merged. [(bytes, bytes), ...]"""
-    ranks, pairs = enc._mergeable_ranks, []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([b]) for b in token]
-        while len(parts) > 2:
-            joined = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            i = joined.index(min(joined))
-            if joined[i] >= rank:
-                break
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            pairs.append(tuple(parts))
-    return pairs
-
-
-def write_hf_tokenizer(folder, spec, block_size, chat_template):
-    """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens as this
-    tokenizer; chat_template is Jinja, for its apply_chat_template."""
-    enc, letters = get_tokenizer(spec), printable_bytes()
-
-    def written(token):
-        return "".join(letters[b] for b in token)
-
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": enc._pat_str}, "behavior": "Isolated", "invert": False}
-    specials = sorted(enc._special_tokens.items(), key=lambda item: item[1])
-    tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                          "normalized": False, "special": True} for token, i in specials],
-        "pre_tokenizer": byte_level | {"use_regex": True} if spec == "gpt2" else
-        {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                  "vocab": {written(token): i for token, i in enc._mergeable_ranks.items()},
-                  "merges": [[written(a), written(b)] for a, b in merge_pairs(enc)]}}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-              "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
-              "clean_up_tokenization_spaces": False, "chat_template": chat_template}
-    for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        (Path(folder) / name).write_text(text + "\n", encoding="utf-8")
-
-
 def token_pieces(enc, ids):
     """Each id's own text; bytes that are only a part of a character show as <e2> and so on."""
     pieces = []
@@ -233,7 +223,8 @@ def paint(pieces, colour):
     shown = [p.replace(" ", "·").replace("\n", "↵").replace("\t", "→") for p in pieces]
     if not colour:
         return "|".join(shown)
-    return "".join(f"\x1b[{(30, 97)[i % 2]};{(106, 44)[i % 2]}m{p}\x1b[0m" for i, p in enumerate(shown))
+    return "".join(f"\x1b[{(30, 97)[i % 2]};{(106, 44)[i % 2]}m{p}\x1b[0m"
+                   for i, p in enumerate(shown))
 
 
 def show(text, colour):
@@ -245,11 +236,13 @@ def show(text, colour):
             yield "  " + " ".join(map(str, ids))
 
     yield f"{len(text)} characters, {len(text.encode('utf-8'))} bytes (· is a space)"
-    yield from step("1. White space", "Simple, but 'world!' and 'world' are strangers.", text.split())
-    yield from step("2. White space and punctuation", "Better; yet every unseen word is an unknown one.",
+    yield from step("1. White space", "Simple, but 'world!' and 'world' are strangers.",
+                    text.split())
+    yield from step("2. White space and punctuation",
+                    "Better; yet every unseen word is an unknown one.",
                     re.findall(r"\w+|[^\w\s]", text))
-    yield from step("3. Characters", "Nothing unknown in one script, but 150,000 of them exist, and texts "
-                                     "get long.",
+    yield from step("3. Characters",
+                    "Nothing unknown in one script, but 150,000 of them exist, and texts get long.",
                     list(text), [ord(c) for c in text])
     enc = get_tokenizer("bytes")
     ids = enc.encode_ordinary(text)
@@ -259,8 +252,9 @@ def show(text, colour):
     spec = train_bpe([source.read_text(encoding="utf-8")], 1024)
     enc = get_tokenizer(spec)
     ids = enc.encode_ordinary(text)
-    yield from step("5. Byte pairs, learned here", f"{len(spec['merges'])} merges of frequent neighbours in "
-                    f"{source.name}: common words are one piece, nothing is unknown.",
+    yield from step("5. Byte pairs, learned here",
+                    f"{len(spec['merges'])} merges of frequent neighbours in {source.name}: "
+                    "common words are one piece, nothing is unknown.",
                     token_pieces(enc, ids), ids)
     word = max(re.findall(spec["pattern"], text), key=lambda w: len(w.encode("utf-8")), default="")
     ids = list(word.encode("utf-8"))
@@ -276,8 +270,8 @@ def show(text, colour):
         yield f"\n6. GPT-2's byte pairs: not shown. {error}"
         return
     ids = enc.encode_ordinary(text)
-    yield from step("6. GPT-2's byte pairs", "The same method with 50,000 merges, learned on 40 GB of web "
-                                             "pages.",
+    yield from step("6. GPT-2's byte pairs",
+                    "The same method with 50,000 merges, learned on 40 GB of web pages.",
                     token_pieces(enc, ids), ids)
     yield "   In a chat, role tokens follow: " + ", ".join(
         f"{t} is id {enc.encode_single_token(t)}" for t in ROLE_TOKENS)
@@ -287,6 +281,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__.strip())
     sys.stdout.reconfigure(encoding="utf-8")
-    text = sys.argv[1].encode("utf-8", "replace").decode("utf-8")  # a broken byte becomes a question mark
+    # A broken byte becomes a question mark.
+    text = sys.argv[1].encode("utf-8", "replace").decode("utf-8")
     for line in show(text, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):
         print(line)

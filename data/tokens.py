@@ -1,9 +1,10 @@
 """Token files and the batches made of them.
 
-A prepared folder holds train.bin and val.bin (token ids as raw uint16, nothing else, so np.memmap opens
-them) and meta.json, which says what the ids mean. TokenDataset cuts plain text into windows, ChatDataset
-keeps conversations whole; training calls both the same way: batch(split, index) is a pure function of the
-seed and the index, so a run that is resumed, or spread over machines, sees the same batches.
+A prepared folder holds train.bin and val.bin (token ids as raw uint16, nothing else, so np.memmap
+opens them) and meta.json, which says what the ids mean. TokenDataset cuts plain text into windows,
+ChatDataset keeps conversations whole; training calls both the same way: batch(split, index) is a
+pure function of the seed and the index, so a run that is resumed, or spread over machines, sees the
+same batches.
 """
 import contextlib
 import json
@@ -17,28 +18,30 @@ from data.conversation import special_ids, supervised
 from data.tokenizer import get_tokenizer, read_spec
 
 SPLITS = ("train", "val")
-CHECKED = 10_000_000  # ids that are checked when a file is opened; of the others each batch checks its own
+# Ids that are checked when a file is opened; of the others each batch checks its own.
+CHECKED = 10_000_000
 
 
 @contextlib.contextmanager
 def new_files(folder):
-    """A temporary folder inside `folder`; if the block succeeds all its files move up into `folder`, if it
-    fails none do, and earlier files stay."""
+    """A temporary folder inside `folder`; if the block succeeds all its files move up into
+    `folder`, if it fails none do, and earlier files stay."""
     folder = Path(folder)
     part = folder / ".part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
-        for path in sorted(part.iterdir(), key=lambda p: p.name == "meta.json"):  # what the others mean: last
+        # What the others mean: last.
+        for path in sorted(part.iterdir(), key=lambda p: p.name == "meta.json"):
             os.replace(path, folder / path.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def write_tokens(path, chunks):
-    """Write lists or arrays of ids, one after the other, as uint16; returns how many. Raises ValueError for
-    an id that uint16 cannot hold."""
+    """Write lists or arrays of ids, one after the other, as uint16; returns how many. Raises
+    ValueError for an id that uint16 cannot hold."""
     total = 0
     with open(path, "wb") as f:
         for ids in chunks:
@@ -63,35 +66,39 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if not (type(meta["kind"]) is type(meta["tokenizer"]) is str and type(meta["vocab_size"]) is int):
+        if not (type(meta["kind"]) is type(meta["tokenizer"]) is str and
+                type(meta["vocab_size"]) is int):
             raise TypeError
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no meta.json there; prepare the data first: python prepare_alpaca.py "
-                         "config/prepare_instruction.py (chats), or python -m data.text (plain "
-                         "text)") from None
+        raise ValueError(f"{folder}: no meta.json there; prepare the data first: "
+                         "python prepare_alpaca.py config/prepare_instruction.py (chats), "
+                         "or python -m data.text (plain text)") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a meta.json of this project; prepare the folder again") from error
+        raise ValueError(f"{path}: not a meta.json of this project; "
+                         "prepare the folder again") from error
     return meta
 
 
 def folder_tokenizer(folder):
-    """What a checkpoint keeps of the tokenizer of a prepared folder (see data/tokenizer.py's read_spec)."""
+    """What a checkpoint keeps of the tokenizer of a prepared folder (see data/tokenizer.py's
+    read_spec)."""
     name = read_meta(folder)["tokenizer"]
     return read_spec(Path(folder) / name if name.endswith(".json") else name)
 
 
 def open_dataset(folder, block_size, batch_size, seed=0):
-    """The TokenDataset or ChatDataset of a prepared folder, as its meta.json says. Raises ValueError."""
+    """The TokenDataset or ChatDataset of a prepared folder, as its meta.json says. Raises
+    ValueError."""
     kind = {"text": TokenDataset, "chat": ChatDataset}.get(read_meta(folder)["kind"])
     if kind is None:
-        raise ValueError(f"{folder}/meta.json: kind {read_meta(folder)['kind']!r} is neither 'text' nor "
-                         "'chat'")
+        raise ValueError(f"{folder}/meta.json: kind {read_meta(folder)['kind']!r} "
+                         "is neither 'text' nor 'chat'")
     return kind(folder, block_size, batch_size, seed)
 
 
 def shards(folder, split):
-    """The paths of a split's token files: train.bin, or train_000.bin, train_001.bin and so on. Raises
-    ValueError where there is none."""
+    """The paths of a split's token files: train.bin, or train_000.bin, train_001.bin and so on.
+    Raises ValueError where there is none."""
     folder = Path(folder)
     paths = [folder / f"{split}.bin"] if (folder / f"{split}.bin").is_file() else \
         sorted(folder.glob(f"{split}_*.bin"))
@@ -101,11 +108,12 @@ def shards(folder, split):
 
 
 def open_tokens(path, vocab_size):
-    """The ids in a file as a read-only memmap (n,). Raises ValueError for a file that cannot be right."""
+    """The ids in a file as a read-only memmap (n,). Raises ValueError for a file that cannot be
+    right."""
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise ValueError(f"{path}: {size} bytes are not 16-bit token ids; the file is cut short or empty, "
-                         "prepare the folder again")
+        raise ValueError(f"{path}: {size} bytes are not 16-bit token ids; the file is cut short "
+                         "or empty, prepare the folder again")
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
     check_ids(tokens[:CHECKED], vocab_size, path)
     return tokens
@@ -114,25 +122,30 @@ def open_tokens(path, vocab_size):
 def check_ids(ids, vocab_size, path):
     """Raise ValueError where `ids`, those of the file `path`, are not all below vocab_size."""
     if ids.max() >= vocab_size:
-        raise ValueError(f"{path}: holds token id {ids.max()}, but the vocabulary has {vocab_size}; it was "
-                         "made with another tokenizer, prepare the folder again")
+        raise ValueError(f"{path}: holds token id {ids.max()}, but the vocabulary has "
+                         f"{vocab_size}; it was made with another tokenizer, "
+                         "prepare the folder again")
 
 
 def fingerprint(folder):
-    """What tells one prepared folder from another: its source's sha256 and how many tokens came of it."""
+    """What tells one prepared folder from another: its source's sha256 and how many tokens came of
+    it."""
     meta = read_meta(folder)
-    return [str(meta.get(name)) for name in ("kind", "sha256", "seed", "train_tokens", "val_tokens")]
+    return [str(meta.get(name))
+            for name in ("kind", "sha256", "seed", "train_tokens", "val_tokens")]
 
 
 class TokenDataset:
-    """Plain text: windows of block_size tokens from random places, each target the token after. The text may
-    lie in several shards; no window crosses from one to the next."""
+    """Plain text: windows of block_size tokens from random places, each target the token after. The
+    text may lie in several shards; no window crosses from one to the next. A batch depends on the
+    seed and its number alone: a resumed run finds its place in the data by its step."""
 
     kind = "text"
     turns = 0
 
     def __init__(self, folder, block_size, batch_size, seed=0):
-        self.folder, self.block_size, self.batch_size, self.seed = Path(folder), block_size, batch_size, seed
+        self.folder, self.block_size, self.batch_size, self.seed = (
+            Path(folder), block_size, batch_size, seed)
         self.tokenizer, self.vocab_size = folder_tokenizer(folder), read_meta(folder)["vocab_size"]
         self.fingerprint = fingerprint(folder)
         self.paths = {split: shards(folder, split) for split in SPLITS}
@@ -141,16 +154,18 @@ class TokenDataset:
             self.tokens[split] = [open_tokens(path, self.vocab_size) for path in paths]
             for path, tokens in zip(paths, self.tokens[split]):
                 if len(tokens) <= block_size:
-                    raise ValueError(f"{path}: {len(tokens)} tokens are too few for block_size={block_size}; "
-                                     f"use more text, or --block_size={max(len(tokens) - 1, 1)}")
-            self.ends[split] = np.cumsum([len(tokens) - block_size for tokens in self.tokens[split]])
+                    raise ValueError(f"{path}: {len(tokens)} tokens are too few for "
+                                     f"block_size={block_size}; use more text, or "
+                                     f"--block_size={max(len(tokens) - 1, 1)}")
+            self.ends[split] = np.cumsum([len(tokens) - block_size
+                                          for tokens in self.tokens[split]])
 
     def n_tokens(self, split):
         return sum(map(len, self.tokens[split]))
 
     def batch(self, split, index):
-        """The index-th batch of random windows: ids (B, T) int64, targets (B * T,) int64, where None: every
-        position has a target."""
+        """The index-th batch of random windows: ids (B, T) int64, targets (B * T,) int64, where
+        None: every position has a target."""
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
         return self.windows(split, rng.integers(0, self.ends[split][-1], self.batch_size))
 
@@ -159,17 +174,19 @@ class TokenDataset:
         return index * self.batch_size * self.block_size / self.n_tokens(split)
 
     def eval_batches(self, split, max_tokens):
-        """Fixed windows, spread evenly, without overlap and together at most max_tokens (at least one
-        window), in batches like those of batch()."""
+        """Fixed windows, spread evenly, without overlap and together at most max_tokens (at least
+        one window), in batches like those of batch()."""
         first = np.append(0, self.ends[split][:-1])  # the number of each shard's first window
-        apart = np.concatenate([np.arange(a, b, self.block_size) for a, b in zip(first, self.ends[split])])
+        apart = np.concatenate([np.arange(a, b, self.block_size)
+                                for a, b in zip(first, self.ends[split])])
         wanted = min(len(apart), max(max_tokens // self.block_size, 1))
         numbers = apart[np.linspace(0, len(apart) - 1, wanted).round().astype(np.int64)]
         for i in range(0, wanted, self.batch_size):
             yield self.windows(split, numbers[i:i + self.batch_size])
 
     def windows(self, split, numbers):
-        """A batch of the windows with these numbers, counted from the first shard's first token on."""
+        """A batch of the windows with these numbers, counted from the first shard's first token
+        on."""
         ids = np.empty((len(numbers), self.block_size + 1), np.int64)
         for row, number in zip(ids, numbers):
             shard = int(np.searchsorted(self.ends[split], number, side="right"))
@@ -182,11 +199,11 @@ class TokenDataset:
 class ChatDataset:
     """Chats: whole conversations, each from position 0, batched with others of about its length.
 
-    A batch holds as many conversations as fit into batch_size * block_size tokens, padding counted, so it
-    costs the memory that a batch of text does. Every epoch sorts by length, equals in a new random order,
-    cuts at a random phase and shuffles the batches. Only the assistant's tokens are targets. A conversation
-    longer than block_size + 1 is cut there; one that has no target left is dropped (`dropped` counts them
-    by split).
+    A batch holds as many conversations as fit into batch_size * block_size tokens, padding counted,
+    so it costs the memory that a batch of text does. Every epoch sorts by length, equals in a new
+    random order, cuts at a random phase and shuffles the batches. Only the assistant's tokens are
+    targets. A conversation longer than block_size + 1 is cut there; one that has no target left is
+    dropped (`dropped` counts them by split).
     """
 
     kind = "chat"
@@ -203,34 +220,41 @@ class ChatDataset:
         for split in SPLITS:
             parts = [open_tokens(path, self.vocab_size) for path in shards(folder, split)]
             tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            starts = np.flatnonzero(tokens == self.pad_id)  # every conversation opens with <|endoftext|>
+            # Every conversation opens with <|endoftext|>.
+            starts = np.flatnonzero(tokens == self.pad_id)
             if not len(starts):
-                raise ValueError(f"{folder}/{split}.bin: no conversation in it; prepare the folder again")
+                raise ValueError(f"{folder}/{split}.bin: no conversation in it; "
+                                 "prepare the folder again")
             lengths = np.minimum(np.diff(starts, append=len(tokens)), block_size + 1)
             is_target = supervised(tokens, enc)
             before = np.concatenate([[0], np.cumsum(is_target)])  # targets before each position
             kept = before[starts + lengths] > before[starts]
             self.dropped[split] = int((~kept).sum())
             if not kept.any():
-                raise ValueError(f"{folder}/{split}.bin: at block_size={block_size} no conversation has "
-                                 "anything of the assistant's left; use a larger block_size")
-            turns = np.add.reduceat(tokens == special_ids(enc)[1], starts)  # <|user|>s of each conversation
+                raise ValueError(f"{folder}/{split}.bin: at block_size={block_size} no "
+                                 "conversation has anything of the assistant's left; "
+                                 "use a larger block_size")
+            # The <|user|>s of each conversation.
+            turns = np.add.reduceat(tokens == special_ids(enc)[1], starts)
             self.turns = max(self.turns, int(turns.max()))
             self.tokens[split], self.targets[split] = tokens, is_target
             self.starts[split], self.lengths[split] = starts[kept], lengths[kept]
         self._plans = {}  # the newest epoch's batches, by split
-        self._first_batch = {split: [0] for split in SPLITS}  # where each epoch starts, as far as known
+        # Where each epoch starts, as far as known.
+        self._first_batch = {split: [0] for split in SPLITS}
 
     def n_tokens(self, split):
         return len(self.tokens[split])
 
     def plan(self, split, epoch):
-        """The batches of an epoch: a list of arrays of row numbers."""
+        """Which chats share a batch: those of about one length, drawn anew in each epoch. A list of
+        arrays of row numbers."""
         if self._plans.get(split, (None,))[0] != epoch:
             rng = np.random.default_rng([self.seed, SPLITS.index(split), epoch])
             lengths = self.lengths[split]
-            order = np.lexsort((rng.random(len(lengths)), lengths))
-            batches = cut(order, lengths, self.budget, first_budget=int(rng.integers(self.budget)) + 1)
+            order = np.lexsort((rng.random(len(lengths)), lengths))  # by length, equals at random
+            first_budget = int(rng.integers(self.budget)) + 1  # so that cuts fall elsewhere
+            batches = cut(order, lengths, self.budget, first_budget)
             self._plans[split] = epoch, [batches[i] for i in rng.permutation(len(batches))]
         return self._plans[split][1]
 
@@ -254,8 +278,8 @@ class ChatDataset:
         return epoch + place / len(self.plan(split, epoch))
 
     def batch(self, split, index):
-        """The index-th batch, counted from the first epoch on: ids (B, T) int64, targets (N,) int64, and
-        where (N,), the flat positions b * T + t whose next token is targets."""
+        """The index-th batch, counted from the first epoch on: ids (B, T) int64, targets (N,)
+        int64, and where (N,), the flat positions b * T + t whose next token is targets."""
         epoch, place = self.find(split, index)
         return self.rows(split, self.plan(split, epoch)[place])
 
@@ -280,16 +304,19 @@ class ChatDataset:
 
     def conversations(self, split):
         """Every conversation's ids, whole, in the order of the file."""
-        bounds = np.append(np.flatnonzero(self.tokens[split] == self.pad_id), len(self.tokens[split]))
+        bounds = np.append(np.flatnonzero(self.tokens[split] == self.pad_id),
+                           len(self.tokens[split]))
         return [self.tokens[split][a:b].tolist() for a, b in zip(bounds, bounds[1:])]
 
 
 def cut(order, lengths, budget, first_budget=None):
-    """Cut rows sorted by length into batches of at most `budget` tokens once padded to their longest row; a
-    batch has at least one row. The first may be given a smaller budget, so that cuts fall elsewhere."""
+    """Cut rows sorted by length into batches of at most `budget` tokens once padded to their
+    longest row; a batch has at least one row. The first may be given a smaller budget, so that cuts
+    fall elsewhere."""
     batches, batch, limit = [], [], first_budget or budget
     for row in order:
-        if batch and (len(batch) + 1) * (lengths[row] - 1) > limit:  # the last token is a target only
+        # The last token is a target only.
+        if batch and (len(batch) + 1) * (lengths[row] - 1) > limit:
             batches.append(np.array(batch))
             batch, limit = [], budget
         batch.append(row)

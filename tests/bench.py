@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,18 +36,22 @@ import finetune
 import prepare_alpaca
 import train
 from data.conversation import read_conversations, supervised
+from data.export import write_hf_model
+from data.files import write_json
 from data.tokenizer import get_tokenizer
 from data.tokens import SPLITS, open_dataset, write_meta, write_tokens
 from model import (
     GPT,
     GPTConfig,
     KVCache,
+    configure_optimizers,
     load_checkpoint,
     model_checkpoint,
     model_from_checkpoint,
     quantize_int8,
     save_checkpoint,
-    write_json,
+    to_gpt2_names,
+    use_onednn,
 )
 
 REPO = Path(__file__).resolve().parent.parent
@@ -105,7 +109,7 @@ def as_transformers(model):
     """The same model in transformers."""
     from transformers import GPT2LMHeadModel
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+        write_hf_model(Path(folder), model.config, to_gpt2_names(model))
         return GPT2LMHeadModel.from_pretrained(folder)
 
 
@@ -194,8 +198,8 @@ def shakespeare_step(s):
 def steps_in_turn(dataset, batch_size, runs, count=20):
     loop = train.Settings(optimizer="adamw", batch_size=batch_size, block_size=64, learning_rate=1e-3)
     model, peer, fast = (GPT(GPTConfig(dataset.vocab_size, 64, 4, 4, 128)) for _ in range(3))
-    optimizers = model.configure_optimizers("adamw", 1e-3, 1e-3, 0.0, (0.9, 0.99))
-    muon = fast.configure_optimizers("muon", 1e-3, 1e-3, 0.0, (0.9, 0.99))
+    optimizers = configure_optimizers(model, loop)
+    muon = configure_optimizers(fast, replace(loop, optimizer="muon", embedding_learning_rate=1e-3))
     nanogpt = nanogpt_step(dataset, peer, batch_size, 64, CPU, contextlib.nullcontext())
     spent, number = [], iter(range(10**9))
 
@@ -240,8 +244,8 @@ def gpu(s):
 
 def gpu_steps(shape, windows, batch_size, nanogpt_batch_size, device, peak, runs):
     """The lines of `gpu` for one shape of model, `windows` a step and two sizes of batch."""
-    loop = train.Settings(optimizer="adamw", batch_size=batch_size, learning_rate=6e-4,
-                          gradient_accumulation=windows // batch_size)
+    loop = train.Settings(optimizer="adamw", batch_size=batch_size, learning_rate=6e-4, weight_decay=0.1,
+                          beta2=0.95, gradient_accumulation=windows // batch_size)
     autocast, number = torch.autocast(device.type, torch.bfloat16), iter(range(10**9))
     with tempfile.TemporaryDirectory() as folder:
         tokens = np.random.default_rng(0).integers(0, 50257, 10**6)
@@ -251,7 +255,7 @@ def gpu_steps(shape, windows, batch_size, nanogpt_batch_size, device, peak, runs
         dataset = open_dataset(folder, shape.block_size, batch_size)
         model, same, peer = (GPT(shape).to(device) for _ in range(3))
         run = torch.compile(model) if device.type == "cuda" else model
-        optimizers = model.configure_optimizers("adamw", 6e-4, 6e-4, 0.1, (0.9, 0.95))
+        optimizers = configure_optimizers(model, loop)
         steps = {"ours": lambda: train.train_step(run, optimizers, dataset, next(number), loop, device,
                                                   autocast)}
         for name, other, size in (("same", same, batch_size), ("peer", peer, nanogpt_batch_size)):
@@ -278,9 +282,9 @@ def gpu_steps(shape, windows, batch_size, nanogpt_batch_size, device, peak, runs
 
 def decode(s):
     """Tokens a second for one conversation, GPT-2 124M, a prompt of 64 tokens and 128 new ones."""
-    model = gpt2_shape().eval()
+    model, small = gpt2_shape().eval(), gpt2_shape().eval()
     peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (64,)).tolist()
-    small = gpt2_shape().eval()
+    use_onednn(model)
     quantize_int8(small)
 
     def ours(which):
@@ -307,6 +311,7 @@ def prefill(s):
     """Reading a prompt of 512 tokens, to the first new one; and a second turn after 900 tokens of a chat."""
     model = gpt2_shape().eval()
     peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (932,)).tolist()
+    use_onednn(model)
     cache = KVCache(model)
 
     @torch.no_grad()
@@ -314,7 +319,7 @@ def prefill(s):
         peer(torch.tensor([ids[:512]]), use_cache=True, logits_to_keep=1)
 
     def second_turn():
-        cache.truncate(900)
+        del cache.ids[900:]
         next(model.generate(ids, 1, temperature=0, cache=cache))
 
     next(model.generate(ids, 1, temperature=0, cache=cache))
@@ -335,12 +340,15 @@ def load(s):
         folder, model = Path(folder), gpt2_shape()
         made = {"step": 1, "max_iters": 1, "turns": 1}
         save_checkpoint(folder / "best.pt", model_checkpoint(model, "gpt2", "chat", **made))
-        model.save_pretrained(folder / "hf")
+        (folder / "hf").mkdir()
+        write_hf_model(folder / "hf", model.config, to_gpt2_names(model))
         ids = torch.tensor([[1, 2, 3]])
 
         @torch.no_grad()
         def ours():
-            model_from_checkpoint(load_checkpoint(folder / "best.pt")).eval()(ids)
+            loaded = model_from_checkpoint(load_checkpoint(folder / "best.pt")).eval()
+            use_onednn(loaded)
+            loaded(ids)
 
         @torch.no_grad()
         def theirs():
@@ -368,6 +376,7 @@ def int8_quality(s):
     checkpoint = load_checkpoint(s.checkpoint, "Name one that was trained: --checkpoint=FILE.")
     tokens = np.fromfile(Path(checkpoint["settings"]["data_dir"]) / "val.bin", np.uint16)[:50_000]
     exact, small = model_from_checkpoint(checkpoint).eval(), model_from_checkpoint(checkpoint).eval()
+    use_onednn(exact)
     quantize_int8(small)
     for name in ("in windows", "token by token"):
         loss = dict.fromkeys(("float32", "int8"), 0.0)
@@ -376,7 +385,7 @@ def int8_quality(s):
                 ids = torch.from_numpy(tokens[start:start + model.config.block_size + 1].astype(np.int64))
                 cache = KVCache(model)
                 logits = model(ids[None, :-1])[0] if name == "in windows" else torch.cat(
-                    [model.head(model.hidden(i.view(1, 1), cache))[0] for i in ids[:-1]])
+                    [model.head(model.hidden(i.view(1, 1), cache, t))[0] for t, i in enumerate(ids[:-1])])
                 loss[which] += F.cross_entropy(logits, ids[1:], reduction="sum").item()
         perplexity = {which: math.exp(total / (len(tokens) - 1)) for which, total in loss.items()}
         yield line(f"perplexity, int8, {name}; float32", [perplexity["int8"]], [perplexity["float32"]], "",
@@ -464,7 +473,7 @@ def finetune_alpaca(s):
     peer = as_transformers(model).train()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-5, fused=True)
     settings = finetune.Settings(learning_rate=1e-5, warmup_iters=0, max_iters=10**6, dropout=0.0)
-    optimizers = model.configure_optimizers("adamw", 1e-5, 1e-5, 0.0, (0.9, 0.99))
+    optimizers = configure_optimizers(model, settings)
     order = torch.randperm(len(chats)).tolist()
     padded = [[chats[i] for i in order[n:n + 8]] for n in range(0, len(order), 8)]
 
@@ -506,7 +515,8 @@ def train_and_measure(argv, folder, out_dir):
     model = GPT(GPTConfig(dataset.vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout, s.bias))
     _, seconds = quiet(train.train, s, model, dataset, CPU, torch.float32)
     model = model_from_checkpoint(load_checkpoint(s.out_dir / "last.pt"))
-    return seconds, train.evaluate(model, dataset, "val", 10**9, CPU, contextlib.nullcontext())
+    return seconds, train.evaluate(model, dataset, "val", replace(s, eval_tokens=10**9), CPU,
+                                   contextlib.nullcontext())
 
 
 def shakespeare(s):

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import chat
-from chat import Talk, head_scores, show_attention
+import model as gpt
+from chat import Talk, show_attention
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, attention
+from pictures import attention_weights, head_scores
 
 
 def tiny(**changes):
@@ -39,21 +41,32 @@ def test_attention_by_hand():
     np.testing.assert_allclose(y[0, 0].numpy(), [[1, 10], [1 + 2 * second, 10 + 20 * second]])
 
 
-def test_the_weights_of_a_model_are_those_it_uses():
+def test_the_weights_of_a_model_are_those_it_uses(monkeypatch):
     model, ids = tiny(), [5, 9, 5, 200, 7]
     before = model(torch.tensor([ids]))
-    for block in model.h:
-        block.attn.keep_weights = True
-    torch.testing.assert_close(model(torch.tensor([ids])), before)  # written out = fused, in all layers
-    weights = model.attention_weights(ids)
+    weights = attention_weights(model, ids)
     assert weights.shape == (3, 2, 5, 5)
     torch.testing.assert_close(model(torch.tensor([ids])), before)
+    used = iter(weights)
+    monkeypatch.setattr(gpt.F, "scaled_dot_product_attention", lambda q, k, v, **_: next(used) @ v)
+    torch.testing.assert_close(model(torch.tensor([ids])), before)  # written out = fused, in all layers
+    assert not list(used)
     x = model.h[0].ln_1(model.wte(torch.tensor(ids)) + model.wpe.weight[:5])  # the first layer by hand
     q, k, _ = (z.view(5, 2, 8).transpose(0, 1) for z in model.h[0].attn.c_attn(x).split(16, dim=1))
     scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     torch.testing.assert_close(weights[0], scores.softmax(-1), rtol=1e-5, atol=1e-6)
-    for block in model.h:
-        assert not block.attn.keep_weights and block.attn.weights is None
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_weights_of_the_faster_forms_of_a_model_are_those_of_the_model():
+    ids, wanted = [5, 9, 5, 200, 7], attention_weights(tiny(), [5, 9, 5, 200, 7])
+    for change, rtol in ((gpt.use_onednn, 1e-4), (gpt.quantize_int8, 0.02)):
+        model = tiny()
+        change(model)
+        torch.testing.assert_close(attention_weights(model, ids), wanted, rtol=rtol, atol=1e-6)
+    found = attention_weights(tiny().bfloat16(), ids)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, wanted, rtol=0.02, atol=1e-6)
 
 
 def test_habits_of_heads_by_hand():
@@ -72,14 +85,15 @@ def test_habits_of_heads_by_hand():
 def talk_that_said(text, **changes):
     talk = Talk(tiny(**changes), get_tokenizer("bytes"), turns=1)
     ids = list(text.encode())
-    talk.history = [("user", ids), ("assistant", ids)]
+    talk.history = [(ids, ids)]
     return talk
 
 
 @pytest.mark.parametrize("text", ["hi $x$", "", "a" * 200])
 def test_a_picture_of_every_head_and_a_line_for_every_habit(tmp_path, capsys, text):
     pytest.importorskip("matplotlib")
-    show_attention(talk_that_said(text), tmp_path / "deep" / "a.png")
+    talk = talk_that_said(text, n_layer=2, n_head=1 if len(text) > 40 else 2)  # it writes 40 texts at most
+    show_attention(talk, tmp_path / "deep" / "a.png")
     png = (tmp_path / "deep" / "a.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) < 300_000
     out, err = capsys.readouterr()

@@ -3,9 +3,9 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -21,9 +21,11 @@ import data.text
 import finetune
 import prepare_alpaca
 import train
+from data.export import write_hf_model
 from data.tokenizer import get_tokenizer
 from data.tokens import ChatDataset, open_dataset
-from model import GPT, GPT2_NAMES, GPTConfig, load_checkpoint, model_from_checkpoint
+from model import GPT, GPT2_NAMES, GPTConfig, load_checkpoint, model_from_checkpoint, to_gpt2_names
+from tests.test_safety import FORK, ended
 
 REPO = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -41,6 +43,15 @@ def prepare(folder, rows, *flags, tokenizer="bytes"):
     prepare_alpaca.main([f"--source={folder / 'rows.json'}", f"--out_dir={folder}", "--val_fraction=0.25",
                          f"--tokenizer={tokenizer}", *flags])
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def neither_drawn_nor_measured():
+    """Both take far longer than a short run itself, and tests of train.py have them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_losses", lambda *args: None)
+        patch.setattr(train, "peak_flops", lambda *args: 1e12)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +98,18 @@ def toy(dataset, **changes):
     return model
 
 
+def evaluate(model, dataset, split):
+    """The mean loss over all of a split."""
+    s = finetune.Settings(eval_tokens=10**6)
+    return train.evaluate(model, dataset, split, s, CPU, contextlib.nullcontext())
+
+
+def write_folder(model, folder):
+    """The model as a folder of transformers."""
+    folder.mkdir()
+    write_hf_model(folder, model.config, to_gpt2_names(model))
+
+
 # What is learned
 
 QUESTION, ANSWER = ({"role": role, "content": text} for role, text in (("user", "Hi"), ("assistant", "A")))
@@ -128,7 +151,7 @@ def test_the_loss_of_a_known_batch_is_that_of_float64_by_hand(by_hand):
     assert logits.dtype == np.float64
     losses = [np.log(np.exp(logits[t]).sum()) - logits[t, i] for t, i in zip(TWO_WHERE, TWO_TARGETS)]
     for split in ("train", "val"):
-        loss = train.evaluate(model, dataset, split, 1000, CPU, contextlib.nullcontext())
+        loss = evaluate(model, dataset, split)
         assert loss == pytest.approx(np.mean(losses), rel=1e-6)
     assert step_on(model, dataset, [[0]])[0] == pytest.approx(np.mean(losses), rel=1e-6)
 
@@ -194,7 +217,7 @@ DEALT = [[0, 1, 2, 3], [4], [5, 6], [7], [8, 0, 1], [2], [3], [4, 5, 6, 7, 8], [
 def three_steps(model, wrapped, dataset):
     """What three steps and an evaluation come to: numbers, and the weights behind them."""
     numbers = [step_on(model, dataset, DEALT, wrapped, step, 3)[:3] for step in range(3)]
-    loss = train.evaluate(wrapped, Chosen(dataset, DEALT[:3]), "train", 0, CPU, contextlib.nullcontext())
+    loss = evaluate(wrapped, Chosen(dataset, DEALT[:3]), "train")
     return {"numbers": numbers, "evaluated": loss, "weights": model.state_dict()}
 
 
@@ -213,7 +236,10 @@ def one_of_two(rank, folder, out):
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_learn_what_one_does_from_unequal_batches(made, tmp_path):
-    torch.multiprocessing.spawn(one_of_two, (made / "chat", tmp_path), nprocs=2)
+    both = [FORK.Process(target=one_of_two, args=(rank, made / "chat", tmp_path)) for rank in range(2)]
+    for process in both:
+        process.start()
+    assert ended(*both) == [0, 0]
     dataset = open_dataset(made / "chat", 64, 1)
     model = toy(dataset)
     alone = three_steps(model, model, dataset)
@@ -231,7 +257,7 @@ def test_transformers_has_the_same_loss_and_gradients_with_labels_of_minus_100(m
     transformers = pytest.importorskip("transformers")
     dataset = open_dataset(made / "chat", 64, 1)
     ours = toy(dataset)
-    ours.save_pretrained(tmp_path / "hf")
+    write_folder(ours, tmp_path / "hf")
     theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", local_files_only=True)
     chats = [dataset.conversations("train")[i] for i in (0, 3, 5)]
     width = max(map(len, chats))
@@ -310,7 +336,7 @@ def gpt2_chat(tmp_path_factory):
 def test_a_folder_with_gpt2s_vocabulary_is_finetuned(made, gpt2_chat, tmp_path, begun, vocab_size):
     torch.manual_seed(0)
     base = GPT(GPTConfig(vocab_size, 64, 2, 3, 12))
-    base.save_pretrained(tmp_path / "hf")
+    write_folder(base, tmp_path / "hf")
     last = run(made, tmp_path / "out", init_from=tmp_path / "hf", data_dir=gpt2_chat, max_iters=2)
     for name, weight in base.state_dict().items():
         assert torch.equal(weight[:vocab_size], begun["weights"][name][:vocab_size]), name
@@ -416,7 +442,7 @@ def test_patience_stops_and_best_pt_is_of_the_lowest_validation_loss(made, tmp_p
 def test_best_pt_answers_with_the_loss_that_the_run_measured(made, tmp_path):
     last = run(made, tmp_path, epochs=6, learning_rate=0.03, eval_tokens=10**6)
     best, dataset = load_checkpoint(tmp_path / "best.pt"), open_dataset(made / "chat", 64, 1)
-    loss = train.evaluate(model_from_checkpoint(best), dataset, "val", 10**6, CPU, contextlib.nullcontext())
+    loss = evaluate(model_from_checkpoint(best), dataset, "val")
     assert loss == pytest.approx(min(val for _, _, val in last["history"]), rel=1e-5)
     assert loss < last["history"][0][2]
 
@@ -493,13 +519,23 @@ def test_resuming_with_other_chats_is_refused(made, tmp_path, monkeypatch):
 
 # What goes wrong
 
+def as_a_program(path, arguments, folder):
+    """Run a script as Python runs it, in a process of its own; what it prints goes to two files."""
+    for fd, name in ((1, "said"), (2, "errors")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), fd)
+    os.chdir(folder)
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+
+
 def test_plain_text_is_one_line_and_exit_code_1(made, tmp_path):
     arguments = flags(made, tmp_path / "out", data_dir=made / "text")
-    done = subprocess.run([sys.executable, str(REPO / "finetune.py"), *arguments], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert f"data_dir={made / 'text'}" in done.stderr and "prepare_alpaca.py" in done.stderr
+    program = FORK.Process(target=as_a_program, args=(REPO / "finetune.py", arguments, tmp_path))
+    program.start()
+    assert ended(program) == [1] and (tmp_path / "said").read_bytes() == b""
+    errors = (tmp_path / "errors").read_text(encoding="utf-8")
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert f"data_dir={made / 'text'}" in errors and "prepare_alpaca.py" in errors
     assert not (tmp_path / "out").exists()
 
 
@@ -538,7 +574,7 @@ def test_gpt2_on_chats_in_bytes_is_refused_before_anything_is_downloaded(made, t
 
 
 def test_a_folder_with_another_vocabulary_is_refused(made, gpt2_chat, tmp_path, monkeypatch):
-    GPT(GPTConfig(300, 64, 1, 2, 16)).save_pretrained(tmp_path / "hf")
+    write_folder(GPT(GPTConfig(300, 64, 1, 2, 16)), tmp_path / "hf")
     line = error_of(monkeypatch, flags(made, tmp_path / "out", init_from=tmp_path / "hf", data_dir=gpt2_chat))
     assert f"init_from={tmp_path / 'hf'}" in line and str(gpt2_chat) in line
 

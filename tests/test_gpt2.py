@@ -4,7 +4,6 @@ import json
 import os
 import re
 import struct
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,14 +20,15 @@ import chat
 import data.download
 import model as m
 from data.conversation import encode_conversation, encode_prompt
+from data.files import write_safetensors
 from data.tokenizer import END_OF_TEXT, ROLE_TOKENS, get_tokenizer, train_bpe
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, load_gpt2
+from tests.test_safety import FORK, ended
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: these tests need no hub
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
-REPO = Path(__file__).parent.parent
 SHAPES = {"gpt2": (768, 12), "gpt2-medium": (1024, 16), "gpt2-large": (1280, 20), "gpt2-xl": (1600, 25)}
 TURNED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers has them as (in, out)
 PROPERTY = settings(max_examples=60, deadline=None, database=None, derandomize=True,
@@ -94,10 +94,10 @@ def tensors_of(hf):
 def pair(request, tmp_path_factory):
     """(a GPT-2 of one of the four shapes by transformers, the same loaded from its file by model.py)."""
     n_embd, n_head = SHAPES[request.param]
-    hf = hf_gpt2(n_embd, n_head, vocab_size=50257, n_layer=12 if request.param == "gpt2" else 2)
+    hf = hf_gpt2(n_embd, n_head, vocab_size=1000)
     folder = tmp_path_factory.mktemp(request.param)
     hf.save_pretrained(folder)
-    gpt = GPT.from_pretrained(str(folder), vocab_size=50257).eval()
+    gpt = load_gpt2(str(folder)).eval()
     (folder / "model.safetensors").unlink()
     return hf, gpt
 
@@ -108,10 +108,18 @@ def test_the_logits_of_each_shape_are_those_of_transformers(pair):
     same_logits(gpt, hf)
 
 
+def test_twelve_layers_and_all_50257_ids_are_read_in_order(tmp_path):
+    hf = hf_gpt2(n_embd=128, n_head=2, vocab_size=50257, n_layer=12)
+    hf.save_pretrained(tmp_path)
+    gpt = load_gpt2(tmp_path, vocab_size=50257)
+    assert gpt.config.n_layer == 12
+    same_logits(gpt, hf)
+
+
 @torch.no_grad()
 def test_50_greedy_ids_of_each_shape_are_the_likeliest_of_transformers(pair):
     hf, gpt = pair
-    prompt = random_ids(50257, 14).tolist()
+    prompt = random_ids(1000, 14).tolist()
     ids = list(gpt.generate(prompt, 50, temperature=0))
     likeliest = hf(torch.tensor([prompt + ids[:-1]])).logits.argmax(-1)[0, len(prompt) - 1:]
     assert len(ids) == 50 and len(set(ids)) > 5
@@ -120,52 +128,52 @@ def test_50_greedy_ids_of_each_shape_are_the_likeliest_of_transformers(pair):
 
 def test_the_gradients_of_each_shape_are_those_of_transformers(pair):
     hf, gpt = pair
-    ids = random_ids(50257, 2, 9)
+    ids = random_ids(1000, 2, 9)
     F.cross_entropy(hf(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
     (gpt(ids[:, :-1], ids[:, 1:].contiguous()) / ids[:, 1:].numel()).backward()
     theirs = dict(hf.transformer.named_parameters())
     assert theirs.keys() == {name for name, _ in gpt.named_parameters()}
     for name, p in gpt.named_parameters():
         expected = theirs[name].grad
-        ours = p.grad[:50257] if name == "wte.weight" else p.grad
+        ours = p.grad[:1000] if name == "wte.weight" else p.grad
         close(ours, expected.t() if name.endswith(TURNED) else expected)
-    assert not gpt.wte.weight.grad[50257:].any()
+    assert not gpt.wte.weight.grad[1000:].any()
 
 
 # ---- the ways in ----
 
 @pytest.mark.parametrize("kind", [str, Path])
 def test_a_file_is_as_good_as_its_folder(tiny, tiny_folder, kind):
-    same_logits(GPT.from_pretrained(kind(tiny_folder / "model.safetensors")), tiny)
+    same_logits(load_gpt2(kind(tiny_folder / "model.safetensors")), tiny)
 
 
 def test_a_file_without_config_json_has_heads_of_64_as_gpt2_has(tmp_path):
     hf = hf_gpt2(n_embd=192, n_head=3)
     safetensors.save_file(tensors_of(hf), tmp_path / "weights.safetensors")
-    same_logits(GPT.from_pretrained(tmp_path / "weights.safetensors"), hf)
+    same_logits(load_gpt2(tmp_path / "weights.safetensors"), hf)
 
 
 def test_the_heads_are_those_config_json_states(tmp_path):
     hf = hf_gpt2(n_embd=64, n_head=4)
     hf.save_pretrained(tmp_path)
-    same_logits(GPT.from_pretrained(tmp_path), hf)
+    same_logits(load_gpt2(tmp_path), hf)
 
 
 def test_a_folder_with_only_pytorch_model_bin_is_read(tiny, tmp_path):
     torch.save(tiny.state_dict(), tmp_path / "pytorch_model.bin")
-    same_logits(GPT.from_pretrained(tmp_path), tiny)
+    same_logits(load_gpt2(tmp_path), tiny)
 
 
 def test_a_pytorch_model_bin_from_before_torch_1_6_is_read_as_gpt2s_own_is_one(tiny, tmp_path):
     torch.save(tiny.state_dict(), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    same_logits(GPT.from_pretrained(tmp_path), tiny)
+    same_logits(load_gpt2(tmp_path), tiny)
 
 
 def test_names_without_transformer_before_them_are_read(tiny, tmp_path):
     tiny.transformer.save_pretrained(tmp_path)
     with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as f:
         assert "wte.weight" in f.keys()
-    same_logits(GPT.from_pretrained(tmp_path), tiny)
+    same_logits(load_gpt2(tmp_path), tiny)
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
@@ -177,27 +185,28 @@ def test_mask_buffers_and_the_tied_head_are_passed_over(tiny, tmp_path, prefix, 
         tensors[f"{prefix}h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     tensors["lm_head.weight"] = tiny.lm_head.weight.detach().clone()
     safetensors.save_file(tensors, tmp_path / "model.safetensors")
-    same_logits(GPT.from_pretrained(tmp_path), tiny)
+    same_logits(load_gpt2(tmp_path), tiny)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_file_becomes_float32(tmp_path, dtype):
     hf = hf_gpt2().to(dtype)
     hf.save_pretrained(tmp_path)
-    gpt = GPT.from_pretrained(tmp_path)
+    gpt = load_gpt2(tmp_path)
     assert {p.dtype for p in gpt.parameters()} == {torch.float32}
     same_logits(gpt, hf.float())
 
 
 def test_all_that_is_loaded_can_be_trained_and_starts_with_the_dropout_asked_for(tiny_folder):
-    gpt = GPT.from_pretrained(tiny_folder, dropout=0.3)
+    gpt = load_gpt2(tiny_folder, dropout=0.3)
+    assert gpt.lm_head.weight is gpt.wte.weight
     assert all(p.requires_grad and p.is_leaf for p in gpt.parameters())
     assert {d.p for d in gpt.modules() if isinstance(d, torch.nn.Dropout)} == {0.3}
 
 
 def test_a_folder_without_weights_is_an_error_that_says_what_to_use(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path)) + ".*gpt2-xl"):
-        GPT.from_pretrained(tmp_path)
+        load_gpt2(tmp_path)
 
 
 # ---- the vocabulary and the positions ----
@@ -214,7 +223,7 @@ def wide_folder(tmp_path_factory):
 
 def test_gpt2s_vocabulary_gets_three_new_rows_near_the_mean_and_keeps_the_old(wide_folder):
     hf, folder = wide_folder
-    old, table = hf.transformer.wte.weight.detach(), GPT.from_pretrained(folder).wte.weight.detach()
+    old, table = hf.transformer.wte.weight.detach(), load_gpt2(folder).wte.weight.detach()
     assert table.shape == (50304, 64) and table[:50257].equal(old)
     new, mean = table[50257:50260], old.mean(0)
     assert new.isfinite().all() and (new - mean).norm(dim=1).max() < 0.1 * (old - mean).norm(dim=1).mean()
@@ -225,7 +234,7 @@ def test_gpt2s_vocabulary_gets_three_new_rows_near_the_mean_and_keeps_the_old(wi
 @torch.no_grad()
 def test_three_ids_more_change_no_logit_and_the_padding_has_none(wide_folder):
     hf, folder = wide_folder
-    gpt = GPT.from_pretrained(folder)
+    gpt = load_gpt2(folder)
     ids = random_ids(50257, 1, 9)
     logits = gpt(ids)
     assert gpt.config.vocab_size == 50260
@@ -236,14 +245,14 @@ def test_three_ids_more_change_no_logit_and_the_padding_has_none(wide_folder):
 @torch.no_grad()
 def test_gpt2s_own_vocabulary_size_leaves_logits_of_exactly_its_ids(wide_folder):
     hf, folder = wide_folder
-    gpt = GPT.from_pretrained(folder, vocab_size=50257)
+    gpt = load_gpt2(folder, vocab_size=50257)
     logits = gpt(random_ids(50257, 1, 9))
     assert gpt.config.vocab_size == 50257
     assert logits[..., :50257].isfinite().all() and (logits[..., 50257:] == -torch.inf).all()
 
 
 def test_padded_ids_are_never_sampled_and_new_ones_are(tiny_folder):
-    gpt = GPT.from_pretrained(tiny_folder, vocab_size=103)  # the table has 128 rows
+    gpt = load_gpt2(tiny_folder, vocab_size=103)  # the table has 128 rows
     seen = set(gpt.generate([1], 1000, temperature=1e4, seed=0))
     assert gpt.wte.weight.shape[0] == 128
     assert max(seen) < 103 and seen >= {100, 101, 102}
@@ -251,12 +260,12 @@ def test_padded_ids_are_never_sampled_and_new_ones_are(tiny_folder):
 
 def test_a_smaller_vocabulary_is_refused_with_both_numbers(tiny_folder):
     with pytest.raises(ValueError, match="vocab_size=99.* 100 "):
-        GPT.from_pretrained(tiny_folder, vocab_size=99)
+        load_gpt2(tiny_folder, vocab_size=99)
 
 
 @torch.no_grad()
 def test_a_shorter_block_size_crops_the_positions(tiny, tiny_folder):
-    gpt = GPT.from_pretrained(tiny_folder, block_size=24)
+    gpt = load_gpt2(tiny_folder, block_size=24)
     assert gpt.config.block_size == 24
     assert gpt.wpe.weight.equal(tiny.transformer.wpe.weight[:24])
     same_logits(gpt, tiny)
@@ -264,7 +273,7 @@ def test_a_shorter_block_size_crops_the_positions(tiny, tiny_folder):
 
 def test_a_longer_block_size_is_refused_with_both_numbers(tiny_folder):
     with pytest.raises(ValueError, match=r"block_size=65\D.* 64 "):
-        GPT.from_pretrained(tiny_folder, block_size=65)
+        load_gpt2(tiny_folder, block_size=65)
 
 
 # ---- the way out ----
@@ -322,7 +331,7 @@ def test_transformers_continues_greedily_with_the_same_ids_and_ends_as_chat_does
 
 @torch.no_grad()
 def test_an_export_comes_in_again_with_the_same_logits(export):
-    again = GPT.from_pretrained(export.folder).eval()
+    again = load_gpt2(export.folder).eval()
     ids = random_ids(export.enc.n_vocab, 2, 30)
     assert again.config.vocab_size == export.enc.n_vocab and again.config.block_size == 64
     n = export.enc.n_vocab
@@ -407,7 +416,7 @@ def write_file(path, header, data):
 def loads_or_is_refused(path):
     """True if the file loads and computes; False for a ValueError that names the file; else it fails."""
     try:
-        gpt = GPT.from_pretrained(path)
+        gpt = load_gpt2(path)
     except ValueError as error:
         assert str(path) in str(error) and "\n" not in str(error)
         return False
@@ -473,7 +482,7 @@ def test_an_empty_tensor_of_an_enormous_shape_is_refused(good, tmp_path, shape):
 def test_a_transposed_tensor_of_another_shape_is_refused_by_name(good, tmp_path, shape):
     write_file(tmp_path / "a.safetensors", changed(good, "h.0.attn.c_attn.weight", shape=shape), good.data)
     with pytest.raises(ValueError, match=r"a\.safetensors.*h\.0\.attn\.c_attn\.weight"):
-        GPT.from_pretrained(tmp_path / "a.safetensors")
+        load_gpt2(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("wte, wpe", [([64, 20], [64, 64]), ([20, 64], [4096]), ([1280], [64, 64]),
@@ -496,7 +505,7 @@ def test_tensors_may_share_their_bytes(good, tmp_path):
     shared = good.header["h.0.ln_1.weight"]["data_offsets"]
     header = changed(good, "h.0.ln_2.weight", data_offsets=shared)
     write_file(tmp_path / "a.safetensors", header, good.data)
-    gpt = GPT.from_pretrained(tmp_path / "a.safetensors")
+    gpt = load_gpt2(tmp_path / "a.safetensors")
     assert gpt.h[0].ln_2.weight.equal(gpt.h[0].ln_1.weight)
 
 
@@ -517,7 +526,7 @@ def test_a_missing_tensor_is_named(good, tmp_path, name):
     header = {key: entry for key, entry in good.header.items() if key != name}
     write_file(tmp_path / "a.safetensors", header, good.data)
     with pytest.raises(ValueError, match=rf"a\.safetensors.* {re.escape(name)} "):
-        GPT.from_pretrained(tmp_path / "a.safetensors")
+        load_gpt2(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("name", ["h.0.attn.q_norm.weight", "extra", "score.weight", "h.0",
@@ -526,7 +535,7 @@ def test_a_missing_tensor_is_named(good, tmp_path, name):
 def test_an_unknown_tensor_is_named(good, tmp_path, name):
     write_file(tmp_path / "a.safetensors", {**good.header, name: good.header["ln_f.weight"]}, good.data)
     with pytest.raises(ValueError, match=rf"a\.safetensors.* {re.escape(name)} "):
-        GPT.from_pretrained(tmp_path / "a.safetensors")
+        load_gpt2(tmp_path / "a.safetensors")
 
 
 def test_a_layer_of_an_enormous_number_is_refused_without_building_so_many(good, tmp_path, monkeypatch):
@@ -549,7 +558,7 @@ def test_a_layer_of_an_enormous_number_is_refused_without_building_so_many(good,
 def test_a_tensor_of_another_shape_is_named(good, tmp_path, name, shape):
     write_file(tmp_path / "a.safetensors", changed(good, name, shape=shape), good.data)
     with pytest.raises(ValueError, match=rf"a\.safetensors.* {re.escape(name)} "):
-        GPT.from_pretrained(tmp_path / "a.safetensors")
+        load_gpt2(tmp_path / "a.safetensors")
 
 
 JSON = st.recursive(
@@ -608,7 +617,7 @@ class Trap:
 def test_code_in_a_pytorch_model_bin_is_not_run(tmp_path):
     torch.save({"wte.weight": Trap(tmp_path / "sprung")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="pytorch_model.bin"):
-        GPT.from_pretrained(tmp_path)
+        load_gpt2(tmp_path)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -646,7 +655,7 @@ def test_what_is_written_opens_with_the_safetensors_package(tmp_path):
     tensors = {"a": torch.randn(3, 5), "turned": torch.randn(4, 6).t(), "ünï \"x\"": torch.randn(7),
                "scalar": torch.tensor(2.5), "half": torch.randn(2, 3).half(), "empty": torch.zeros(0, 3),
                "weight": torch.nn.Parameter(torch.randn(2, 2, 2))}
-    m.write_safetensors(tmp_path / "a.safetensors", tensors)
+    write_safetensors(tmp_path / "a.safetensors", tensors)
     found = safetensors.load_file(tmp_path / "a.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -658,22 +667,22 @@ def test_what_is_written_opens_with_the_safetensors_package(tmp_path):
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failing_write_leaves_the_earlier_file(tmp_path, monkeypatch, step):
     path = tmp_path / "a.safetensors"
-    m.write_safetensors(path, {"a": torch.ones(3)})
+    write_safetensors(path, {"a": torch.ones(3)})
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(m.os, step, full)
+    monkeypatch.setattr(os, step, full)
     with pytest.raises(OSError, match=r"a\.safetensors.*No space left"):
-        m.write_safetensors(path, {"a": torch.zeros(1000)})
+        write_safetensors(path, {"a": torch.zeros(1000)})
     assert safetensors.load_file(path)["a"].equal(torch.ones(3)) and os.listdir(tmp_path) == [path.name]
 
 
 def test_a_tensor_that_cannot_be_written_leaves_the_earlier_file(tmp_path):
     path = tmp_path / "a.safetensors"
-    m.write_safetensors(path, {"a": torch.ones(3)})
+    write_safetensors(path, {"a": torch.ones(3)})
     with pytest.raises(OSError, match=r"a\.safetensors"):
-        m.write_safetensors(path, {"a": torch.zeros(1000), "b": torch.empty(5, device="meta")})
+        write_safetensors(path, {"a": torch.zeros(1000), "b": torch.empty(5, device="meta")})
     assert safetensors.load_file(path)["a"].equal(torch.ones(3)) and os.listdir(tmp_path) == [path.name]
 
 
@@ -738,11 +747,11 @@ def starts(hub):
 
 def test_gpt2_by_name_comes_from_the_hub_once_and_says_where_it_goes(hub, tiny, capsys):
     hub.replies = ["whole"]
-    same_logits(GPT.from_pretrained("gpt2"), tiny)
+    same_logits(load_gpt2("gpt2"), tiny)
     assert str(hub.path.parent) in capsys.readouterr().err
     assert hub.path.read_bytes() == hub.body and os.listdir(hub.path.parent) == [hub.path.name]
     assert len(hub.requests) == 2
-    same_logits(GPT.from_pretrained("gpt2"), tiny)
+    same_logits(load_gpt2("gpt2"), tiny)
     assert len(hub.requests) == 2 and m.fetch_gpt2("gpt2") == hub.path
     assert capsys.readouterr().err == ""
 
@@ -770,27 +779,27 @@ def test_a_hub_that_ignores_range_sends_it_all_again(hub):
 def test_a_file_that_is_not_there_is_one_error(hub):
     hub.replies = [404]
     with pytest.raises(OSError, match="404"):
-        GPT.from_pretrained("gpt2")
+        load_gpt2("gpt2")
     assert not hub.path.exists() and not hub.waits
 
 
 def test_a_hub_without_this_size_is_one_error(hub):
     with pytest.raises(OSError, match="gpt2-xl.*404.*HF_ENDPOINT.*--init_from=FILE"):
-        GPT.from_pretrained("gpt2-xl")
+        load_gpt2("gpt2-xl")
     assert hub.requests == [("/openai-community/gpt2-xl/resolve/main/model.safetensors", None)]
 
 
 def test_a_file_of_another_hash_gets_no_name(hub):
     hub.replies, hub.tag = ["whole"], "0" * 64
     with pytest.raises(OSError, match="sha256"):
-        GPT.from_pretrained("gpt2")
+        load_gpt2("gpt2")
     assert os.listdir(hub.path.parent) == []
 
 
 def test_a_hub_that_breaks_off_for_ever_leaves_no_file(hub):
     hub.replies = [1000] * 50
     with pytest.raises(OSError, match="127.0.0.1"):
-        GPT.from_pretrained("gpt2")
+        load_gpt2("gpt2")
     assert not hub.path.exists()
 
 
@@ -828,15 +837,16 @@ def peak():  # of this program alone: ru_maxrss would start at that of the tests
     with open("/proc/self/status") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
 before = peak()
-gpt = model.GPT.from_pretrained(sys.argv[1])
+gpt = model.load_gpt2(path)
 total = sum(p.sum().item() for p in gpt.parameters())  # every weight is looked at once
-print(peak() - before)
+with open(path + ".peak", "w") as f:
+    print(peak() - before, file=f)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    C, path = 768, tmp_path / "model.safetensors"  # gpt2's width, and like gpt2 a third embeddings
+    C, path = 384, tmp_path / "model.safetensors"  # like gpt2 a third embeddings
     shapes = {"wte.weight": (20_000, C), "wpe.weight": (64, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
     for i in range(5):
         shapes |= {f"h.{i}.ln_1.weight": (C,), f"h.{i}.ln_1.bias": (C,), f"h.{i}.ln_2.weight": (C,),
@@ -847,8 +857,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
                    f"h.{i}.mlp.c_proj.bias": (C,)}
     safetensors.save_file({name: torch.ones(shape) for name, shape in shapes.items()}, path)
     size = path.stat().st_size
-    done = subprocess.run([sys.executable, "-c", PEAK, str(path)], cwd=REPO, capture_output=True, text=True)
-    path.unlink()
-    assert done.returncode == 0, done.stderr
-    assert 200e6 < size < 250e6
-    assert 0.9 * size < int(done.stdout) < 1.3 * size, f"{int(done.stdout) / size:.2f} times the file"
+    process = FORK.Process(target=exec, args=(PEAK, {"path": str(path)}))
+    process.start()
+    assert ended(process) == [0] and 60e6 < size < 70e6
+    peak = int((tmp_path / "model.safetensors.peak").read_text(encoding="utf-8"))
+    assert 0.9 * size < peak < 1.3 * size, f"{peak / size:.2f} times the file"

@@ -1,11 +1,10 @@
 """model.py piece by piece. The first part is a lesson: the parts of a GPT one by one, each first in a few
 lines of NumPy in float64. What follows holds the rest to its promises: gradients, cache, sampling, Muon."""
+import copy
 import math
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +13,9 @@ import torch
 import model as m
 from model import GPT, GPTConfig, KVCache, Muon, newton_schulz, sample
 
-REPO = Path(__file__).parent.parent
 V, T, C, NH = 70, 16, 32, 2  # vocabulary, block size, channels, heads of the toy model
+RATES = dict(learning_rate=0.01, embedding_learning_rate=0.003, weight_decay=0.1, momentum=0.9, beta1=0.9,
+             beta2=0.99)
 
 
 def toy(seed=0, spread=0.15, **changes):
@@ -193,6 +193,23 @@ def np_gpt(ids, w, n_layer=2):
     return np_layer_norm(x, w, "ln_f") @ w["wte.weight"].T
 
 
+def test_the_head_and_the_token_embedding_stay_one_table():
+    gpt = toy()
+    same = [gpt, m.model_from_checkpoint(m.model_checkpoint(gpt, "bytes", "text")), copy.deepcopy(gpt),
+            toy().to(torch.bfloat16), toy().double()]
+    for optimizer in ("adamw", "muon"):
+        same.append(toy())
+        optimizers = m.configure_optimizers(same[-1], SimpleNamespace(optimizer=optimizer, **RATES))
+        before = same[-1].wte.weight.detach().clone()
+        same[-1](random_ids(2, 5), random_ids(2, 5, seed=3).flatten()).backward()
+        for each in optimizers:
+            each.step()
+        assert not torch.equal(same[-1].wte.weight, before)
+    for each in same:
+        assert each.lm_head.weight is each.wte.weight and each.lm_head.bias is None
+        assert not any("lm_head" in name for name, _ in each.named_parameters()), "counted twice"
+
+
 def test_the_head_is_the_token_embedding_and_ids_that_do_not_exist_get_minus_infinity():
     gpt, (x, tx) = toy(), random_x(3, C)
     logits = gpt.head(tx)
@@ -318,7 +335,7 @@ def test_transformers_gpt2_has_the_same_logits_and_gradients(monkeypatch):
             out[name] = torch.cat([value, torch.zeros(32, 32)]) if name == "wte.weight" else value
         return out
 
-    ours.load_state_dict(translate((n, p.detach()) for n, p in theirs.named_parameters()))
+    m.load_weights(ours, translate((n, p.detach()) for n, p in theirs.named_parameters()))
     ids = torch.tensor(np.random.default_rng(0).integers(0, 96, (3, 17)))
     idx, targets = ids[:, :-1], ids[:, 1:]
     their_logits = theirs(idx).logits
@@ -339,7 +356,7 @@ def test_with_a_cache_the_logits_are_those_of_the_full_forward(sizes):
     gpt, ids = toy(), random_ids(1, T)
     full, cache, start = gpt(ids), KVCache(gpt), 0
     for size in sizes:
-        logits = gpt.head(gpt.hidden(ids[:, start:start + size], cache))
+        logits = gpt.head(gpt.hidden(ids[:, start:start + size], cache, start))
         torch.testing.assert_close(logits[..., :V], full[:, start:start + size, :V], rtol=0, atol=1e-4)
         start += size
     assert start == T
@@ -380,7 +397,8 @@ def test_a_cache_kept_for_the_next_turn_changes_nothing_but_the_work(monkeypatch
     assert replied == greedy_without_cache(gpt, first, 4)
     second = [*first, *replied, 9, 2, 6]
     wanted, read, hidden = greedy_without_cache(gpt, second, 5), [], gpt.hidden
-    monkeypatch.setattr(gpt, "hidden", lambda idx, *args: read.append(idx.shape[1]) or hidden(idx, *args))
+    monkeypatch.setattr(gpt, "hidden", lambda idx, *args, **knobs: read.append(idx.shape[1]) or hidden(
+        idx, *args, **knobs))
     assert greedy(gpt, second, 5, cache) == wanted
     assert read == [4, 1, 1, 1, 1]  # the reply's last token, the new message's three, then one by one
 
@@ -455,7 +473,8 @@ PROBS = [0.10, 0.40, 0.05, 0.30, 0.15]  # by likelihood: ids 1, 3, 4, 0, 2
 
 def draw(n, probs=PROBS, temperature=1.0, top_k=0, top_p=1.0):
     generator, logits = torch.Generator().manual_seed(0), torch.tensor(probs).log()
-    return [sample(logits, temperature, top_k, top_p, generator) for _ in range(n)]
+    return [sample(logits, [], generator, temperature=temperature, top_k=top_k, top_p=top_p)
+            for _ in range(n)]
 
 
 @pytest.mark.parametrize("knobs", [{"temperature": 0}, {"top_k": 1}, {"top_k": 1, "temperature": 9.0},
@@ -502,7 +521,7 @@ def choices(logits, monkeypatch, **knobs):
         return torch.tensor([n])
     monkeypatch.setattr(torch, "multinomial", pick_nth)
     while n == 0 or n < len(asked):
-        i = sample(logits.clone(), **knobs, generator=None)
+        i = sample(logits.clone(), [], None, **knobs)
         if asked[n] > 0:
             chosen[i] = asked[n]
         n += 1
@@ -555,19 +574,85 @@ def test_a_stop_id_is_not_penalized_or_a_reply_would_never_end(monkeypatch):
 def test_the_repetition_penalty_is_that_of_transformers_for_what_the_window_holds(monkeypatch):
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
     gpt, given, ids, start = toy(spread=0.4), [], [3, 1, 4, 1], 0
-    monkeypatch.setattr(m, "sample",
-                        lambda logits, *knobs: given.append(logits.clone()) or sample(logits, *knobs))
+    draw_one = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial",
+                        lambda probs, *args, **knobs: given.append(probs) or draw_one(probs, *args, **knobs))
     said = list(gpt.generate(ids, 3 * T, repetition_penalty=1.7, seed=0, stop_ids=(1, V)))
     assert len(said) > 2 * T, "it must go past the border"
-    for logits, i in zip(given, said):
+    for probs, i in zip(given, said):
         while len(ids) - start > T:
             start += T // 2
         window = torch.tensor([ids[start:]])
         plain = gpt(window)[:, -1, :V]
         wanted = RepetitionPenaltyLogitsProcessor(1.7)(window, plain.clone())[0]
         wanted[1] = plain[0, 1]
-        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(probs.log(), wanted.log_softmax(-1), rtol=1e-4, atol=1e-4)
         ids.append(i)
+
+
+# Compiled (torch.compile without a compiler behind it: what it sees of the model, and its gradients)
+
+def compiled(function):
+    """The function as torch.compile traces it, which fails where it would have to fall back to Python."""
+    torch.compiler.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+@torch.no_grad()
+def test_compiled_the_hidden_states_of_a_chat_are_those_of_plain_python():
+    gpt, ids, start = toy(), random_ids(1, T), 0
+    hidden, wanted = compiled(gpt.hidden), gpt.hidden(ids)
+    cache = KVCache(gpt)
+    for size in (5, 4, 1, 1, 3, 1, 1):  # the prompt (T == S); the next message (1 < T < S); token by token
+        found = hidden(ids[:, start:start + size], cache, start)
+        torch.testing.assert_close(found, wanted[:, start:start + size], rtol=0, atol=1e-5)
+        start += size
+    assert start == T
+
+
+@pytest.mark.parametrize("picked", [None, [1, 2, 7, 12, 30]])
+def test_compiled_the_loss_and_the_gradients_are_those_of_plain_python(picked):
+    gpt, ids, targets = toy(), random_ids(2, T), random_ids(2, T, seed=3).flatten()
+    where = None if picked is None else torch.tensor(picked)
+    targets = targets if picked is None else targets[where]
+    losses, found = [], []
+    for forward in (gpt, compiled(gpt)):
+        gpt.zero_grad()
+        losses.append(forward(ids, targets, where))
+        losses[-1].backward()
+        found.append({name: p.grad.clone() for name, p in gpt.named_parameters()})
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-4)
+
+
+# Faster products, in a model that only answers
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_with_onednn_the_logits_and_the_greedy_ids_stay_what_they_were(bias):
+    plain, fast, ids = toy(bias=bias, spread=0.4), toy(bias=bias, spread=0.4), random_ids(3, T)
+    m.use_onednn(fast)
+    swapped = [layer for layer in fast.modules() if isinstance(layer, torch.nn.Linear)]
+    assert len(swapped) == 4 * 2 + 1 and {type(layer) for layer in swapped} == {m.OneDNNLinear}
+    wanted = plain(ids)
+    torch.testing.assert_close(fast(ids), wanted, rtol=1e-5, atol=1e-4)
+    for row in range(3):
+        close(fast(ids)[row, :, :V], np_gpt(ids[row], arrays(plain))[:, :V], atol=1e-3)
+    cache, start = KVCache(fast), 0
+    for size in (6, 1, 4, 1, 1, 3):
+        logits = fast.head(fast.hidden(ids[:1, start:start + size], cache, start))
+        torch.testing.assert_close(logits, wanted[:1, start:start + size], rtol=1e-5, atol=1e-4)
+        start += size
+    for prompt in ([3, 1, 4], random_ids(2 * T).tolist()):
+        assert greedy(fast, prompt, 3 * T) == greedy(plain, prompt, 3 * T)
+
+
+def test_in_bfloat16_the_products_stay_pytorchs():
+    gpt = toy().to(torch.bfloat16)
+    m.use_onednn(gpt)
+    assert {type(layer) for _, _, layer in m.linear_layers(gpt)} == {torch.nn.Linear}
 
 
 # Weights in int8
@@ -645,10 +730,24 @@ def test_a_model_in_int8_has_nearly_the_same_logits_with_a_cache_too(bias):
     found = gpt(ids)
     assert (found[..., V:] == -math.inf).all()
     cache = KVCache(gpt)
-    stepwise = torch.cat([gpt.head(gpt.hidden(ids[:, t:t + 1], cache)) for t in range(T)], 1)
+    stepwise = torch.cat([gpt.head(gpt.hidden(ids[:, t:t + 1], cache, t)) for t in range(T)], 1)
     for logits in (found, stepwise):
         error = logits[..., :V] - wanted
         assert 0 < error.norm() < 0.05 * wanted.norm()
+
+
+def test_a_model_in_int8_generates_what_its_logits_say():
+    gpt = toy(spread=0.4)
+    m.quantize_int8(gpt)
+    cache = KVCache(gpt)
+    said = greedy(gpt, [3, 1, 4], 10, cache)
+    assert len(said) == 10 and greedy(gpt, [3, 1, 4], 10) == said
+    with torch.no_grad():
+        cache, start = KVCache(gpt), 0
+        for new, i in zip([[3, 1, 4], *([i] for i in said)], said):
+            logits = gpt.head(gpt.hidden(torch.tensor([new]), cache, start))
+            assert int(logits[0, -1].argmax()) == i
+            start += len(new)
 
 
 def test_a_model_in_int8_has_as_many_parameters_as_before():
@@ -713,7 +812,7 @@ def test_muon_steps_equal_a_plain_loop_over_matrices():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_the_optimizers_hold_every_weight_once_and_decay_no_vector(name):
     gpt = toy()
-    optimizers = gpt.configure_optimizers(name, 0.01, 0.003, 0.1, (0.9, 0.99))
+    optimizers = m.configure_optimizers(gpt, SimpleNamespace(optimizer=name, **RATES))
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in gpt.parameters())
@@ -725,7 +824,7 @@ def test_the_optimizers_hold_every_weight_once_and_decay_no_vector(name):
 def test_muon_has_the_blocks_matrices_and_adamw_the_rest_each_at_its_rate():
     gpt = toy()
     rates = {id(p): (type(optimizer).__name__, group["peak_lr"])
-             for optimizer in gpt.configure_optimizers("muon", 0.01, 0.003, 0.1, (0.9, 0.99))
+             for optimizer in m.configure_optimizers(gpt, SimpleNamespace(optimizer="muon", **RATES))
              for group in optimizer.param_groups for p in group["params"]}
     for name, p in gpt.named_parameters():
         of_a_block = name.startswith("h.") and p.dim() == 2
@@ -746,6 +845,27 @@ def test_a_checkpoint_gives_back_the_same_logits(tmp_path):
     assert (checkpoint["tokenizer"], checkpoint["kind"], checkpoint["step"]) == ("bytes", "text", 3)
     assert torch.equal(m.model_from_checkpoint(checkpoint).eval()(ids), gpt(ids))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["best.pt"]
+
+
+def test_a_checkpoint_of_before_there_was_an_lm_head_is_read(tmp_path):
+    """Names and shapes as the first versions wrote them."""
+    shapes = {"wte.weight": (128, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(2):
+        shapes |= {f"h.{i}.ln_1.weight": (C,), f"h.{i}.ln_1.bias": (C,), f"h.{i}.ln_2.weight": (C,),
+                   f"h.{i}.ln_2.bias": (C,), f"h.{i}.attn.c_attn.weight": (3 * C, C),
+                   f"h.{i}.attn.c_attn.bias": (3 * C,), f"h.{i}.attn.c_proj.weight": (C, C),
+                   f"h.{i}.attn.c_proj.bias": (C,), f"h.{i}.mlp.c_fc.weight": (4 * C, C),
+                   f"h.{i}.mlp.c_fc.bias": (4 * C,), f"h.{i}.mlp.c_proj.weight": (C, 4 * C),
+                   f"h.{i}.mlp.c_proj.bias": (C,)}
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    config = dict(vocab_size=V, block_size=T, n_layer=2, n_head=NH, n_embd=C, dropout=0.1, bias=True)
+    torch.save({"config": config, "model": weights, "tokenizer": "bytes", "kind": "text", "step": 3},
+               tmp_path / "best.pt")
+    gpt, ids = m.model_from_checkpoint(m.load_checkpoint(tmp_path / "best.pt")).eval(), random_ids(1, T)
+    named = {name: weight.double().numpy() for name, weight in weights.items()}
+    close(gpt(ids)[0, :, :V], np_gpt(ids[0], named)[:, :V])
+    assert m.model_checkpoint(gpt, "bytes", "text")["model"].keys() == weights.keys(), "and is written so"
 
 
 def test_a_checkpoint_needs_no_trust(tmp_path):
@@ -822,23 +942,18 @@ def test_weights_that_do_not_fit_the_config_are_a_users_mistake(tmp_path):
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(tmp_path):
-    pytest.importorskip("resource")
+    resource = pytest.importorskip("resource")
     path = tmp_path / "best.pt"
     save_toy(path)
     before = path.read_bytes()
-    program = """if True:
-        import resource, sys, torch
-        from model import save_checkpoint
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes a file may have
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes a file may have
+    try:
         for size in (100_000, 6_000):  # far over the limit, and over it with the last few bytes
-            try:
-                save_checkpoint(sys.argv[1], {"model": {"w": torch.zeros(size)}})
-            except OSError as error:
-                print(error)"""
-    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=REPO, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [str(path)] * 2
+            with pytest.raises(OSError, match=f"^{re.escape(str(path))}:"):
+                m.save_checkpoint(path, {"model": {"w": torch.zeros(size)}})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import config
 import data.text
 import prepare_alpaca
 from data.tokenizer import get_tokenizer, train_bpe, write_spec
@@ -75,15 +76,19 @@ def report(capsys):
     return {name: int(number.replace(",", "")) for name, number in lines}
 
 
-def run(*command, **options):
-    return subprocess.run([sys.executable, *map(str, command)], cwd=REPO, capture_output=True,
-                          encoding="utf-8", **options)
+def assert_one_line_error(printed, line, *parts):
+    assert printed == "" and line.startswith("error: ") and "\n" not in line, line
+    assert all(part in line for part in parts), line
 
 
-def assert_one_line_error(done, *parts):
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert all(part in done.stderr for part in parts), done.stderr
+def assert_ends_with_one_line(monkeypatch, capsys, main, argv, *parts):
+    """Run it as its script does; a text as the exit code means that line on standard error, and code 1."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+    with pytest.raises(SystemExit) as ended:
+        config.run(main)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert_one_line_error(out, ended.value.code, *parts)
 
 
 def test_the_report_counts_what_is_kept_and_dropped(tmp_path, capsys):
@@ -256,23 +261,27 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_files_as_they_were(tmp_p
     resource = pytest.importorskip("resource", reason="limits of file size are a thing of Unix")
     before = files(prepare(tmp_path, rows_of(6)))
     (tmp_path / "rows.json").write_text(json.dumps(rows_of(34)), encoding="utf-8")
-    done = run("prepare_alpaca.py", f"--source={tmp_path / 'rows.json'}", f"--out_dir={tmp_path / 'out'}",
-               "--tokenizer=bytes",
-               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert_one_line_error(done, "File too large")
+    done = subprocess.run(
+        [sys.executable, "prepare_alpaca.py", f"--source={tmp_path / 'rows.json'}",
+         f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes"], cwd=REPO, capture_output=True, encoding="utf-8",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode == 1 and done.stderr.endswith("\n")
+    assert_one_line_error(done.stdout, done.stderr[:-1], "File too large")
     assert files(tmp_path / "out") == before
 
 
-def test_bad_rows_end_the_program_with_one_line(tmp_path):
+def test_bad_rows_end_the_program_with_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.json").write_text(json.dumps([*rows_of(3), {"instruction": "a"}]), encoding="utf-8")
-    done = run("prepare_alpaca.py", f"--source={tmp_path / 'rows.json'}", f"--out_dir={tmp_path / 'out'}")
-    assert_one_line_error(done, str(tmp_path / "rows.json"), "row 4", "'output'")
+    assert_ends_with_one_line(monkeypatch, capsys, prepare_alpaca.main,
+                              [f"--source={tmp_path / 'rows.json'}", f"--out_dir={tmp_path / 'out'}"],
+                              str(tmp_path / "rows.json"), "row 4", "'output'")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_text_ends_the_program_with_one_line(tmp_path):
-    done = run("-m", "data.text", f"--source={tmp_path / 'none.txt'}", f"--out_dir={tmp_path / 'out'}")
-    assert_one_line_error(done, str(tmp_path / "none.txt"), "--source")
+def test_a_missing_text_ends_the_program_with_one_line(tmp_path, monkeypatch, capsys):
+    assert_ends_with_one_line(monkeypatch, capsys, data.text.main,
+                              [f"--source={tmp_path / 'none.txt'}", f"--out_dir={tmp_path / 'out'}"],
+                              str(tmp_path / "none.txt"), "--source")
     assert not (tmp_path / "out").exists()
 
 

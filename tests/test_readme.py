@@ -22,7 +22,7 @@ SETTINGS = {"train.py": train.Settings, "finetune.py": finetune.Settings, "chat.
             "prepare_alpaca.py": prepare_alpaca.Settings, "model.py": model.ExportSettings,
             "data.text": data.text.Settings, "data.fineweb": data.fineweb.Settings,
             "tests.bench": bench.Settings}
-SOURCES = [path for folder in (".", "config", "data") for path in sorted((REPO / folder).glob("*.py"))]
+SOURCES = [path for folder in (".", "config", "data", "pictures") for path in sorted((REPO / folder).glob("*.py"))]
 
 
 def commands():
@@ -67,11 +67,29 @@ def test_what_the_readme_tells_to_read_is_there():
     for name in re.findall(r"`([\w./]+)`", " ".join(told)):
         *owner, last = name.split(".")
         assert (REPO / name).is_file() or re.search(rf"(def|class) {last}\b", everything), name
-    table = README[README.index("## Where to read"):README.index("## Recipes")]
-    for file, looked_for in re.findall(r"^\| `(\S+?)` \|.*\|([^|]*)\|$", table, re.MULTILINE):
+    section = README[README.index("# Read to the line"):README.index("# The journey")]
+    looked_for = re.findall(r"^\| `(\S+?)` \|.*\|([^|]*)\|$", section, re.MULTILINE)
+    looked_for += re.findall(r"`(\S+?)`[^`]*\(([^()]*`[^()]*)\)", section.split("What they stand on")[1])
+    assert len(looked_for) >= 9
+    for file, told in looked_for:
         text = (REPO / file).read_text(encoding="utf-8") if file.endswith(".py") else ""
         assert (REPO / file).exists(), file
-        assert all(re.search(rf"(def|class) {name}\b", text) for name in re.findall(r"`(\w+)`", looked_for))
+        for name in re.findall(r"`([\w./]+)`", told):
+            last = name.split(".")[-1]
+            assert (REPO / name).is_file() or re.search(rf"(def|class) {last}\b", text), name
+
+
+def test_the_lines_to_the_line_are_counted():
+    section = README[README.index("# Read to the line"):README.index("# The journey")]
+    told = {file: int(lines) for file, lines in re.findall(r"^\| `(\w+\.py)` \| (\d+)", section, re.MULTILINE)}
+    counted = {}
+    for file in told:
+        above, *below = (REPO / file).read_text(encoding="utf-8").split("\n# ====")
+        counted[file] = above.count("\n") + 1
+        assert len(below) == 2, f"{file}: not one ruled line, which is two rules and a sentence between"
+    assert all(abs(told[file] - counted[file]) <= 5 for file in told), f"it is {counted}"
+    total = int(re.search(r"that is ([\d,]+) lines", section)[1].replace(",", ""))
+    assert total == sum(told.values())
 
 
 def test_quoted_code_is_in_the_files():
@@ -87,7 +105,7 @@ def test_every_recipe_is_in_the_table_and_the_other_way_round():
 
 def test_pictures_are_there_and_small():
     named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
-    assert {REPO / name for name in named} == set((REPO / "pictures").iterdir())
+    assert {REPO / name for name in named} == {*(REPO / "pictures").iterdir()} - {*(REPO / "pictures").glob("__*")}
     assert all((REPO / name).stat().st_size < 300_000 for name in named)
 
 

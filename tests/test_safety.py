@@ -525,9 +525,9 @@ def test_a_gradient_that_is_no_number_is_named_and_nothing_is_overwritten(made, 
 
 @pytest.mark.parametrize("script", [train, finetune], ids=["train", "finetune"])
 def test_a_loss_that_is_no_number_keeps_the_save_before_it(made, tmp_path, monkeypatch, script):
-    real = train.GPT.forward
+    real = train.gpt.GPT.forward
     calls = iter(range(100))
-    monkeypatch.setattr(train.GPT, "forward",
+    monkeypatch.setattr(train.gpt.GPT, "forward",
                         lambda *args: real(*args) * (math.nan if next(calls) == 2 else 1))
     with pytest.raises(ValueError, match="^step 3: the loss is nan.*learning_rate"):
         run(made, script, tmp_path, save_interval=1, eval_interval=100)
@@ -769,7 +769,7 @@ def test_a_gradient_that_is_no_number_on_one_process_stops_both(made, tmp_path, 
 
 
 def spoil_on_rank_1(value):
-    real = train.GPT.forward
+    real = train.gpt.GPT.forward
     calls = iter(range(1000))
 
     def forward(self, *args):
@@ -777,7 +777,7 @@ def spoil_on_rank_1(value):
             bias = self.h[0].mlp.c_fc.bias
             bias.register_hook(lambda grad: grad * 0 + value)
         return real(self, *args)
-    train.GPT.forward = forward
+    train.gpt.GPT.forward = forward
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--monitor-interval=0.1",

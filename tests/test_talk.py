@@ -54,6 +54,11 @@ def say(talk, text, s=GREEDY):
     return talk.history[-1][1]
 
 
+def one_by_one(history):
+    """The messages of a talk as (role, ids) pairs."""
+    return [pair for asked, said in history for pair in (("user", asked), ("assistant", said))]
+
+
 def framed(said, enc):
     """The chat format by hand: what the model reads before it answers the last of (role, ids) pairs."""
     start, user, assistant, end = special(enc)
@@ -91,8 +96,8 @@ def greedy_by_hand(model, prompt, longest, stops):
 def count_reads(talk, monkeypatch):
     """How many positions the model computes, call by call, from now on."""
     reads, hidden = [], talk.model.hidden
-    monkeypatch.setattr(talk.model, "hidden",
-                        lambda idx, *rest: reads.append(idx.shape[1]) or hidden(idx, *rest))
+    monkeypatch.setattr(talk.model, "hidden", lambda idx, *rest, **more: reads.append(idx.shape[1]) or
+                        hidden(idx, *rest, **more))
     return reads
 
 
@@ -123,13 +128,13 @@ def test_greedy_replies_with_a_kept_cache_are_those_computed_anew_across_the_bor
     talk, notes = new_talk(block_size, turns, 1, enc), []
     texts = ("Hm?", "the aaa", "", "x" * 90, "🙂🙂", "a", "b", "and so on, and on", "c")
     for text in texts:
-        said = [*copy.deepcopy(talk.history), ("user", ids(text, enc))]
+        said = [*one_by_one(talk.history), ("user", ids(text, enc))]
         prompt = prompt_by_hand(said, enc, turns, block_size, GREEDY.max_new_tokens)
         wanted = greedy_by_hand(talk.model, prompt, GREEDY.max_new_tokens, special(enc))
         assert say(talk, text) == wanted
         assert talk.last["prompt_tokens"] == len(prompt)
         notes.append(capsys.readouterr().err)
-    assert "too long" in notes[3] and len(talk.history) == 2 * len(texts)
+    assert "too long" in notes[3] and len(talk.history) == len(texts)
     assert turns < 3 or any("oldest" in note for note in notes)
 
 
@@ -167,7 +172,7 @@ def test_whole_oldest_turns_are_left_out_room_is_kept_and_a_note_says_so(monkeyp
             for part in (("user", ids(text)), ("assistant", ids("yes")))]
     assert prompts[5] == framed([*seen, ("user", ids("too"))], BYTES)
     assert notes[:5] == [""] * 5 and notes[5].count("\n") == 1 and "oldest turns are left out" in notes[5]
-    assert len(talk.history) == 12, "what the model does not see is still said"
+    assert len(talk.history) == 6, "what the model does not see is still said"
 
 
 def test_a_note_is_grey_only_in_a_terminal_and_without_no_color(monkeypatch, capsys):
@@ -187,7 +192,7 @@ def test_a_context_of_a_few_tokens_is_no_reason_to_fail(block_size, text, capsys
     talk = new_talk(block_size)
     for s in (GREEDY, SEEDED, chat.Settings(max_new_tokens=1)):
         say(talk, text, s)
-    assert [role for role, _ in talk.history] == ["user", "assistant"] * 3
+    assert len(talk.history) == 3
 
 
 @pytest.mark.parametrize("longest, message, said, stop", [
@@ -232,7 +237,7 @@ def test_after_ctrl_c_at_any_moment_the_next_reply_is_that_of_a_fresh_talk(capsy
     assert computed > 5
     for n in range(1, computed + 1):
         talk = stopped_at(n)
-        assert [role for role, _ in talk.history] == ["user", "assistant"] * 2
+        assert [len(turn) for turn in talk.history] == [2, 2]
         assert talk.history[-1][1] == whole[:n - 1] and talk.last["stop"] == "interrupted"
         fresh = chat.Talk(model, BYTES, 50)
         fresh.history = copy.deepcopy(talk.history)
@@ -240,25 +245,26 @@ def test_after_ctrl_c_at_any_moment_the_next_reply_is_that_of_a_fresh_talk(capsy
 
 
 def test_ctrl_c_before_the_model_is_asked_leaves_whole_turns(monkeypatch, capsys):
-    talk, assemble = new_talk(), chat.assemble
+    talk, assemble = new_talk(), chat.chats.assemble
     say(talk, "Hm?")
+    before = copy.deepcopy(talk.history)
 
     def interrupt(*_):
-        monkeypatch.setattr(chat, "assemble", assemble)
+        monkeypatch.setattr(chat.chats, "assemble", assemble)
         raise KeyboardInterrupt
-    monkeypatch.setattr(chat, "assemble", interrupt)
-    say(talk, "a very long message")
+    monkeypatch.setattr(chat.chats, "assemble", interrupt)
+    chat.say(talk, ids("a very long message"), GREEDY, True)
+    assert talk.history == [*before, (ids("a very long message"), [])]  # to /retry
     say(talk, "So?")
-    roles = [role for role, _ in talk.history]
-    assert roles == ["user", "assistant"] * (len(roles) // 2)
+    assert all(len(turn) == 2 for turn in talk.history) and talk.history[-1][0] == ids("So?")
 
 
 # Any message at all
 
-def any_message(rng):
-    """Text as people, programs and cats type it."""
-    kind = rng.randrange(8)
-    length = 100_000 if kind == 0 and rng.random() < 0.1 else rng.choice((0, 1, 5, 30, 100))
+def any_message(rng, n):
+    """Text as people, programs and cats type it; of 80 one is huge."""
+    kind = n % 8
+    length = 100_000 if n % 80 == 40 else rng.choice((0, 1, 5, 30, 100))
     anything = [chr(rng.randrange(0x110000)) for _ in range(length)]  # surrogates too
     return {1: "".join(chr(rng.randrange(32)) for _ in range(length)),
             2: "".join(rng.choice(ROLES) for _ in range(length // 5)),
@@ -279,8 +285,8 @@ def test_hundreds_of_random_messages_do_no_harm(block_size, turns, enc, monkeypa
             yield i
     monkeypatch.setattr(talk.model, "generate", noted)
     start, user, assistant, end = special(enc)
-    for n in range(340):
-        text = any_message(rng)
+    for n in range(120):
+        text = any_message(rng, n)
         s = chat.Settings(temperature=rng.choice((0, 1, 9)), max_new_tokens=8, seed=n)
         chat.say(talk, ids(text, enc), s, False)
         prompt, said = asked
@@ -297,9 +303,10 @@ def test_hundreds_of_random_messages_do_no_harm(block_size, turns, enc, monkeypa
         assert capsys.readouterr().out == enc.decode_bytes(said).decode("utf-8", "replace") + "\n"
         assert not set(said) & {start, user, assistant, end}
         # What is kept is what could be read.
-        assert len(talk.history[-2][1]) <= block_size and len(talk.history[-1][1]) <= 8
+        kept, replied = talk.history[-1]
+        assert len(kept) <= block_size and len(replied) <= 8
         assert len(talk.cache.ids) <= block_size
-    assert len(talk.history) == 2 * 340
+    assert len(talk.history) == 120
     assert all(layer.k.shape == (1, 2, block_size, 8) for layer in talk.cache.layers)
 
 
@@ -359,7 +366,7 @@ def test_quit_ends_it_and_reset_forgets(capsys):
     assert obey(talk, "/quit") is None
     say(talk, "and more")
     assert obey(talk, "/reset") == GREEDY and talk.history == []
-    assert say(talk, "Hm?") == first and len(talk.history) == 2
+    assert say(talk, "Hm?") == first and len(talk.history) == 1
 
 
 def test_undo_takes_the_last_turn_back(capsys):
@@ -383,8 +390,8 @@ def test_retry_says_another_reply_to_the_same_message(turns, capsys):
     replies = set()
     for _ in range(3):
         obey(talk, "/retry", SEEDED)
-        *before, (role, text), (_, again) = talk.history
-        assert (role, text, len(before)) == ("user", ids("and more"), 2 if turns else 0)
+        *before, (text, again) = talk.history
+        assert (text, len(before)) == (ids("and more"), 1 if turns else 0)
         replies.add(tuple(again))
     assert len(replies | {tuple(first)}) > 2, "the seed would say the same again"
 
@@ -423,8 +430,7 @@ def test_a_model_of_text_stays_one_whatever_is_set(monkeypatch, capsys):
 
 def test_saved_chats_are_read_by_the_reader_of_instruction_files(tmp_path, capsys):
     talk, path = new_talk(), tmp_path / "deep" / "chat.jsonl"
-    talk.history = [("user", ids("hé\n🙂\u2028<|end|>")), ("assistant", ids('"a"\\')), ("user", ids("")),
-                    ("assistant", [0xff, 0x41])]
+    talk.history = [(ids("hé\n🙂\u2028<|end|>"), ids('"a"\\')), (ids(""), [0xff, 0x41])]
     obey(talk, f"/save  {path} ")
     assert "2 turns" in capsys.readouterr().err
     assert read_conversations(path) == [([
@@ -436,8 +442,7 @@ def test_saved_chats_are_read_by_the_reader_of_instruction_files(tmp_path, capsy
 @pytest.mark.parametrize("enc", [BYTES, PAIRS], ids=["bytes", "pairs"])
 def test_a_loaded_chat_goes_on_as_the_saved_one(enc, tmp_path, capsys):
     talk, other = new_talk(enc=enc), new_talk(enc=enc)
-    texts = ("the aaa", "hé 🙂\n", "<|user|>", "")
-    talk.history = [(("user", "assistant")[i % 2], ids(text, enc)) for i, text in enumerate(texts)]
+    talk.history = [(ids("the aaa", enc), ids("hé 🙂\n", enc)), (ids("<|user|>", enc), ids("", enc))]
     wanted = copy.deepcopy(talk.history)
     obey(talk, f"/save {tmp_path / 'chat.jsonl'}")
     say(other, "something else")
@@ -451,7 +456,7 @@ def test_of_a_file_of_several_chats_the_last_is_loaded(tmp_path, capsys):
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     talk = new_talk()
     obey(talk, f"/load {tmp_path / 'rows.json'}")
-    assert talk.history == [("user", ids("last")), ("assistant", ids("x"))]
+    assert talk.history == [(ids("last"), ids("x"))]
 
 
 def test_a_later_state_of_a_chat_replaces_an_earlier_one_and_nothing_else(tmp_path, capsys):
@@ -487,7 +492,8 @@ def test_tokens_shows_exactly_the_ids_that_were_read_and_said(block_size, turns,
     talk = new_talk(block_size, turns, enc=enc)
     for text in ("the aaa", "🙂", "last", "x" * 70, "and on"):
         said = say(talk, text)
-        prompt = prompt_by_hand(talk.history[:-1], enc, turns, block_size, GREEDY.max_new_tokens)
+        read = one_by_one(talk.history)[:-1]
+        prompt = prompt_by_hand(read, enc, turns, block_size, GREEDY.max_new_tokens)
         capsys.readouterr()
         obey(talk, "/tokens")
         out, err = capsys.readouterr()
@@ -497,7 +503,7 @@ def test_tokens_shows_exactly_the_ids_that_were_read_and_said(block_size, turns,
 
 def test_tokens_in_a_terminal_are_coloured_by_role_and_obey_nothing(monkeypatch, capsys):
     talk = new_talk()
-    talk.history = [("user", ids("\x1b a")), ("assistant", ids("\x07\n"))]
+    talk.history = [(ids("\x1b a"), ids("\x07\n"))]
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     obey(talk, "/tokens")
@@ -526,8 +532,8 @@ def test_tokens_of_a_chat_that_has_become_shorter_are_all_its_ids(way, tmp_path,
         obey(talk, "/set turns=1")
     capsys.readouterr()
     obey(talk, "/tokens")
-    wanted = {"undo": before, "load": before[:2], "set": talk.history[-2:]}[way]
-    assert read_ids(capsys.readouterr().err) == framed(wanted, BYTES)[:-1]
+    wanted = {"undo": before, "load": before[:1], "set": talk.history[-1:]}[way]
+    assert read_ids(capsys.readouterr().err) == framed(one_by_one(wanted), BYTES)[:-1]
 
 
 BAD = ["/set temperature=-1", "/set temperature=0.3 top_k=-1", "/set top_p=0", "/set max_new_tokens=0",
@@ -601,7 +607,7 @@ def test_ctrl_c_while_nothing_is_said_yet_keeps_the_chat(line, monkeypatch, caps
         chat.chat(talk, GREEDY)
     except KeyboardInterrupt:
         pytest.fail("it left the chat")
-    assert [bytes(text) for _, text in talk.history] == [b"Hm?", b"yes", b"So?", b"yes"]
+    assert [bytes(text) for turn in talk.history for text in turn] == [b"Hm?", b"yes", b"So?", b"yes"]
 
 
 def test_what_only_looks_like_a_command_is_a_message(monkeypatch, capsys):
@@ -612,7 +618,7 @@ def test_what_only_looks_like_a_command_is_a_message(monkeypatch, capsys):
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: True)
     chat.chat(talk, GREEDY)
-    assert [text for role, text in talk.history[::2]] == [*map(ids, (lines[0], lines[2], lines[4], lines[6]))]
+    assert [asked for asked, _ in talk.history] == [*map(ids, (lines[0], lines[2], lines[4], lines[6]))]
     out, err = capsys.readouterr()
     assert out == "yes\n" * 4
     assert all(part in err for part in ("this list", "temperature=-1.0: must be 0 or more", "/nothing"))
@@ -625,5 +631,5 @@ def test_exit_and_quit_are_messages_in_a_pipe_only(tty, monkeypatch, capsys):
     for stream in (sys.stdin, sys.stdout):
         monkeypatch.setattr(stream, "isatty", lambda: tty, raising=False)
     chat.chat(talk, GREEDY)
-    assert len(talk.history) == (0 if tty else 4)
+    assert len(talk.history) == (0 if tty else 2)
     assert capsys.readouterr().err.count("/quit") == (2 if tty else 0)

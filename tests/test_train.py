@@ -7,14 +7,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
@@ -22,14 +21,23 @@ import data.text
 import prepare_alpaca
 import train
 from data.tokens import open_dataset
-from model import GPT, GPTConfig, load_checkpoint, model_from_checkpoint
+from model import GPT, GPTConfig, attention, load_checkpoint, model_from_checkpoint
 
-REPO = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=2, max_iters=6, warmup_iters=2,
             learning_rate=0.01, eval_interval=100, eval_tokens=200, log_interval=100, device="cpu")
 
+# Both take far longer than a short run itself: only tests that are about them have them.
+DRAW, PEAK_FLOPS = train.draw_losses, train.peak_flops
 WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def neither_drawn_nor_measured():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_losses", lambda *args: None)
+        patch.setattr(train, "peak_flops", lambda *args: 1e12)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +72,16 @@ def toy(dataset, **changes):
 
 
 def loss_of(model, dataset, split, max_tokens=10**6):
-    return train.evaluate(model, dataset, split, max_tokens, CPU, contextlib.nullcontext())
+    s = train.Settings(eval_tokens=max_tokens)
+    return train.evaluate(model, dataset, split, s, CPU, contextlib.nullcontext())
 
 
 # The schedule
 
 def test_warm_up_rises_in_equal_parts_and_ends_at_the_peak():
     s = train.Settings(warmup_iters=4, max_iters=24)
-    assert [train.get_lr(step, s) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert train.get_lr(0, replace(s, warmup_iters=0)) == 1.0
+    assert [train.lr_factor(step, s) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert train.lr_factor(0, replace(s, warmup_iters=0)) == 1.0
 
 
 @pytest.mark.parametrize("decay, final_lr, quarter, middle, last, end", [
@@ -84,7 +93,7 @@ def test_warm_up_rises_in_equal_parts_and_ends_at_the_peak():
 ])
 def test_the_decay_goes_from_the_peak_to_final_lr(decay, final_lr, quarter, middle, last, end):
     s = train.Settings(warmup_iters=4, max_iters=24, decay=decay, final_lr=final_lr)  # decays over 20 steps
-    factors = [train.get_lr(step, s) for step in (4, 9, 14, 23, 24)]
+    factors = [train.lr_factor(step, s) for step in (4, 9, 14, 23, 24)]
     assert factors == pytest.approx([1, quarter, middle, last, end])
 
 
@@ -149,8 +158,8 @@ def test_accumulated_batches_count_every_target_alike(folders, kind):
     mean.backward()
     assert loss == pytest.approx(mean.item(), rel=1e-5)
     assert norm == pytest.approx(length(p.grad for p in model.parameters()), rel=1e-4)
-    assert work == [sum(targets.size for _, targets, _ in batches), sum(idx.size for idx, _, _ in batches),
-                    sum(len(idx) * idx.shape[1]**2 for idx, _, _ in batches)]
+    assert work == (sum(targets.size for _, targets, _ in batches), sum(idx.size for idx, _, _ in batches),
+                    sum(len(idx) * idx.shape[1]**2 for idx, _, _ in batches))
     if kind == "chat":
         assert len({len(targets) for _, targets, _ in batches}) > 1, "equal batches would hide a wrong weight"
     for ours, p in zip(stepped.parameters(), model.parameters()):
@@ -190,11 +199,10 @@ def test_a_tiny_model_learns_a_few_chats(tmp_path, folders, optimizer, rate):
 # What a step costs
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_operations_of_a_step_are_those_of_its_matrix_products(bias):
+def test_the_operations_of_a_step_are_those_of_its_matrix_products(bias, monkeypatch):
     config = GPTConfig(vocab_size=100, block_size=32, n_layer=3, n_head=2, n_embd=24, bias=bias)
     model = GPT(config)
-    for block in model.h:
-        block.attn.keep_weights = True  # attention as plain products, which PyTorch counts one by one
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v)[0])
     idx, where = torch.zeros(5, 20, dtype=torch.long), torch.tensor([1, 2, 30, 31, 32, 77, 99])
     with FlopCounterMode(display=False) as counted:
         model(idx, torch.zeros(7, dtype=torch.long), where).backward()
@@ -210,7 +218,7 @@ def test_the_operations_of_a_step_by_hand():
 
 
 def test_the_peak_of_a_cpu_is_what_it_can_do_now():
-    peak = train.peak_flops(CPU, torch.float32)
+    peak = PEAK_FLOPS(CPU, torch.float32)
     a, began = torch.ones(512, 512), time.perf_counter()
     a @ a
     assert 1e8 < peak < 1e14 and peak > 0.01 * 2 * 512**3 / (time.perf_counter() - began)
@@ -225,14 +233,14 @@ def test_the_peak_of_a_gpu_is_its_makers_figure_in_bfloat16_and_unknown_for_othe
                                                                                   teraflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     cuda = torch.device("cuda")
-    assert train.peak_flops(cuda, torch.bfloat16) == (teraflops and teraflops * 1e12)
-    assert train.peak_flops(cuda, torch.float32) is None
+    assert PEAK_FLOPS(cuda, torch.bfloat16) == (teraflops and teraflops * 1e12)
+    assert PEAK_FLOPS(cuda, torch.float32) is None
     monkeypatch.setattr(train, "ranks", lambda: (0, 8))
-    assert train.peak_flops(cuda, torch.bfloat16) == (teraflops and 8 * teraflops * 1e12)
+    assert PEAK_FLOPS(cuda, torch.bfloat16) == (teraflops and 8 * teraflops * 1e12)
 
 
 def test_the_peak_of_other_devices_is_unknown():
-    assert train.peak_flops(torch.device("mps"), torch.float32) is None
+    assert PEAK_FLOPS(torch.device("mps"), torch.float32) is None
 
 
 # Evaluation
@@ -519,15 +527,28 @@ def test_out_of_memory_leaves_other_errors_as_they_are():
         assert train.out_of_memory(error, train.Settings()) is None
 
 
-def test_when_saving_fails_training_goes_on_to_the_end_and_exits_with_1(folders, tmp_path):
-    pytest.importorskip("resource")
-    program = ("import resource, config, train; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); "
-               "config.run(train.main)")
-    done = subprocess.run([sys.executable, "-c", program, *flags(folders["text"], tmp_path, eval_interval=3)],
-                          cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert re.search(r"step +6/6", done.stdout)
-    lines = done.stderr.splitlines()
+def error_of(monkeypatch, arguments):
+    """The line that train.py ends with; a text as the exit code means that line, and code 1."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        config.run(train.main)
+    assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
+    return ended.value.code
+
+
+def test_when_saving_fails_training_goes_on_to_the_end_and_exits_with_1(folders, tmp_path, monkeypatch,
+                                                                       capsys):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(train, "draw_losses", DRAW)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))  # bytes a file may have
+    try:
+        last = error_of(monkeypatch, flags(folders["text"], tmp_path, eval_interval=3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr()
+    assert re.search(r"step +6/6", said.out)
+    lines = [*said.err.splitlines(), last]
     assert [line.split(":")[0] for line in lines] == ["warning"] * (len(lines) - 1) + ["error"]
     for name in ("best.pt", "last.pt"):
         assert any(str(tmp_path / name) in line for line in lines)
@@ -535,32 +556,29 @@ def test_when_saving_fails_training_goes_on_to_the_end_and_exits_with_1(folders,
 
 
 def test_a_save_that_failed_once_is_made_up_for(folders, tmp_path, monkeypatch):
-    real, losses, tried = train.save_checkpoint, iter(range(100)), []
+    real, losses, tried = train.gpt.save_checkpoint, iter(range(100)), []
 
     def save(path, checkpoint):
         tried.append(path)
         if len(tried) <= 2:  # the disk is full at the first evaluation, and free again at the next
             raise OSError(f"{path}: disk full")
         real(path, checkpoint)
-    monkeypatch.setattr(train, "save_checkpoint", save)
+    monkeypatch.setattr(train.gpt, "save_checkpoint", save)
     monkeypatch.setattr(train, "evaluate", lambda *args: float(next(losses)))  # worse each time
     assert run(folders["text"], tmp_path, max_iters=4, eval_interval=1)["step"] == 4
     assert load_checkpoint(tmp_path / "best.pt")["step"] == 2  # the best of those that could be saved
 
 
-def test_text_too_short_for_a_window_is_one_line_and_exit_code_1(tmp_path):
+def test_text_too_short_for_a_window_is_one_line_and_exit_code_1(tmp_path, monkeypatch, capsys):
     (tmp_path / "short.txt").write_text("Far too short.", encoding="utf-8")
     data.text.main([f"--source={tmp_path / 'short.txt'}", f"--out_dir={tmp_path / 'short'}"])
-    command = [sys.executable, str(REPO / "train.py"), *flags(tmp_path / "short", tmp_path / "out")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert "train.bin" in done.stderr and "block_size=32" in done.stderr and "Traceback" not in done.stderr
+    capsys.readouterr()
+    line = error_of(monkeypatch, flags(tmp_path / "short", tmp_path / "out"))
+    assert "train.bin" in line and "block_size=32" in line
+    assert capsys.readouterr() == ("", "")
     assert not (tmp_path / "out").exists()
 
 
 def test_heads_that_do_not_divide_the_width_end_as_one_line(folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(folders["text"], tmp_path, n_head=3)])
-    with pytest.raises(SystemExit) as ended:
-        config.run(train.main)
-    assert "n_embd=16" in ended.value.code and "n_head=3" in ended.value.code and "\n" not in ended.value.code
+    line = error_of(monkeypatch, flags(folders["text"], tmp_path, n_head=3))
+    assert "n_embd=16" in line and "n_head=3" in line
