@@ -5,7 +5,7 @@
     python chat.py < questions.txt                         # a message a line, a reply each
     python chat.py --json=True < questions.txt             # a JSON line for each reply
     python chat.py --score=data/instruction                # how many answers are right, by category
-    python chat.py --attention=out/attention.png --prompt="What is the plural of box?"    # see it
+    python chat.py --look=out/look.html --prompt="What is the plural of box?"   # see inside it
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 itself goes on with text
 
 Only replies go to standard output; all else goes to standard error. A model trained on plain text
@@ -27,12 +27,12 @@ import torch
 
 import config
 import model as gpt
-import pictures
 from data import conversation as chats
 from data.conversation import special_ids
 from data.files import write_atomically, write_json
 from data.tokenizer import get_tokenizer, token_pieces
 from data.tokens import folder_tokenizer, open_dataset, read_meta
+from pictures.look import look, write_page
 
 
 @dataclass
@@ -40,7 +40,8 @@ class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to talk to
     init_from: str | None = None  # gpt2, gpt2-medium, ... or a folder with such weights, instead
     prompt: str | None = None  # one message: print the reply and leave
-    attention: Path | None = None  # with prompt: write a picture of where each head looks, a PNG
+    look: Path | None = None  # with prompt: write a page of all that the model did, HTML
+    attention: Path | None = None  # the same, under its old name
     json: bool = False  # a JSON line for each reply: text, tokens, seconds, tokens_per_second, stop
     turns: int = 0  # how many of your messages the model sees, the newest included; 0: as trained
     max_new_tokens: int = 200  # longest reply, in tokens
@@ -273,7 +274,7 @@ HELP = """/help              this list
 /save FILE         write the chat as a JSON line that prepare_alpaca.py reads
 /load FILE         go on with a chat from such a file
 /tokens            the ids of the chat as the model sees them
-/attention [FILE]  a picture of where each head looks, out/attention.png or FILE
+/look [FILE]       a page of all that the model did, out/look.html or FILE
 /quit              leave, as Ctrl-D does; Ctrl-C stops a reply"""
 COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
 CHANGEABLE = (*SAMPLING, "max_new_tokens", "seed", "turns")  # what /set changes
@@ -290,7 +291,7 @@ def command(talk, s, line):
     or OSError, and has then changed nothing."""
     name, _, rest = line.strip().partition(" ")
     rest = rest.strip()
-    needs_history = ("/undo", "/retry", "/save", "/tokens", "/attention")
+    needs_history = ("/undo", "/retry", "/save", "/tokens", "/look", "/attention")
     if name in needs_history and not talk.history:
         raise ValueError("nothing was said yet")
     if name in ("/save", "/load") and not rest:
@@ -319,8 +320,8 @@ def command(talk, s, line):
             load(talk, user_path(rest))
         case "/tokens":
             show_tokens(talk)
-        case "/attention":
-            show_attention(talk, user_path(rest or "out/attention.png"))
+        case "/look" | "/attention":
+            show_look(talk, user_path(rest or "out/look.html"))
         case _:
             close = difflib.get_close_matches(name, COMMANDS, 1)
             advice = f"did you mean {close[0]}?" if close else "/help lists the commands"
@@ -412,20 +413,21 @@ def show_tokens(talk):
     print(file=sys.stderr, flush=True)
 
 
-def show_attention(talk, path):
-    """Write a picture of where the heads look in what the model saw last; say which heads have
-    which habit."""
-    ids = seen_ids(talk)[-talk.model.config.block_size:]
-    if not ids:
-        raise ValueError("there is no token to look from")
-    weights = pictures.attention_weights(talk.model, ids)
-    for line in pictures.habits(weights, ids):
+def show_look(talk, path):
+    """Write a page of all that the model did with what it saw last; say which heads have which
+    habit."""
+    ids, block_size, start = seen_ids(talk), talk.model.config.block_size, None
+    if talk.turns:
+        ids = ids[:block_size]  # the last token of a full context is never read
+    else:  # a text: its newest part, and where the model's own words begin
+        ids = ids[-block_size:]
+        _, answer = talk.history[-1]
+        start = max(len(ids) - len(answer), 0)
+    page = look(talk.model, talk.enc, ids, start)
+    for line in page["habits"]:
         note(line)
-    pieces = [piece.replace(" ", "·") for piece in token_pieces(talk.enc, ids)]
-    if pictures.draw_attention(path, weights, pieces):
-        note(f"{path}: rows look at columns")
-    else:
-        note("no picture: pip install matplotlib")
+    write_page(path, page)
+    note(f"{path}: open it in a browser")
 
 
 # ---- scores ----
@@ -563,8 +565,10 @@ def check_settings(s):
             raise ValueError(f"{name}={value}: must be {wanted}")
     if not 0 < s.top_p <= 1:
         raise ValueError(f"top_p={s.top_p}: must be above 0, at most 1")
-    if s.attention and s.prompt is None:
-        raise ValueError(f"attention={s.attention}: needs a --prompt=TEXT; in the chat: /attention")
+    for name in ("look", "attention"):
+        if getattr(s, name) and s.prompt is None:
+            raise ValueError(f"{name}={getattr(s, name)}: needs a --prompt=TEXT; in the chat: "
+                             "/look")
 
 
 def main(argv):
@@ -589,7 +593,9 @@ def main(argv):
     show_turns(talk, s.turns)
     if s.prompt is not None:
         say(talk, enc.encode_ordinary(s.prompt), s, False)
-        return show_attention(talk, s.attention) if s.attention else None
+        if s.look or s.attention:
+            show_look(talk, s.look or s.attention)
+        return
     if sys.stdin.isatty():
         greet(talk, name, why)
     chat(talk, s)
