@@ -45,6 +45,7 @@ class LoopSettings:
     batch_size: int = 8  # windows of text; or chats that fit into batch_size * block_size tokens
     gradient_accumulation: int = 1  # batches summed up for one step, over all processes
     max_iters: int = 2000  # steps
+    read_iters: int = 0  # the first steps, which learn a chat's questions too, not only answers
     dropout: float = 0.0  # share of activations zeroed while training; slows memorizing
     # the optimizer
     optimizer: str = "muon"  # muon (the blocks' matrices; AdamW for the rest) or adamw (all)
@@ -117,8 +118,7 @@ def train(s, model, dataset, device, dtype, resumed=None):
             # Once in a while: how well does it do on what it has not seen?
             losses = None
             if is_last or progress.step % s.eval_interval == 0:
-                losses = [evaluate(replica, dataset, split, s, device, autocast)
-                          for split in SPLITS]  # [train, val]
+                losses = [evaluate(replica, dataset, part, s, device, autocast) for part in SPLITS]
                 stop_if_not_finite(sum(losses), f"the losses are {losses}", progress.step, s, model)
                 progress.history.append((progress.step, *losses))
             progress.seconds += time.perf_counter() - began
@@ -644,7 +644,7 @@ def check_settings(s):
         need(getattr(s, name, 1) >= 1, name, "1 or more")  # finetune.py has no n_layer and so on
     for name in ("learning_rate", "embedding_learning_rate"):
         need(getattr(s, name) > 0, name, "above 0")
-    for name in ("weight_decay", "grad_clip", "warmup_iters", "patience"):
+    for name in ("weight_decay", "grad_clip", "warmup_iters", "patience", "read_iters"):
         need(getattr(s, name) >= 0, name, "0 or more")
     need(0 <= s.seed < 2**63, "seed", "from 0 to 2**63 - 1")
     for name in ("dropout", "momentum", "beta1", "beta2"):
@@ -724,8 +724,9 @@ def load_resumed(s):
         raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may "
                          "be a best.pt")
     for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",
-                 "batch_size", "gradient_accumulation", "best_by", "seed"):
-        then, now = resumed["settings"].get(name), getattr(s, name, None)
+                 "batch_size", "gradient_accumulation", "best_by", "seed", "read_iters"):
+        now = getattr(s, name, None)
+        then = resumed["settings"].get(name, 0 if name == "read_iters" else None)  # it came later
         if then != now:
             raise ValueError(f"{path}: was made with {name}={then}, this run has {name}={now}; use "
                              "the same, or another out_dir")
@@ -757,7 +758,8 @@ def set_up(s, device, make_model):
         model = make_model(s)
     if world_size > 1 and rank == 0:
         dist.barrier()
-    dataset = open_dataset(s.data_dir, model.config.block_size, s.batch_size, s.seed)
+    dataset = open_dataset(s.data_dir, model.config.block_size, s.batch_size, s.seed,
+                           s.read_iters * s.gradient_accumulation)
     if resumed and resumed["data"] != dataset.fingerprint:
         raise ValueError(f"{last}: was made with other data (data_dir="
                          f"{resumed['settings']['data_dir']}, as it was then) than data_dir="

@@ -86,14 +86,15 @@ def folder_tokenizer(folder):
     return read_spec(Path(folder) / name if name.endswith(".json") else name)
 
 
-def open_dataset(folder, block_size, batch_size, seed=0):
+def open_dataset(folder, block_size, batch_size, seed=0, read_batches=0):
     """The TokenDataset or ChatDataset of a prepared folder, as its meta.json says. Raises
     ValueError."""
-    kind = {"text": TokenDataset, "chat": ChatDataset}.get(read_meta(folder)["kind"])
-    if kind is None:
-        raise ValueError(f"{folder}/meta.json: kind {read_meta(folder)['kind']!r} "
-                         "is neither 'text' nor 'chat'")
-    return kind(folder, block_size, batch_size, seed)
+    kind = read_meta(folder)["kind"]
+    if kind == "text":
+        return TokenDataset(folder, block_size, batch_size, seed)
+    if kind == "chat":
+        return ChatDataset(folder, block_size, batch_size, seed, read_batches)
+    raise ValueError(f"{folder}/meta.json: kind {kind!r} is neither 'text' nor 'chat'")
 
 
 def shards(folder, split):
@@ -202,16 +203,18 @@ class ChatDataset:
     A batch holds as many conversations as fit into batch_size * block_size tokens, padding counted,
     so it costs the memory that a batch of text does. Every epoch sorts by length, equals in a new
     random order, cuts at a random phase and shuffles the batches. Only the assistant's tokens are
-    targets. A conversation longer than block_size + 1 is cut there; one that has no target left is
-    dropped (`dropped` counts them by split).
+    targets; in training's first `read_batches` batches the questions' are too. A conversation
+    longer than block_size + 1 is cut there; one that has no target left is dropped (`dropped`
+    counts them by split).
     """
 
     kind = "chat"
     turns = 1  # of the longest conversation, once it is open
 
-    def __init__(self, folder, block_size, batch_size, seed=0):
+    def __init__(self, folder, block_size, batch_size, seed=0, read_batches=0):
         self.folder, self.block_size, self.seed = Path(folder), block_size, seed
         self.budget = batch_size * block_size  # tokens per batch, padding counted
+        self.read_batches = read_batches
         self.tokenizer, self.vocab_size = folder_tokenizer(folder), read_meta(folder)["vocab_size"]
         self.fingerprint = fingerprint(folder)
         enc = get_tokenizer(self.tokenizer)
@@ -281,7 +284,8 @@ class ChatDataset:
         """The index-th batch, counted from the first epoch on: ids (B, T) int64, targets (N,)
         int64, and where (N,), the flat positions b * T + t whose next token is targets."""
         epoch, place = self.find(split, index)
-        return self.rows(split, self.plan(split, epoch)[place])
+        all_tokens = split == "train" and index < self.read_batches
+        return self.rows(split, self.plan(split, epoch)[place], all_tokens)
 
     def eval_batches(self, split, max_tokens):
         """Fixed conversations, spread evenly and together about max_tokens at most, in batches like
@@ -292,14 +296,16 @@ class ChatDataset:
         for batch in cut(rows[np.argsort(lengths[rows], kind="stable")], lengths, self.budget):
             yield self.rows(split, batch)
 
-    def rows(self, split, numbers):
-        """The batch made of these conversations, shorter ones padded at the end."""
+    def rows(self, split, numbers, all_tokens=False):
+        """The batch made of these conversations, shorter ones padded at the end. all_tokens: the
+        questions' tokens are targets too."""
         lengths, starts = self.lengths[split][numbers], self.starts[split][numbers]
         inside = np.arange(lengths.max()) < lengths[:, None]  # (B, T + 1)
         at = np.where(inside, starts[:, None] + np.arange(lengths.max()), 0)
         ids = np.where(inside, self.tokens[split][at], self.pad_id).astype(np.int64)
         check_ids(ids, self.vocab_size, self.folder / f"{split}.bin")
-        is_target = (inside & self.targets[split][at])[:, 1:]
+        is_target = inside if all_tokens else inside & self.targets[split][at]
+        is_target = is_target[:, 1:]  # what follows each position
         return ids[:, :-1], ids[:, 1:][is_target], np.flatnonzero(is_target)
 
     def conversations(self, split):
