@@ -37,6 +37,9 @@ class Settings:
     max_tokens: int = 1024  # longest conversation, in tokens
     too_long: str = "cut"  # what happens to longer ones: cut (the end of the last answer) or drop
     drop_duplicates: bool = True  # keep only the first of identical rows
+    extra: Path | None = None  # more rows of the same form, all for training (see data/rules.py)
+    repeat: int = 1  # how often the source's training rows stand beside one of each extra row
+    join: int = 1  # training rows become chats of up to this many turns, at random; 1: they stay
 
 
 def main(argv):
@@ -51,6 +54,10 @@ def main(argv):
         raise ValueError(f"{path}: holds no row")
     kept, report = select(conversations, s.drop_duplicates)
     splits = split_rows(kept, s.val_fraction, s.seed)
+    if s.extra:
+        splits["train"] = splits["train"] * s.repeat + chats.read_conversations(s.extra)
+    if s.join > 1:
+        splits["train"] = join_rows(splits["train"], s.join, random.Random(s.seed))
     with new_files(s.out_dir) as folder:  # all of them are written, or none
         spec = make_tokenizer(s, splits["train"], folder)
         enc = get_tokenizer(spec)
@@ -102,6 +109,19 @@ def split_rows(conversations, val_fraction, seed):
     return splits
 
 
+def join_rows(conversations, most, rng):
+    """Conversations in a random order, joined into chats of 1 to `most` turns, as many as chance
+    says: a model learns to answer after other things were said. A chat has its first's category."""
+    joined, room = [], 0
+    for messages, category in rng.sample(conversations, len(conversations)):
+        if joined and len(joined[-1][0]) + len(messages) <= room:
+            joined[-1] = joined[-1][0] + messages, joined[-1][1]
+        else:
+            joined.append((messages, category))
+            room = 2 * rng.randint(1, most)  # messages
+    return joined
+
+
 @dataclass
 class Row:
     """A conversation as it is written: its ids (n,), the same as messages, and its category."""
@@ -131,15 +151,6 @@ def encode_split(conversations, enc, s, report):
             continue
         rows.append(Row(ids, messages, category, targets))
     return rows
-
-
-def cut_answer(ids, enc, max_tokens):
-    """Conversation ids cut to at most max_tokens, within the last assistant turn that keeps a token
-    of text before <|end|> (hence - 2), and ended with <|end|>; what came after is left out."""
-    _, _, assistant, end = chats.special_ids(enc)
-    last = max((i for i, token in enumerate(ids[:max_tokens - 2]) if token == assistant), default=0)
-    turn_ends = ids.index(end, last)  # where no answer fits last is 0, and this the question's end
-    return ids[:min(turn_ends, max_tokens - 1)] + [end]
 
 
 # ==================================================================================================
@@ -200,6 +211,15 @@ def encode(conversations, enc):
         print(file=sys.stderr)
 
 
+def cut_answer(ids, enc, max_tokens):
+    """Conversation ids cut to at most max_tokens, within the last assistant turn that keeps a token
+    of text before <|end|> (hence - 2), and ended with <|end|>; what came after is left out."""
+    _, _, assistant, end = chats.special_ids(enc)
+    last = max((i for i, token in enumerate(ids[:max_tokens - 2]) if token == assistant), default=0)
+    turn_ends = ids.index(end, last)  # where no answer fits last is 0, and this the question's end
+    return ids[:min(turn_ends, max_tokens - 1)] + [end]
+
+
 def write_corpus(path, rows):
     """The same chats for people to read."""
     with open(path, "w", encoding="utf-8", newline="\n") as f:
@@ -245,6 +265,9 @@ def check_settings(s):
     if not 0 < s.val_fraction < 1:
         raise ValueError(f"val_fraction={s.val_fraction}: use a value between 0 and 1, such as "
                          "0.05")
+    for name in ("repeat", "join"):
+        if getattr(s, name) < 1:
+            raise ValueError(f"{name}={getattr(s, name)}: must be 1 or more")
     if s.max_tokens < 8:
         raise ValueError(f"max_tokens={s.max_tokens}: no conversation fits; use 8 or more")
 

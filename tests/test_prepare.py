@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,33 @@ def test_every_category_has_its_share_held_out_and_one_seed_gives_the_same_rows(
             assert found == [meta["categories"][i] for i in meta[f"{split}_categories"]]
         held_out.append(sorted(read_chats(folder, "val")))
     assert held_out[0] == held_out[1] != held_out[2]
+
+
+def test_extra_rows_are_for_training_only_and_the_source_is_repeated(tmp_path):
+    extra = tmp_path / "extra.json"
+    extra.write_text(json.dumps([row(f"extra {i}", f"yes {i}") for i in range(30)]), encoding="utf-8")
+    alone = read_chats(prepare(tmp_path, rows_of(20), "--val_fraction=0.2"), "val")
+    folder = prepare(tmp_path, rows_of(20), "--val_fraction=0.2", f"--extra={extra}", "--repeat=3")
+    assert read_chats(folder, "val") == alone and len(alone) == 4
+    counts = Counter(question for question, _ in read_chats(folder, "train"))
+    assert set(counts.values()) == {1, 3} and len(counts) == 16 + 30
+    assert all((count == 1) == question.startswith("extra") for question, count in counts.items())
+
+
+def test_joined_rows_are_all_there_in_chats_of_every_length_up_to_the_most(tmp_path):
+    folder = prepare(tmp_path, rows_of(400), "--join=3")
+    train, val = (read_chats(folder, split) for split in ("train", "val"))
+    assert {len(chat) // 2 for chat in train} == {1, 2, 3} and {len(chat) for chat in val} == {2}
+    questions = [text for chat in train + val for text in chat[::2]]
+    assert sorted(questions) == sorted(f"x question {i}" for i in range(400))
+    assert read_chats(prepare(tmp_path, rows_of(400), "--join=3"), "train") == train
+    assert read_chats(prepare(tmp_path, rows_of(400), "--join=3", "--seed=8"), "train") != train
+
+
+@pytest.mark.parametrize("flag", ["--repeat=0", "--join=0", "--extra=nowhere.json"])
+def test_extra_rows_that_cannot_be_are_refused_by_name(tmp_path, flag):
+    with pytest.raises((ValueError, OSError), match=flag[2:].partition("=")[0] + "|nowhere.json"):
+        prepare(tmp_path, rows_of(20), flag)
 
 
 def test_the_corpus_for_people_holds_every_chat(tmp_path):

@@ -13,7 +13,9 @@ from data.tokenizer import (
     END_OF_TEXT,
     ROLE_TOKENS,
     SPLIT_PATTERN,
+    apply_merges,
     get_tokenizer,
+    learn_merges,
     merge,
     read_spec,
     show,
@@ -76,6 +78,29 @@ def test_training_equals_a_slow_reference(texts, vocab_size):
 def test_training_equals_a_slow_reference_on_a_paragraph():
     merges = train_bpe([PARAGRAPH, PARAGRAPH[:200]], 400)["merges"]
     assert merges == slow_bpe([PARAGRAPH, PARAGRAPH[:200]], 400) and len(merges) > 50
+
+
+@PROPERTY
+@given(st.text(["a", "b", "é", " ", "1"], max_size=60), st.integers(0, 30))
+@example("aaaa aaaaa aaaaaaa aaaaaaaaa", 30)
+def test_the_plain_way_learns_and_encodes_as_the_fast_ones_do(text, n_merges):
+    merges = learn_merges(text, n_merges)
+    spec = train_bpe([text], 256 + n_merges)
+    assert [list(pair) for pair in merges] == spec["merges"] == slow_bpe([text], 256 + n_merges)
+    assert apply_merges(text, merges) == get_tokenizer(spec).encode_ordinary(text)
+
+
+def test_the_plain_way_encodes_what_it_has_not_learned_from_as_tiktoken_does(bpe):
+    merges = [tuple(pair) for pair in train_bpe([PARAGRAPH] * 2, 300)["merges"]]
+    for text in (*HARD, PARAGRAPH[::-1]):
+        assert apply_merges(text, merges) == bpe.encode_ordinary(text)
+
+
+def test_the_plain_way_by_hand():
+    a, b = ord("a"), ord("b")
+    assert learn_merges("aab aab", 9) == [(a, a), (256, b)]
+    assert apply_merges("aabb", [(a, a), (256, b)]) == [257, b]
+    assert apply_merges("aaaab", [(a, a), (256, b)]) == [256, 257]
 
 
 def test_the_example_of_the_docstring():

@@ -274,6 +274,24 @@ def test_every_epoch_of_chats_has_every_conversation_once_and_exact_targets(tmp_
     assert dataset.dropped == {"train": 0, "val": 0}
 
 
+def test_the_first_batches_on_request_have_every_token_for_a_target(tmp_path):
+    chats = random_chats(60)
+    folder = chat_folder(tmp_path, chats, random_chats(9, seed=1))
+    plain, reading = (ChatDataset(folder, 128, 2, read_batches=n) for n in (0, 5))
+    by_start = {tuple(chat[:4]): chat for chat in chats}
+    for index in range(5):
+        ids, targets, where = reading.batch("train", index)
+        assert np.array_equal(ids, plain.batch("train", index)[0]), "the conversations are the same"
+        wanted = [(token, b * ids.shape[1] + t) for b, row in enumerate(ids.tolist())
+                  for t, token in enumerate(by_start[tuple(row[:4])][1:])]
+        assert list(zip(targets.tolist(), where.tolist(), strict=True)) == wanted
+    assert all(same(plain.batch("train", i), reading.batch("train", i)) for i in range(5, 20))
+    assert all(same(plain.batch("val", i), reading.batch("val", i)) for i in range(3))
+    for split in ("train", "val"):
+        for a, b in zip(plain.eval_batches(split, 10**6), reading.eval_batches(split, 10**6), strict=True):
+            assert same(a, b), "evaluation is of the answers alone"
+
+
 def test_a_batch_of_chats_wastes_little_on_padding(tmp_path):
     chats = random_chats(400, longest=60)
     dataset = ChatDataset(chat_folder(tmp_path, chats), block_size=256, batch_size=8)
