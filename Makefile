@@ -1,16 +1,32 @@
 # make chat: from nothing to a chat with a model trained here.   make test: what CI runs.
 PYTHON ?= python3
 RUN = .venv/bin/python
+WRITTEN = data/instruction/instruction-data.json
+RULES = data/rules.py data/words.txt data/wordings.txt
 
 chat: out/chat/best.pt
 	$(RUN) chat.py
 
-out/chat/best.pt: | data/instruction/meta.json
-	$(RUN) train.py config/train_chat.py
-.PRECIOUS: out/chat/best.pt  # Ctrl-C saves it; make would delete it
+# Rows without end, and a model that learns their rules.
+data/rules/rules.json: $(RULES) | .venv/runtime
+	$(RUN) -m data.rules
 
-data/instruction/meta.json: data/instruction/instruction-data.json config/prepare_instruction.py | .venv/runtime
-	$(RUN) prepare_alpaca.py config/prepare_instruction.py
+data/rules/meta.json: data/rules/rules.json $(WRITTEN) config/prepare_rules.py
+	$(RUN) prepare_alpaca.py config/prepare_rules.py
+
+out/rules/best.pt: | data/rules/meta.json
+	$(RUN) train.py config/train_rules.py
+
+# Then the hand-written rows by heart.
+data/rules/some.json: $(RULES) | .venv/runtime
+	$(RUN) -m data.rules --rows=25000 --out=$@
+
+data/chat/meta.json: data/rules/some.json $(WRITTEN) config/prepare_chat.py | data/rules/meta.json
+	$(RUN) prepare_alpaca.py config/prepare_chat.py
+
+out/chat/best.pt: | out/rules/best.pt data/chat/meta.json
+	$(RUN) finetune.py config/finetune_chat.py
+.PRECIOUS: out/rules/best.pt out/chat/best.pt  # Ctrl-C saves them; make would delete them
 
 test: .venv/dev
 	.venv/bin/ruff check .

@@ -550,8 +550,8 @@ def print_scores(table, groups):
 
 # ---- starting ----
 
-MAKE_ONE = ("Make it: python prepare_alpaca.py config/prepare_instruction.py && python train.py "
-            "config/train_chat.py (or: make chat)")
+MAKE_ONE = ("Make it: make chat (README.md has the same as single commands), or name another with "
+            "--checkpoint=FILE")
 
 
 def check_settings(s):

@@ -1,6 +1,6 @@
 """Finetune a model on chats: turn one that goes on with text into one that answers.
 
-    python finetune.py config/finetune_chat_small.py     # a model of train.py, minutes on a CPU
+    python finetune.py config/finetune_chat.py           # a model of train.py, minutes on a CPU
     python finetune.py config/finetune_instruction.py    # GPT-2 on the small instruction data
     python finetune.py config/finetune_alpaca.py         # GPT-2 on Stanford Alpaca, for a GPU
     python finetune.py --init_from=out/mine/best.pt --data_dir=data/my_chats --out_dir=out/my_chat

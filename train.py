@@ -1,9 +1,9 @@
 """Train a GPT from scratch, on plain text or on chats.
 
-    python train.py config/train_chat.py                 # chats: minutes on a laptop
-    python train.py config/train_shakespeare.py          # plain text
-    python train.py config/train_chat.py --resume=True   # go on where a run stopped
-    python train.py --help                               # every setting
+    python train.py config/train_recite.py                 # chats: minutes on a laptop
+    python train.py config/train_shakespeare.py            # plain text
+    python train.py config/train_recite.py --resume=True   # go on where a run stopped
+    python train.py --help                                 # every setting
 
     torchrun --nproc_per_node=8 train.py config/train_gpt2.py    # many GPUs: the same steps, sooner
 

@@ -1,6 +1,6 @@
 """Settings: a script's dataclass, then config files, then flags, all through one check.
 
-    python train.py config/train_chat.py --batch_size=16 --learning_rate=1e-3
+    python train.py config/train_recite.py --batch_size=16 --learning_rate=1e-3
     python train.py --help
 
 A script declares its settings once, as a dataclass whose fields have a type, a default and a

@@ -9,4 +9,4 @@ optimizer = "muon"
 learning_rate = 4e-3
 embedding_learning_rate = 2e-3
 dropout = 0.0
-best_by = "train"  # as in config/train_chat.py: it is meant to know its rows by heart
+best_by = "train"  # as in config/train_recite.py: it is meant to know its rows by heart

@@ -40,3 +40,23 @@ def draw_losses(out_dir, history):
         print(f"warning: {error}", file=sys.stderr, flush=True)
     # Figures refer to themselves, and training makes too few objects for them to go soon.
     gc.collect()
+
+
+def draw_rows(path, results):
+    """Where matplotlib is installed, a picture of python -m tests.bench rows: over the number of
+    different rows, the shares right of those trained on and of held-out ones. results: dicts with
+    rows, "trained on" and "held out"."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(results))  # 0 has no place on a logarithmic axis
+    for name, marker in (("trained on", "s--"), ("held out", "o-")):
+        axes.plot(places, [100 * result[name] for result in results], marker, label=name)
+    axes.set_xticks(places, [f"{result['rows']:,}" for result in results])
+    axes.set(xlabel="different generated rows, in the same number of steps", ylim=(-3, 103),
+             ylabel="answers right, %", title="Reciting, and knowing the rule")
+    axes.legend()
+    write_atomically(path, lambda f: figure.savefig(f, dpi=100, format="png"))

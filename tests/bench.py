@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 import chat
 import config
+import data.rules
 import data.text
 import finetune
 import prepare_alpaca
@@ -53,6 +54,7 @@ from model import (
     to_gpt2_names,
     use_onednn,
 )
+from pictures import draw_rows
 
 REPO = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -541,7 +543,7 @@ def shakespeare(s):
                    smaller=True)
 
 
-# What is tried on the small instruction data: a name and what differs from config/train_chat.py at 400 steps.
+# What is tried on the small instruction data: a name and what differs from config/train_recite.py at 400 steps.
 VARIED = {
     "as it is": [],
     "batch 1/2, twice the steps": ["--batch_size=4", "--max_iters=800"],
@@ -564,13 +566,13 @@ VARIED = {
 def vary(s):
     """What batch, learning rate, depth, width and context do on the small instruction data: time, losses, and
     answers right among the held-out rows and as many that were trained on."""
-    print(f"{'config/train_chat.py, 400 steps, but':<34}{'parameters':>11}{'seconds':>9}{'training':>10}"
+    print(f"{'config/train_recite.py, 400 steps, but':<34}{'parameters':>11}{'seconds':>9}{'training':>10}"
           f"{'lowest val':>12}{'right: trained':>16}{'held out':>10}")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         quiet(prepare_alpaca.main, [str(REPO / "config/prepare_instruction.py"), f"--out_dir={folder}"])
         for name, argv in VARIED.items():
-            _, seconds = quiet(train.main, [str(REPO / "config/train_chat.py"), f"--data_dir={folder}",
+            _, seconds = quiet(train.main, [str(REPO / "config/train_recite.py"), f"--data_dir={folder}",
                                             f"--out_dir={folder / 'out'}", "--max_iters=400", *argv,
                                             "--eval_interval=100", "--device=cpu"])
             checkpoint = load_checkpoint(folder / "out" / "best.pt")
@@ -588,13 +590,61 @@ def vary(s):
             yield result
 
 
+# How many different rows the model of config/train_rules.py sees, in how many steps; and how many it is asked.
+ROWS, ROW_STEPS, ASKED = (0, 300, 1_000, 3_000, 10_000, 30_000, 100_000), 2000, 300
+
+
+def share_right(checkpoint, conversations):
+    """The share of conversations whose last answer a model gives word for word, always the likeliest token."""
+    model, enc = model_from_checkpoint(checkpoint).eval(), get_tokenizer(checkpoint["tokenizer"])
+    use_onednn(model)
+    scored = [chat.score_row(model, enc, messages) for messages in conversations]
+    return sum(row["right"] for row in scored if row) / len(scored)
+
+
+def rows(s):
+    """Reciting or learning the rule: one model and one number of steps on more and more different rows; how
+    many it answers right of those it was trained on, and of held-out words and numbers. Draws the table."""
+    print(f"{'generated rows':>14}{'read':>8}{'training loss':>15}{'right: trained on':>19}{'held out':>10}")
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        files = {count: folder / f"{count}.json" for count in ROWS[1:]}
+        for count, path in files.items():
+            quiet(data.rules.main, [f"--rows={count}", f"--out={path}"])
+        asked = folder / "held_out.json"
+        quiet(data.rules.main, [f"--rows={ASKED}", "--operands=held_out", f"--out={asked}"])
+        prepare = [str(REPO / "config/prepare_rules.py"), f"--out_dir={folder / 'data'}"]
+        quiet(prepare_alpaca.main, [*prepare, f"--extra={files[ROWS[-1]]}"])  # one tokenizer for all
+        tokenizer = (folder / "data" / "tokenizer.json").rename(folder / "tokenizer.json")
+        for count in ROWS:
+            quiet(prepare_alpaca.main, [*prepare, f"--tokenizer={tokenizer}", f"--extra={files.get(count)}"])
+            quiet(train.main, [str(REPO / "config/train_rules.py"), f"--data_dir={folder / 'data'}",
+                               f"--out_dir={folder / 'out'}", f"--max_iters={ROW_STEPS}", "--device=cpu",
+                               f"--read_iters={ROW_STEPS * 7 // 10}", f"--eval_interval={ROW_STEPS}"])
+            checkpoint = load_checkpoint(folder / "out" / "best.pt")
+            source = files.get(count) or REPO / "data/instruction/instruction-data.json"
+            trained = [messages for messages, _ in chat.rows_to_score(source, ASKED)["rows"]]
+            held_out = [messages for messages, _ in read_conversations(asked)]
+            dataset = open_dataset(folder / "data", 256, 4)
+            result = {"what": "rows", "rows": count, "epochs": dataset.epochs("train", ROW_STEPS),
+                      "train_loss": checkpoint["history"][-1][1],
+                      "trained on": share_right(checkpoint, trained),
+                      "held out": share_right(checkpoint, held_out)}
+            results.append(result)
+            print(f"{count:>14,}{result['epochs']:>7.1f}x{result['train_loss']:>15.3f}"
+                  f"{result['trained on']:>19.0%}{result['held out']:>10.0%}", flush=True)
+            yield result
+    draw_rows(REPO / "out" / "rows.png", results)
+
+
 # A shorter run likes shorter memories.
 SHORT_STEPS = 210
 SHORT = [f"--max_iters={SHORT_STEPS}", "--learning_rate=2.5e-2", "--embedding_learning_rate=1.4e-2",
          "--momentum=0.85", "--beta1=0.7", "--beta2=0.95", "--warmup_iters=5", "--final_lr=0.05"]
 PARTS = {"train": forward_backward, "step": shakespeare_step, "gpu": gpu, "decode": decode,
          "prefill": prefill, "load": load, "prepare": prepare, "finetune": finetune_alpaca,
-         "shakespeare": shakespeare, "int8": int8_quality, "growth": growth, "vary": vary}
+         "shakespeare": shakespeare, "int8": int8_quality, "growth": growth, "vary": vary, "rows": rows}
 
 
 def main(argv):

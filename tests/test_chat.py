@@ -776,10 +776,10 @@ def test_a_model_of_text_goes_on_writing(alphabet, talk, way):
 
 def test_without_a_model_it_says_how_to_make_one(monkeypatch, tmp_path):
     line = error_of(monkeypatch, f"--checkpoint={tmp_path / 'no.pt'}")
-    assert str(tmp_path / "no.pt") in line and "config file" in line and "train_chat" not in line
+    assert str(tmp_path / "no.pt") in line and "config file" in line and "make chat" not in line
     monkeypatch.setattr(config, "REPO", tmp_path)  # where the usual one is looked for
     line = error_of(monkeypatch)
-    assert str(tmp_path / "out" / "chat" / "best.pt") in line and "train.py config/train_chat.py" in line
+    assert str(tmp_path / "out" / "chat" / "best.pt") in line and "make chat" in line
 
 
 @pytest.mark.parametrize("spoil", [lambda b: b"garbage", lambda b: b"", lambda b: b[:len(b) // 2],

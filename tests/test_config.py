@@ -140,8 +140,8 @@ def test_an_error_in_a_config_file_is_one_line_with_file_and_line_number(tmp_pat
 
 
 def test_a_missing_config_file_is_named_with_a_guess():
-    message = refused("config/train_chatt.py")
-    assert "config/train_chatt.py" in message and "did you mean config/train_chat.py?" in message
+    message = refused("config/train_recitee.py")
+    assert "config/train_recitee.py" in message and "did you mean config/train_recite.py?" in message
 
 
 def test_a_config_file_for_another_script_says_for_which(tmp_path):
@@ -220,7 +220,7 @@ def test_config_files_are_found_in_the_current_folder_and_else_in_the_repository
     write(tmp_path, "steps = 77", "here.py")
     monkeypatch.chdir(tmp_path)
     assert load("here.py").steps == 77
-    chat = config.load(train.Settings, ["config/train_chat.py"])
+    chat = config.load(train.Settings, ["config/train_recite.py"])
     assert chat.data_dir.resolve() == (REPO / "data/instruction").resolve()
 
 

@@ -846,7 +846,7 @@ with open(path + ".peak", "w") as f:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    C, path = 384, tmp_path / "model.safetensors"  # like gpt2 a third embeddings
+    C, path = 768, tmp_path / "model.safetensors"  # gpt2's width, and like gpt2 a third embeddings
     shapes = {"wte.weight": (20_000, C), "wpe.weight": (64, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
     for i in range(5):
         shapes |= {f"h.{i}.ln_1.weight": (C,), f"h.{i}.ln_1.bias": (C,), f"h.{i}.ln_2.weight": (C,),
@@ -859,6 +859,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
     size = path.stat().st_size
     process = FORK.Process(target=exec, args=(PEAK, {"path": str(path)}))
     process.start()
-    assert ended(process) == [0] and 60e6 < size < 70e6
+    assert ended(process) == [0] and 200e6 < size < 250e6
+    path.unlink()
     peak = int((tmp_path / "model.safetensors.peak").read_text(encoding="utf-8"))
     assert 0.9 * size < peak < 1.3 * size, f"{peak / size:.2f} times the file"

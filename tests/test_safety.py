@@ -33,8 +33,11 @@ WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
 MODEL = dict(n_layer=1, n_head=2, n_embd=16, block_size=32)
 LOOP = dict(batch_size=2, max_iters=12, dropout=0.2, warmup_iters=2, learning_rate=0.01, eval_interval=5,
             eval_tokens=200, log_interval=1, sample_interval=0, device="cpu")
-FORK = multiprocessing.get_context("forkserver")  # children of a process that has torch: they start at once
-FORK.set_forkserver_preload([__name__, "matplotlib.figure", "torch._dynamo"])
+if "forkserver" in multiprocessing.get_all_start_methods():  # not on Windows
+    FORK = multiprocessing.get_context("forkserver")  # children of a process that has torch: they start at once
+    FORK.set_forkserver_preload([__name__, "matplotlib.figure", "torch._dynamo"])
+else:
+    FORK = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +52,9 @@ def made(tmp_path_factory):
                          "--val_fraction=0.25"])
     data.text.main([f"--source={root / 'words.txt'}", f"--out_dir={root / 'text'}", "--val_fraction=0.3",
                     "--tokenizer=bytes"])
-    train.main(flags(root, train, root / "base", max_iters=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_losses", lambda *args: None)
+        train.main(flags(root, train, root / "base", max_iters=2))
     return root
 
 
@@ -65,11 +70,19 @@ def run(made, script, out_dir, **changes):
     return load_checkpoint(out_dir / "last.pt")
 
 
-def in_child(name, arguments, said, patch, environment):
-    os.environ.update(environment)
+def print_to(said):
+    """From now on what this process prints is added to the file `said`."""
     with open(said, "ab") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
+
+
+def in_child(name, arguments, said, patch, draw, environment):
+    train.peak_flops = lambda *args: 1e12
+    if not draw:
+        train.draw_losses = lambda *args: None
+    os.environ.update(environment)
+    print_to(said)
     if patch:
         patch()
     sys.argv = [name, *arguments]
@@ -89,9 +102,9 @@ def leave(code):
     os._exit(code)
 
 
-def start(script, arguments, said, patch=None, **environment):
+def start(script, arguments, said, patch=None, draw=False, **environment):
     """A process of its own that runs a script's main after patch(); what it prints is added to `said`."""
-    child = FORK.Process(target=in_child, args=(script.__name__, arguments, said, patch, environment))
+    child = FORK.Process(target=in_child, args=(script.__name__, arguments, said, patch, draw, environment))
     child.start()
     return child
 
@@ -153,14 +166,16 @@ def before_step(wanted, act):
     train.train_step = step
 
 
-DRAW = train.draw_losses
+DRAW, PEAK_FLOPS = train.draw_losses, train.peak_flops
 
 
 @pytest.fixture(autouse=True)
 def unpatched(monkeypatch):
-    """before_step, used in a test itself, lasts until the test's end; only tests of loss.png wait for it."""
+    """before_step, used in a test itself, lasts until the test's end; only tests of loss.png and of the share
+    of the peak wait for these."""
     monkeypatch.setattr(train, "train_step", train.train_step)
     monkeypatch.setattr(train, "draw_losses", lambda *args: False)
+    monkeypatch.setattr(train, "peak_flops", lambda *args: 1e12)
 
 
 @pytest.fixture
@@ -287,10 +302,6 @@ def assert_whole(out_dir):
     return len(found)
 
 
-def without_measuring():
-    train.peak_flops = lambda *args: None
-
-
 def rows_so_far(out_dir):
     try:
         return (out_dir / "log.csv").read_bytes().count(b"\n") - 1
@@ -332,7 +343,7 @@ def kill_often(made, script, tmp_path, kills, spawn, **knobs):
                          ids=["train-1", "train-3", "finetune-2"])
 def test_killed_again_and_again_it_ends_as_if_nothing_had_been(made, tmp_path, script, kills, save_interval):
     in_a_save = kill_often(made, script, tmp_path, kills, save_interval=save_interval,
-                           spawn=lambda argv: start(script, argv, tmp_path / "said", without_measuring))
+                           spawn=lambda argv: start(script, argv, tmp_path / "said", draw=save_interval == 3))
     assert in_a_save, "no kill fell into a save"
 
 
@@ -353,7 +364,7 @@ class Program:
 
 
 def test_programs_that_are_killed_end_as_if_nothing_had_been(made, tmp_path):
-    kill_often(made, train, tmp_path, 2, save_interval=1, spawn=lambda argv: Program(argv, tmp_path / "said"))
+    kill_often(made, train, tmp_path, 1, save_interval=1, spawn=lambda argv: Program(argv, tmp_path / "said"))
 
 
 # Signals
@@ -424,9 +435,10 @@ def fill(place):
 
 @pytest.mark.parametrize("script", [train, finetune], ids=["train", "finetune"])
 def test_a_disk_that_fills_up_costs_neither_the_old_checkpoint_nor_a_row(made, tmp_path, small_disk, capsys,
-                                                                        script, pictures):
-    knobs = dict(max_iters=200, save_interval=10, eval_interval=50, log_interval=100)
+                                                                        script, request):
+    knobs = dict(max_iters=110, save_interval=10, eval_interval=50, log_interval=100)
     run(made, script, tmp_path / "straight", **knobs)
+    request.getfixturevalue("pictures")
     out_dir, seen = small_disk / "out", {}
 
     def look(name):
@@ -438,12 +450,12 @@ def test_a_disk_that_fills_up_costs_neither_the_old_checkpoint_nor_a_row(made, t
         seen["half a file"] = list(out_dir.glob("*.part"))
         (small_disk / "ballast").unlink()
     before_step(16, lambda: fill(small_disk))
-    before_step(153, free)
-    before_step(162, lambda: look("freed"))
+    before_step(93, free)
+    before_step(102, lambda: look("freed"))
     capsys.readouterr()
     run(made, script, out_dir, **knobs)
     said = capsys.readouterr()
-    assert seen["full"] == 10 and seen["freed"] == 160 and 16 < seen["rows when full"] < 150
+    assert seen["full"] == 10 and seen["freed"] == 100 and 16 < seen["rows when full"] < 90
     assert seen["half a file"] == []
     for name in ("last.pt", "best.pt", "log.csv"):
         assert f"warning: {out_dir / name}: " in said.err
@@ -490,7 +502,8 @@ def test_a_row_of_which_the_disk_took_two_bytes_does_not_end_the_run_and_is_comp
     pytest.importorskip("resource")
     knobs = dict(max_iters=20, eval_interval=10)
     run(made, script, tmp_path / "straight", **knobs)
-    child = start(script, flags(made, script, tmp_path / "out", **knobs), tmp_path / "said", little_room)
+    child = start(script, flags(made, script, tmp_path / "out", **knobs), tmp_path / "said", little_room,
+                  draw=True)
     assert ended(child) == [0]
     assert curve(tmp_path / "out") == curve(tmp_path / "straight")
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 20
@@ -566,7 +579,8 @@ def test_another_error_of_the_step_is_passed_on_as_it_is(made, tmp_path):
 
 # What a person sees
 
-def test_log_csv_can_be_read_while_it_runs_and_has_every_figure(made, tmp_path):
+def test_log_csv_can_be_read_while_it_runs_and_has_every_figure(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "peak_flops", PEAK_FLOPS)
     grown = []
     for step in (2, 5, 12):
         before_step(step, lambda: grown.append(len(read_log(tmp_path))))
@@ -612,7 +626,7 @@ def test_loss_png_is_a_small_picture_drawn_at_every_evaluation(made, tmp_path, c
 
 def test_without_matplotlib_one_line_says_how_to_get_it_and_all_else_is_the_same(made, tmp_path, monkeypatch,
                                                                                 capsys, pictures):
-    run(made, train, tmp_path / "straight")
+    run(made, train, tmp_path / "straight")  # with matplotlib
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     capsys.readouterr()
@@ -780,48 +794,56 @@ def spoil_on_rank_1(value):
     train.gpt.GPT.forward = forward
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--monitor-interval=0.1",
-            "--master-addr=127.0.0.1"]
-TROUBLE = """
-import os, signal, sys
-sys.path.insert(0, sys.argv.pop(1))
-import config, train
-trouble = eval(sys.argv.pop(1))  # {(which start, rank, step): signal, or -signal to torchrun}
-real = train.train_step
+def train_in_trouble(trouble, arguments):
+    """One of torchrun's processes: train.py, to which at {(which start, rank, step): signal} that happens;
+    a signal below 0 goes to torchrun."""
+    real = train.train_step
 
-def step(model, optimizers, dataset, number, *args):
-    here = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"]), number + 1
-    if (wanted := trouble.get(here)):
-        os.kill(os.getpid() if wanted > 0 else os.getppid(), abs(wanted))
-    return real(model, optimizers, dataset, number, *args)
+    def step(model, optimizers, dataset, number, *args):
+        here = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"]), number + 1
+        if (wanted := trouble.get(here)):
+            os.kill(os.getpid() if wanted > 0 else os.getppid(), abs(wanted))
+        return real(model, optimizers, dataset, number, *args)
 
-train.train_step = step
-config.run(train.main)
-"""
+    train.train_step, train.draw_losses = step, lambda *args: None
+    train.peak_flops = lambda *args: 1e12
+    sys.argv = ["train.py", *arguments]
+    config.run(train.main)
 
 
-def torchrun(tmp_path, trouble, arguments, *options):
-    """The exit code of train.py under torchrun, and what it printed; all its processes have ended."""
-    (tmp_path / "trouble.py").write_text(TROUBLE, encoding="utf-8")
-    command = [*TORCHRUN, f"--master-port={free_port()}", *options, str(tmp_path / "trouble.py"), str(REPO),
-               repr(trouble), *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
-        try:
-            said, errors = agent.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            agent.terminate()
-            said, errors = agent.communicate()
-            agent.returncode = "it hung"
-    return agent.returncode, said, errors
+def torchrun(said, options, arguments, program=None, trouble=None):
+    """torchrun itself, with two processes: of a program, or forks of this one that train_in_trouble."""
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+    print_to(said)
+    argv = ["--nproc_per_node=2", "--monitor-interval=0.1", "--master-addr=127.0.0.1",
+            f"--master-port={free_port()}", *options, str(program), *arguments]
+    if program:
+        run.main(argv)
+    else:
+        launch, _, _ = run.config_from_args(run.parse_args(argv))
+        launch.start_method = "fork"
+        elastic_launch(launch, train_in_trouble)(trouble, arguments)
+
+
+def under_torchrun(tmp_path, *args, **knobs):
+    """(torchrun's exit code, all that was printed)"""
+    agent = FORK.Process(target=torchrun, args=(tmp_path / "agent", *args), kwargs=knobs)
+    agent.start()
+    agent.join(60)
+    code = agent.exitcode  # None: it hung
+    agent.terminate()  # it then ends its processes
+    agent.join()
+    return code, (tmp_path / "agent").read_text(encoding="utf-8")
 
 
 def test_processes_that_die_are_started_again_by_torchrun_and_end_as_if_nothing_had_been(made, tmp_path):
     knobs = dict(gradient_accumulation=2, save_interval=3)
     straight = ranks(train, flags(made, train, tmp_path / "straight", **knobs), tmp_path)
     kill = {(0, 1, 5): 9, (1, 0, 8): 9}  # rank 1 in step 5; started again, rank 0 in step 8
-    code, said, errors = torchrun(tmp_path, kill, flags(made, train, tmp_path / "out", **knobs),
-                                  "--max-restarts=2")
-    assert code == 0, errors
+    code, said = under_torchrun(tmp_path, ["--max-restarts=2"], flags(made, train, tmp_path / "out", **knobs),
+                                trouble=kill)
+    assert code == 0, said
     assert ended(*straight) == [0, 0]
     assert re.findall(r"resumed at step (\d+)", said) == ["3", "6"]
     assert_same_run(tmp_path / "out", tmp_path / "straight")
@@ -829,8 +851,11 @@ def test_processes_that_die_are_started_again_by_torchrun_and_end_as_if_nothing_
 
 def test_a_sigterm_to_torchrun_stops_all_in_order(made, tmp_path):
     arguments = flags(made, train, tmp_path / "out", max_iters=10**4, gradient_accumulation=2)
-    code, _, errors = torchrun(tmp_path, {(0, 0, 8): -15}, arguments)
-    assert code not in (0, "it hung"), errors
+    (tmp_path / "trouble.py").write_text(
+        f"import sys; sys.path.insert(0, {str(REPO)!r})\nfrom tests.test_safety import train_in_trouble\n"
+        "train_in_trouble({(0, 0, 8): -15}, sys.argv[1:])", encoding="utf-8")
+    code, said = under_torchrun(tmp_path, [], arguments, program=tmp_path / "trouble.py")
+    assert code not in (0, None), said
     last, rows = load_checkpoint(tmp_path / "out" / "last.pt"), read_log(tmp_path / "out")
     assert last["step"] == len(rows) >= 8 and rows[-1]["val_loss"]
 

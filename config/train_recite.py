@@ -1,6 +1,7 @@
-# python prepare_alpaca.py config/prepare_instruction.py && python train.py config/train_chat.py
+# python prepare_alpaca.py config/prepare_instruction.py && python train.py config/train_recite.py
+# The hand-written rows alone: it recites.
 data_dir = "data/instruction"
-out_dir = "out/chat"
+out_dir = "out/recite"
 block_size = 128
 n_layer = 4
 n_head = 4
