@@ -19,7 +19,7 @@ out/rules/best.pt: | data/rules/meta.json
 
 # Then the hand-written rows by heart.
 data/rules/some.json: $(RULES) | .venv/runtime
-	$(RUN) -m data.rules --rows=25000 --out=$@
+	$(RUN) -m data.rules --rows=16000 --out=$@
 
 data/chat/meta.json: data/rules/some.json $(WRITTEN) config/prepare_chat.py | data/rules/meta.json
 	$(RUN) prepare_alpaca.py config/prepare_chat.py

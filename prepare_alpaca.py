@@ -19,8 +19,8 @@ import numpy as np
 
 import config
 from data import conversation as chats
+from data import tokenizer as tokenizers
 from data.download import download, name_in, sha256_of
-from data.tokenizer import get_tokenizer, read_spec, train_bpe, write_spec
 from data.tokens import SPLITS, new_files, write_meta, write_tokens
 
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
@@ -32,13 +32,14 @@ class Settings:
     out_dir: Path = Path("data/alpaca")  # where train.bin, val.bin, meta.json, chat_corpus.txt go
     tokenizer: str = "gpt2"  # gpt2, bytes, bpe (trained on this data) or a tokenizer.json's path
     vocab_size: int = 1024  # ids that bpe makes
+    space_behind: bool = False  # whether bpe glues a space to the word before it: fewer tokens
     val_fraction: float = 0.05  # rows held out for validation, of every category alike
     seed: int = 1337  # which rows are held out
     max_tokens: int = 1024  # longest conversation, in tokens
     too_long: str = "cut"  # what happens to longer ones: cut (the end of the last answer) or drop
     drop_duplicates: bool = True  # keep only the first of identical rows
     extra: Path | None = None  # more rows of the same form, all for training (see data/rules.py)
-    repeat: int = 1  # how often the source's training rows stand beside one of each extra row
+    repeat: int = 1  # how often each training row of the source is there
     join: int = 1  # training rows become chats of up to this many turns, at random; 1: they stay
 
 
@@ -54,13 +55,14 @@ def main(argv):
         raise ValueError(f"{path}: holds no row")
     kept, report = select(conversations, s.drop_duplicates)
     splits = split_rows(kept, s.val_fraction, s.seed)
+    splits["train"] *= s.repeat
     if s.extra:
-        splits["train"] = splits["train"] * s.repeat + chats.read_conversations(s.extra)
+        splits["train"] += chats.read_conversations(s.extra)
     if s.join > 1:
         splits["train"] = join_rows(splits["train"], s.join, random.Random(s.seed))
     with new_files(s.out_dir) as folder:  # all of them are written, or none
         spec = make_tokenizer(s, splits["train"], folder)
-        enc = get_tokenizer(spec)
+        enc = tokenizers.get_tokenizer(spec)
         rows = {split: encode_split(splits[split], enc, s, report) for split in SPLITS}
         check_rows(rows, s, path)
         for split in SPLITS:
@@ -107,19 +109,6 @@ def split_rows(conversations, val_fraction, seed):
         raise ValueError(f"{len(conversations)} rows are too few to train on some and hold out "
                          "others; use at least two rows of one category")
     return splits
-
-
-def join_rows(conversations, most, rng):
-    """Conversations in a random order, joined into chats of 1 to `most` turns, as many as chance
-    says: a model learns to answer after other things were said. A chat has its first's category."""
-    joined, room = [], 0
-    for messages, category in rng.sample(conversations, len(conversations)):
-        if joined and len(joined[-1][0]) + len(messages) <= room:
-            joined[-1] = joined[-1][0] + messages, joined[-1][1]
-        else:
-            joined.append((messages, category))
-            room = 2 * rng.randint(1, most)  # messages
-    return joined
 
 
 @dataclass
@@ -189,11 +178,12 @@ def make_tokenizer(s, conversations, folder):
     name = s.tokenizer
     if name == "bpe":
         texts = (m["content"] for messages, _ in conversations for m in messages)
-        spec = train_bpe(texts, s.vocab_size)
+        pattern = tokenizers.SPACE_BEHIND_PATTERN if s.space_behind else tokenizers.SPLIT_PATTERN
+        spec = tokenizers.train_bpe(texts, s.vocab_size, pattern)
     else:
-        spec = read_spec(config.local_path(name) if name.endswith(".json") else name)
+        spec = tokenizers.read_spec(config.local_path(name) if name.endswith(".json") else name)
     if isinstance(spec, dict):
-        write_spec(folder / "tokenizer.json", spec)
+        tokenizers.write_spec(folder / "tokenizer.json", spec)
     return spec
 
 
@@ -209,6 +199,19 @@ def encode(conversations, enc):
                   file=sys.stderr)
     if sys.stderr.isatty():
         print(file=sys.stderr)
+
+
+def join_rows(conversations, most, rng):
+    """Conversations in a random order, joined into chats of 1 to `most` turns, as many as chance
+    says: a model learns to answer after other things were said. A chat has its first's category."""
+    joined, room = [], 0
+    for messages, category in rng.sample(conversations, len(conversations)):
+        if joined and len(joined[-1][0]) + len(messages) <= room:
+            joined[-1] = joined[-1][0] + messages, joined[-1][1]
+        else:
+            joined.append((messages, category))
+            room = 2 * rng.randint(1, most)  # messages
+    return joined
 
 
 def cut_answer(ids, enc, max_tokens):

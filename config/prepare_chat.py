@@ -1,4 +1,4 @@
-# python -m data.rules --rows=25000 --out=data/rules/some.json
+# python -m data.rules --rows=16000 --out=data/rules/some.json
 # python prepare_alpaca.py config/prepare_chat.py
 # The hand-written rows, many times over, among generated ones, in chats of up to three turns.
 source = "data/instruction/instruction-data.json"
@@ -6,7 +6,7 @@ extra = "data/rules/some.json"
 out_dir = "data/chat"
 tokenizer = "data/rules/tokenizer.json"  # of the model that is finetuned
 val_fraction = 0.1
-repeat = 13
+repeat = 15
 join = 3
 max_tokens = 257
 too_long = "drop"

@@ -26,6 +26,8 @@ ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 # engine, which encodes, and that of exported tokenizers; they disagree on whether the joiners in
 # emoji (U+200C, U+200D) are letters: here not.
 SPLIT_PATTERN = "[^\\W\\d_\u200c\u200d]+|\\d|(?:[^\\s\\w]|[_\u200c\u200d])+|\\s+"
+# The same with a space glued to the word or the punctuation before it: a fifth fewer tokens.
+SPACE_BEHIND_PATTERN = "[^\\W\\d_\u200c\u200d]+ ?|\\d|(?:[^\\s\\w]|[_\u200c\u200d])+ ?|\\s+"
 
 
 # ---- byte-pair encoding, as it is taught ----

@@ -21,7 +21,14 @@ import data.download
 import model as m
 from data.conversation import encode_conversation, encode_prompt
 from data.files import write_safetensors
-from data.tokenizer import END_OF_TEXT, ROLE_TOKENS, get_tokenizer, train_bpe
+from data.tokenizer import (
+    END_OF_TEXT,
+    ROLE_TOKENS,
+    SPACE_BEHIND_PATTERN,
+    SPLIT_PATTERN,
+    get_tokenizer,
+    train_bpe,
+)
 from model import GPT, GPTConfig, load_gpt2
 from tests.test_safety import FORK, ended
 
@@ -283,6 +290,7 @@ PARAGRAPH = ("Où est le café?  Ça, c'est à 3.14 km; naïve Ærøskøbing, St
              f"\n\n\tif x_1 == 10**6:\n        return '👋🏽 {FAMILY} 🇫🇷 e\u0301'   \r\n \n\n  I'll we've "
              "they'D   1,234,567   ...!?  __init__ \u00a0\u2003 end  ")
 EXPORTS = {"gpt2": dict(n_head=4, n_embd=64), "bpe": dict(n_head=2, n_embd=32, bias=False),
+           "space": dict(n_head=2, n_embd=32),
            "bytes": dict(n_head=3, n_embd=48)}
 
 
@@ -296,10 +304,10 @@ def get_gpt2():
 
 @pytest.fixture(scope="module", params=EXPORTS)
 def export(request, tmp_path_factory):
-    """A checkpoint with one of the three kinds of tokenizer, exported by the command line."""
+    """A checkpoint with one of the four kinds of tokenizer, exported by the command line."""
     spec, folder = request.param, tmp_path_factory.mktemp(request.param)
-    if spec == "bpe":
-        spec = train_bpe([PARAGRAPH] * 3, 420)
+    if spec in ("bpe", "space"):
+        spec = train_bpe([PARAGRAPH] * 3, 420, SPACE_BEHIND_PATTERN if spec == "space" else SPLIT_PATTERN)
     enc = get_gpt2() if spec == "gpt2" else get_tokenizer(spec)
     torch.manual_seed(5)
     gpt = GPT(GPTConfig(vocab_size=enc.n_vocab, block_size=64, n_layer=2, **EXPORTS[request.param])).eval()

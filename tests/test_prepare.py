@@ -235,6 +235,17 @@ def test_a_trained_tokenizer_is_stored_and_learned_from_the_training_rows(tmp_pa
     assert open_dataset(folder, 64, 2).dropped == {"train": 0, "val": 0}
 
 
+def test_a_space_behind_a_word_is_asked_for_and_saves_tokens(tmp_path):
+    rows = [row(f"What is the plural of word {i}?", "these are words") for i in range(40)]
+    counts = {}
+    for flag in ("False", "True"):
+        folder = prepare(tmp_path, rows, f"--space_behind={flag}", "--vocab_size=300", tokenizer="bpe")
+        counts[flag] = read_meta(folder)["train_tokens"]
+        enc = get_tokenizer(folder / "tokenizer.json")
+        assert any(chat[1] == "these are words" for chat in read_chats(folder, "train", enc))
+    assert counts["True"] < 0.9 * counts["False"]
+
+
 def test_a_tokenizer_made_elsewhere_comes_along(tmp_path):
     write_spec(tmp_path / "other.json", train_bpe(["answer answer question"], 270))
     folder = prepare(tmp_path, rows_of(6), tokenizer=tmp_path / "other.json")

@@ -9,6 +9,7 @@ import pytest
 import chat
 import config
 import data.fineweb
+import data.rules
 import data.text
 import finetune
 import model
@@ -20,7 +21,7 @@ REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text(encoding="utf-8")
 SETTINGS = {"train.py": train.Settings, "finetune.py": finetune.Settings, "chat.py": chat.Settings,
             "prepare_alpaca.py": prepare_alpaca.Settings, "model.py": model.ExportSettings,
-            "data.text": data.text.Settings, "data.fineweb": data.fineweb.Settings,
+            "data.text": data.text.Settings, "data.rules": data.rules.Settings, "data.fineweb": data.fineweb.Settings,
             "tests.bench": bench.Settings}
 SOURCES = [path for folder in (".", "config", "data", "pictures") for path in sorted((REPO / folder).glob("*.py"))]
 
@@ -63,7 +64,7 @@ def test_there_are_commands_of_every_script():
 def test_what_the_readme_tells_to_read_is_there():
     everything = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
     told = re.findall(r"\*\*Read\*\*(.+?)(?:\n\n|\Z)", README, re.DOTALL)
-    assert len(told) == 8
+    assert len(told) == 9
     for name in re.findall(r"`([\w./]+)`", " ".join(told)):
         *owner, last = name.split(".")
         assert (REPO / name).is_file() or re.search(rf"(def|class) {last}\b", everything), name

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from data.tokenizer import (
     END_OF_TEXT,
     ROLE_TOKENS,
+    SPACE_BEHIND_PATTERN,
     SPLIT_PATTERN,
     apply_merges,
     get_tokenizer,
@@ -84,10 +85,24 @@ def test_training_equals_a_slow_reference_on_a_paragraph():
 @given(st.text(["a", "b", "é", " ", "1"], max_size=60), st.integers(0, 30))
 @example("aaaa aaaaa aaaaaaa aaaaaaaaa", 30)
 def test_the_plain_way_learns_and_encodes_as_the_fast_ones_do(text, n_merges):
-    merges = learn_merges(text, n_merges)
-    spec = train_bpe([text], 256 + n_merges)
-    assert [list(pair) for pair in merges] == spec["merges"] == slow_bpe([text], 256 + n_merges)
-    assert apply_merges(text, merges) == get_tokenizer(spec).encode_ordinary(text)
+    assert train_bpe([text], 256 + n_merges)["merges"] == slow_bpe([text], 256 + n_merges)
+    for pattern in (SPLIT_PATTERN, SPACE_BEHIND_PATTERN):
+        merges, spec = learn_merges(text, n_merges, pattern), train_bpe([text], 256 + n_merges, pattern)
+        assert [list(pair) for pair in merges] == spec["merges"]
+        assert apply_merges(text, merges, pattern) == get_tokenizer(spec).encode_ordinary(text)
+
+
+@PROPERTY
+@given(st.text() | st.lists(st.sampled_from([*PARAGRAPH.split(" "), *SPECIAL, *HARD])).map(" ".join))
+def test_a_space_may_stand_behind_a_word_and_any_text_comes_back(text):
+    assert "".join(re.findall(SPACE_BEHIND_PATTERN, text)) == text
+    enc = get_tokenizer(train_bpe([PARAGRAPH], 280, SPACE_BEHIND_PATTERN))
+    assert enc.decode(enc.encode_ordinary(text)) == text
+
+
+def test_a_space_behind_by_hand():
+    assert re.findall(SPACE_BEHIND_PATTERN, "Sort a,  b: 12 x.") == ["Sort ", "a", ", ", " ", "b", ": ", "1", "2",
+                                                                     " ", "x", "."]
 
 
 def test_the_plain_way_encodes_what_it_has_not_learned_from_as_tiktoken_does(bpe):
