@@ -2,31 +2,34 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 WRITTEN = data/instruction/instruction-data.json
-RULES = data/rules.py data/words.txt data/wordings.txt
+RULES = data/rules.py data/words.txt data/wordings.txt $(WRITTEN)
+# A training that was stopped, by Ctrl-C too, is gone on with.
+RESUME = --resume=$(if $(wildcard $(1)/last.pt),True,False)
 
-chat: out/chat/best.pt
+chat: out/chat/done
 	$(RUN) chat.py
 
 # Rows without end, and a model that learns their rules.
 data/rules/rules.json: $(RULES) | .venv/runtime
 	$(RUN) -m data.rules
 
-data/rules/meta.json: data/rules/rules.json $(WRITTEN) config/prepare_rules.py
+data/rules/meta.json: data/rules/rules.json config/prepare_rules.py
 	$(RUN) prepare_alpaca.py config/prepare_rules.py
 
-out/rules/best.pt: | data/rules/meta.json
-	$(RUN) train.py config/train_rules.py
+out/rules/done: | data/rules/meta.json
+	$(RUN) train.py config/train_rules.py $(call RESUME,out/rules)
+	touch $@
 
 # Then the hand-written rows by heart.
 data/rules/some.json: $(RULES) | .venv/runtime
 	$(RUN) -m data.rules --rows=16000 --out=$@
 
-data/chat/meta.json: data/rules/some.json $(WRITTEN) config/prepare_chat.py | data/rules/meta.json
+data/chat/meta.json: data/rules/some.json data/rules/meta.json config/prepare_chat.py
 	$(RUN) prepare_alpaca.py config/prepare_chat.py
 
-out/chat/best.pt: | out/rules/best.pt data/chat/meta.json
-	$(RUN) finetune.py config/finetune_chat.py
-.PRECIOUS: out/rules/best.pt out/chat/best.pt  # Ctrl-C saves them; make would delete them
+out/chat/done: | out/rules/done data/chat/meta.json
+	$(RUN) finetune.py config/finetune_chat.py $(call RESUME,out/chat)
+	touch $@
 
 test: .venv/dev
 	.venv/bin/ruff check .

@@ -68,7 +68,7 @@ class Talk:
         self.trained_turns = turns  # of the longest chat it learned from; 0: it learned plain text
         self.turns = turns  # how many of the person's messages it sees
         self.history = []  # the turns so far: [(the person's ids, the model's ids), ...]
-        self.left_out = 0  # how many of those it does not see any more, since the context is full
+        self.left_out = 0  # of the turns that it may see, how many did not fit into the context
         self.last = None  # what came of the newest reply, see `reply`
 
 
@@ -87,7 +87,7 @@ def chat(talk, s):
 
 def say(talk, question, s, tty):
     """Answer a message, given as ids, on standard output: as it comes, or as a JSON line."""
-    # Closed, for after Ctrl-C too `reply` has to note what was said so far.
+    # closing: after Ctrl-C too, reply's `finally` must note what was said so far.
     with contextlib.closing(reply(talk, question, s)) as pieces, ctrl_c_stops_only_this(tty):
         for piece in pieces:
             if not s.json:
@@ -109,7 +109,7 @@ def reply(talk, question, s):
         limit = s.max_new_tokens
         if talk.turns:  # a model of chats
             prompt, question = make_prompt(talk, question, s)
-            # One more than fits: nothing is read after the last one, so it needs no position.
+            # One more than fits: the last one is never read, so it needs no position.
             limit = min(limit, talk.model.config.block_size - len(prompt) + 1)
         else:  # a model of plain text goes on with the message itself
             talk.history = []  # each message stands alone
@@ -140,7 +140,7 @@ def make_prompt(talk, question, s):
     what it does not see."""
     block_size = talk.model.config.block_size
     room = min(s.max_new_tokens, block_size // 4)  # kept free for the reply
-    wanted = talk.history[-(talk.turns - 1):] if talk.turns > 1 else []  # and this question
+    wanted = talk.history[-(talk.turns - 1):] if talk.turns > 1 else []  # beside this question
     earlier, kept = trim(wanted, question, block_size - room)
     left_out = len(wanted) - len(earlier)
     if len(kept) < len(question):

@@ -92,7 +92,7 @@ class CausalSelfAttention(nn.Module):
         # What `attention` computes, in one fused kernel that never stores the weights. For T = S it
         # makes the triangle itself; one new token may look at everything; only several new tokens
         # behind cached ones need a mask.
-        is_causal = True if T == S else False  # T == S alone: a symbol under torch.compile
+        is_causal = True if T == S else False  # a bool; torch.compile makes T == S a symbol
         mask = causal_mask(T, S, x.device) if 1 < T < S else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal,
                                            dropout_p=self.dropout if self.training else 0.0)
@@ -190,7 +190,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """GPT-2's first weights: normal(0, 0.02), biases 0, norms 1 (as PyTorch makes them)."""
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 * n_layer add to the stream: a small sum
+            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add up in the stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -353,7 +353,7 @@ def newton_schulz(x):
 
     Each round turns every singular value v into a v + b v^3 + c v^5, by matrix products alone
     (Jordan et al. 2024, "Muon"). Four rounds bring each v above a thousandth of the norm to between
-    0.4 and 1.6: rough, but a fifth costs a quarter more and does not lower the loss.
+    0.4 and 1.6: rough, but a fifth round costs a quarter more and does not lower the loss.
     """
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the smaller side first, so that x @ x.mT is small
@@ -367,10 +367,10 @@ def newton_schulz(x):
 
 
 def wide_matrices(p):
-    """The matrices that a parameter is made of, as views with no more rows than columns, so that
-    c_fc and c_proj, turned, share a stack: c_attn holds three (query, key, value), others one."""
-    rows, cols = p.shape  # a width of 3 C is taken for c_attn's
-    if rows == 3 * cols:
+    """The matrices that a parameter holds, as views with no more rows than columns: three of c_attn
+    (query, key, value), one of others. c_fc is turned, so that it shares a stack with c_proj."""
+    rows, cols = p.shape
+    if rows == 3 * cols:  # c_attn
         return list(p.view(3, cols, cols))
     return [p if rows <= cols else p.mT]
 

@@ -40,7 +40,7 @@ class Settings:
     drop_duplicates: bool = True  # keep only the first of identical rows
     extra: Path | None = None  # more rows of the same form, all for training (see data/rules.py)
     repeat: int = 1  # how often each training row of the source is there
-    join: int = 1  # training rows become chats of up to this many turns, at random; 1: they stay
+    join: int = 1  # join training rows at random into chats of up to this many turns; 1: do not
 
 
 def main(argv):
@@ -101,7 +101,7 @@ def split_rows(conversations, val_fraction, seed):
     held_out, rng = set(), random.Random(seed)
     for _, numbers in sorted(by_category.items()):
         count = round(len(numbers) * val_fraction)
-        count = min(max(count, 1), len(numbers) - 1)  # never none, unless that were all
+        count = min(max(count, 1), len(numbers) - 1)  # at least one, but never all
         held_out.update(rng.sample(numbers, count))
     splits = {"train": [c for number, c in enumerate(conversations) if number not in held_out],
               "val": [c for number, c in enumerate(conversations) if number in held_out]}
@@ -203,11 +203,12 @@ def encode(conversations, enc):
 
 def join_rows(conversations, most, rng):
     """Conversations in a random order, joined into chats of 1 to `most` turns, as many as chance
-    says: a model learns to answer after other things were said. A chat has its first's category."""
+    says: a model learns to answer after other things were said. A chat has its last's category,
+    since its last answer is what is scored."""
     joined, room = [], 0
     for messages, category in rng.sample(conversations, len(conversations)):
         if joined and len(joined[-1][0]) + len(messages) <= room:
-            joined[-1] = joined[-1][0] + messages, joined[-1][1]
+            joined[-1] = joined[-1][0] + messages, category
         else:
             joined.append((messages, category))
             room = 2 * rng.randint(1, most)  # messages

@@ -45,7 +45,7 @@ class LoopSettings:
     batch_size: int = 8  # windows of text; or chats that fit into batch_size * block_size tokens
     gradient_accumulation: int = 1  # batches summed up for one step, over all processes
     max_iters: int = 2000  # steps
-    read_iters: int = 0  # the first steps, which learn a chat's questions too, not only answers
+    read_iters: int = 0  # this many steps, the first, learn a chat's questions too; then answers
     dropout: float = 0.0  # share of activations zeroed while training; slows memorizing
     # the optimizer
     optimizer: str = "muon"  # muon (the blocks' matrices; AdamW for the rest) or adamw (all)
@@ -97,7 +97,7 @@ def train(s, model, dataset, device, dtype, resumed=None):
     autocast = contextlib.nullcontext()
     if dtype != torch.float32:  # matrix products in bfloat16, all else and the weights in float32
         autocast = torch.autocast(device.type, dtype)
-    # The replica is the model, compiled and one of many processes' where that is on: same weights.
+    # The replica: the same weights, compiled and shared out to many processes where that is on.
     replica = torch.compile(model) if s.compile == "on" else model
     if dist.is_initialized():
         replica = torch.nn.parallel.DistributedDataParallel(replica)
@@ -175,7 +175,7 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
             loss.backward()
         step_loss += loss.detach()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    [step_loss] = sum_over_ranks(device, step_loss.item() / world_size)  # here we sum, not DDP
+    [step_loss] = sum_over_ranks(device, step_loss.item() / world_size)  # undoes scale's factor
     said = f"the loss is {step_loss} and the gradient norm {norm.item()}"
     stop_if_not_finite(step_loss + norm.item(), said, step + 1, s, model)  # finite if both are
     if s.grad_clip:

@@ -1,6 +1,7 @@
 # python -m data.rules --rows=16000 --out=data/rules/some.json
 # python prepare_alpaca.py config/prepare_chat.py
-# The hand-written rows, many times over, among generated ones, in chats of up to three turns.
+# The hand-written rows, many times over, among generated ones (the first of rules.json), in chats
+# of up to three turns.
 source = "data/instruction/instruction-data.json"
 extra = "data/rules/some.json"
 out_dir = "data/chat"

@@ -8,7 +8,8 @@ An operand is what a question is about: a word, a sentence, a pair of numbers. A
 chosen by the seed, are in no training row, and questions for a test are made of those alone:
 whoever answers them has learned the rule. Words are those of data/words.txt, and one in three is
 invented, since the rules hold for "florp" too; questions are worded as in data/wordings.txt. No
-operand of the hand-written rows is of the tenth, and none of their questions is asked.
+operand of the hand-written rows is of the tenth, and none of their questions is asked again, though
+the same may be asked in other words.
 """
 import json
 import random
@@ -35,7 +36,7 @@ class Settings:
 # ---- operands ----
 
 MADE_UP = ("blick florp wug dax zib gorp snarf tove mimsy spong quib flonk trell blorb nerp glim "
-           "plonk vorp sneg drib yelp zorch klim brox tazz fep lunt strib mofty wibble").split()
+           "plonk vorp sneg drib yolp zorch klim brox tazz fep lunt strib mofty wibble").split()
 ONSETS = ("b bl br c cl cr d dr f fl fr g gl gr h j k l m n p pl pr r s sh sk sl sm sn sp st str t "
           "th tr tw v w z").split()
 VOWELS = "a a e e i i o o u u ee oo ai ou".split()
@@ -45,7 +46,7 @@ EXIST = ("bet bid bind bit bleed breed bust cast cling creep fit fling rend rid 
          "sling slink slit span sped speed spill spit stank stink stood string wed wind").split()
 RUDE = re.compile("f[uoa](ck|k|g)|[ck]un?t|[ck]o(ck|k)|d[iy]ck|cum|sh[ia]t|sl[ua]t|tw[ao]t|"
                   "piss|poo|po(rn|p)|boo?b|t[iu]t|n[ie]g|sex|wank|crap|prick|gook|[ck]oon|"
-                  "spi[ck]|ass")
+                  "spi[ck]|ass|jap|wog|tard|turd|fart|skank|pimp")
 
 
 def read_sections(path):
@@ -102,7 +103,8 @@ class Draw:
         for lines in self.wordings.values():
             self.known.update(re.findall("[a-z]+", " ".join(lines).lower()))
         words, self.irregular = read_words(FOLDER / "words.txt")
-        self.real = {*words["nouns"], *words["verbs"], *words["adjectives"], *EXIST}
+        forms = [form for known in self.irregular.values() for form in known.values()]
+        self.real = {*words["nouns"], *words["verbs"], *words["adjectives"], *forms, *EXIST}
         self.lists = {name: list(filter(self.fits, entries)) or entries
                       for name, entries in words.items()}
 
@@ -152,7 +154,7 @@ class Draw:
             numbers = [self.rng.randint(low, int(high)) for _ in range(count)]
             if self.is_held_out(operand(*numbers)) == self.held_out:
                 return numbers
-            high = 1.03 * high + 0.1
+            high += 0.02  # one larger after 50 misses
 
     def number(self, low, high):
         return self.numbers(low, high, str)[0]
@@ -181,7 +183,7 @@ def past_of(d, verb):
         return d.irregular["verbs"][verb]
     if re.search("[^aeiou]y$", verb):
         return verb[:-1] + "ied"
-    if re.search("^[^aeiou]*[aeiou][^aeiouwxy]$", verb):  # hug: hugged
+    if re.search("^(qu|[^aeiou])*[aeiou][^aeiouwxy]$", verb):  # hug: hugged
         return verb + verb[-1] + "ed"
     return verb + ("d" if verb.endswith("e") else "ed")
 
@@ -247,7 +249,7 @@ def sort_words(d):
 
 
 def letter(d):
-    word, which = d.word(), d.rng.choice(("first", "first", "last", "final"))
+    word, which = d.word(), d.rng.choice(("first", "last"))
     verb = d.rng.choice(("start", "begin")) if which == "first" else "end"
     return d.ask("letters", w=word, which=which, verb=verb), word[0 if which == "first" else -1]
 
@@ -256,8 +258,8 @@ def compare(d):
     a, b = d.pair(1, d.rng.choice((9, 99, 99, 999)))
     if a == b:
         return compare(d)
-    more = d.rng.choice(("larger", "bigger", "greater", "smaller", "smaller", "less"))
-    wanted = min if more in ("smaller", "less") else max
+    more = d.rng.choice(("larger", "bigger", "greater", "smaller", "smaller", "lower"))
+    wanted = min if more in ("smaller", "lower") else max
     most = "less" if wanted is min else "greater"
     return d.ask("comparison", a=a, b=b, more=more, most=most), str(wanted(a, b))
 
@@ -344,7 +346,7 @@ def yes_or_no(d):
 
 # ---- chats: each draws operands and returns a list of questions and answers ----
 
-FACTS = {  # what is told: (which words it is of, what is said to it, the answer when it is asked)
+FACTS = {  # what is told: (the section of its words, the answer to it, the answer when it is asked)
     "name": ("names", "Hello, {x}! It is nice to meet you.", "Your name is {x}."),
     "color": ("colors", "I will remember: you like {x} best.", "Your favorite color is {x}."),
     "number": ("", "I will remember the number {x}.", "Your number is {x}."),
@@ -357,8 +359,7 @@ FACTS = {  # what is told: (which words it is of, what is said to it, the answer
 
 def fact(d, kind):
     section = FACTS[kind][0]
-    text = d.entry(section) if section else str(d.number(1, 999))
-    return fact(d, kind) if kind == "pet" and text[0] in "aeiou" else text  # "a cat", but "an owl"
+    return d.entry(section) if section else str(d.number(1, 999))
 
 
 def tell(d, kind, x):
@@ -399,8 +400,10 @@ def polite(d):
 def more(d):
     """A sum, and then some more."""
     turns = [add(d)]
-    for b in d.rng.choices(range(1, 13), k=d.rng.choice((1, 1, 2))):
-        turns.append((d.ask("more", b=b), str(int(turns[-1][1]) + b)))
+    for _ in range(d.rng.choice((1, 1, 2))):
+        total = int(turns[-1][1])
+        b, = d.numbers(1, 12, lambda b, total=total: pair(total, b))
+        turns.append((d.ask("more", b=b), str(total + b)))
     return turns
 
 

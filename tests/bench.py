@@ -591,7 +591,7 @@ def vary(s):
 
 
 # How many different rows the model of config/train_rules.py sees, in how many steps; and how many it is asked.
-ROWS, ROW_STEPS, ASKED = (0, 300, 1_000, 3_000, 10_000, 30_000, 100_000), 2000, 300
+ROWS, ROW_STEPS, ASKED = (0, 300, 1_000, 3_000, 10_000, 30_000, 100_000), 1600, 300
 
 
 def share_right(checkpoint, conversations):
