@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from data.download import download
 from data.files import read_safetensors, write_atomically
+from data.tokenizer import GPT2_VOCAB_SIZE
 
 
 @dataclass
@@ -432,7 +433,6 @@ def configure_optimizers(model, s):
 # ---- GPT-2's weights ----
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-GPT2_VOCAB_SIZE = 50257  # ids in GPT-2's own files, which know no role tokens
 GPT2_URL = "{mirror}/openai-community/{name}/resolve/main/model.safetensors"
 
 # GPT-2's tensors have our names and shapes, but for these:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.conversation import CHAT_TEMPLATE
 from data.files import write_json, write_safetensors
-from data.tokenizer import END_OF_TEXT, ROLE_TOKENS, get_tokenizer
+from data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, ROLE_TOKENS, get_tokenizer
 
 
 def write_hf_folder(folder, config, weights, tokenizer_spec):
@@ -24,7 +24,7 @@ def write_hf_model(folder, config, weights):
     """Write config.json, generation_config.json and model.safetensors, as transformers has them for
     GPT-2 (GPT2LMHeadModel)."""
     end_of_text = config.vocab_size - 1
-    if config.vocab_size != 50257:  # GPT-2's own vocabulary has no role tokens after <|endoftext|>
+    if config.vocab_size != GPT2_VOCAB_SIZE:  # then role tokens follow <|endoftext|>
         end_of_text -= len(ROLE_TOKENS)
     ends = sorted({end_of_text, config.vocab_size - 1})  # <|end|> is the last id
     write_safetensors(folder / "model.safetensors", weights)

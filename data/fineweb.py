@@ -16,11 +16,10 @@ import numpy as np
 
 import config
 from data.download import download, name_in
-from data.tokenizer import ROLE_TOKENS
+from data.tokenizer import GPT2_VOCAB_SIZE, ROLE_TOKENS
 from data.tokens import SPLITS, shards, write_meta
 
 URL = "{mirror}/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{split}_{number:06}.bin"
-GPT2_IDS = 50257
 # The first numbers of a shard's header; the third is the count of tokens.
 MAGIC, VERSION = 20240520, 1
 HEADER = 256 * 4  # bytes
@@ -69,7 +68,7 @@ def main(argv):
     counts = {f"{split}_tokens": sum(path.stat().st_size // 2 for path in shards(s.out_dir, split))
               for split in SPLITS}
     write_meta(s.out_dir, {"kind": "text", "tokenizer": "gpt2",
-                           "vocab_size": GPT2_IDS + len(ROLE_TOKENS), **counts,
+                           "vocab_size": GPT2_VOCAB_SIZE + len(ROLE_TOKENS), **counts,
                            "source": "fineweb10B-gpt2"})
     print(f"{s.out_dir}: {counts['train_tokens']:,} training tokens, "
           f"{counts['val_tokens']:,} for validation")

@@ -305,6 +305,7 @@ def sentence(d):
 
 
 def repeat(d):
+    """Words, numbers or a sentence, to be said again as they are."""
     what = d.rng.choice("words words words sentence sentence word number numbers".split())
     if d.made_up:
         what = what.replace("number", "word")

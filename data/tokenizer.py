@@ -18,6 +18,7 @@ import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
+GPT2_VOCAB_SIZE = 50257  # ids in GPT-2's own files, which know no role tokens
 
 # How text is cut before bytes are paired (no pair crosses a cut): words, single digits (so that
 # numbers are spelled, and sums can be learned), runs of punctuation, white space. GPT-2 glues a

@@ -1,4 +1,17 @@
-"""One thread for all tests and the programs they start: toy tensors are faster so."""
+"""What the tests share: one thread, and training that neither draws nor measures."""
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported, which the tests do after this
+import pytest
+
+# Toy tensors are faster so. It is read when torch is first imported, which the tests do after this.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="module")
+def neither_drawn_nor_measured():
+    """Drawing the losses and measuring the machine take far longer than a short run itself."""
+    import train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_losses", lambda *args: None)
+        patch.setattr(train, "peak_flops", lambda *args: 1e12)
+        yield

@@ -28,6 +28,7 @@ from model import GPT, GPT2_NAMES, GPTConfig, load_checkpoint, model_from_checkp
 from tests.test_safety import FORK, ended
 
 REPO = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("neither_drawn_nor_measured")
 CPU = torch.device("cpu")
 START, USER, ASSISTANT, END = 256, 257, 258, 259  # of the bytes tokenizer
 SHAPE = dict(block_size=64, n_layer=1, n_head=2, n_embd=16)
@@ -43,15 +44,6 @@ def prepare(folder, rows, *flags, tokenizer="bytes"):
     prepare_alpaca.main([f"--source={folder / 'rows.json'}", f"--out_dir={folder}", "--val_fraction=0.25",
                          f"--tokenizer={tokenizer}", *flags])
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def neither_drawn_nor_measured():
-    """Both take far longer than a short run itself, and tests of train.py have them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_losses", lambda *args: None)
-        patch.setattr(train, "peak_flops", lambda *args: 1e12)
-        yield
 
 
 @pytest.fixture(scope="module")

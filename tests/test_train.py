@@ -23,6 +23,7 @@ import train
 from data.tokens import open_dataset
 from model import GPT, GPTConfig, attention, load_checkpoint, model_from_checkpoint
 
+pytestmark = pytest.mark.usefixtures("neither_drawn_nor_measured")
 CPU = torch.device("cpu")
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=2, max_iters=6, warmup_iters=2,
             learning_rate=0.01, eval_interval=100, eval_tokens=200, log_interval=100, device="cpu")
@@ -30,14 +31,6 @@ TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, batch_size=2, max_ite
 # Both take far longer than a short run itself: only tests that are about them have them.
 DRAW, PEAK_FLOPS = train.draw_losses, train.peak_flops
 WORDS = "one two three four five six seven eight nine ten eleven twelve".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def neither_drawn_nor_measured():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_losses", lambda *args: None)
-        patch.setattr(train, "peak_flops", lambda *args: 1e12)
-        yield
 
 
 @pytest.fixture(scope="module")
