@@ -2,11 +2,12 @@
 
     python prepare_alpaca.py config/prepare_instruction.py    # the small data of this repository
     python prepare_alpaca.py                                  # Stanford Alpaca, 52,002 rows, 23 MB
-    python prepare_alpaca.py --source=my.jsonl --out_dir=data/mine
+    python prepare_alpaca.py --source=my.jsonl,more.json.gz --out_dir=data/mine
 
-The source is a JSON list, or JSON lines, of {"instruction", "input", "output"} or of
-{"messages": [{"role", "content"}, ...]}. The script writes chat_corpus.txt (the same chats for
-people to read), train.bin, val.bin and meta.json, and reports what it kept.
+A source is a JSON list, or JSON lines, of {"instruction", "input", "output"}, of {"messages":
+[{"role", "content"}, ...]}, or of another layout that data/conversation.py knows. The script writes
+chat_corpus.txt (the same chats for people to read), train.bin, val.bin and meta.json, and reports
+what it kept.
 """
 import random
 import re
@@ -28,7 +29,8 @@ ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/a
 
 @dataclass
 class Settings:
-    source: str = ALPACA_URL  # a JSON or JSON-lines file, or the http(s) address of one
+    source: str = ALPACA_URL  # JSON or JSON-lines files or their http(s) addresses, comma-separated
+    bad_rows: str = "error"  # rows that give no chat: error, or drop (and count them)
     out_dir: Path = Path("data/alpaca")  # where train.bin, val.bin, meta.json, chat_corpus.txt go
     tokenizer: str = "gpt2"  # gpt2, bytes, bpe (trained on this data) or a tokenizer.json's path
     vocab_size: int = 1024  # ids that bpe makes
@@ -48,48 +50,46 @@ def main(argv):
     OSError for a mistake that a user can fix."""
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
-    path = fetch(s.source, s.out_dir)
+    paths, report = fetch_all(s.source, s.out_dir), Counter()
     # A conversation is a pair: its messages, and the category that they belong to.
-    conversations = chats.read_conversations(path)
-    if not conversations:
-        raise ValueError(f"{path}: holds no row")
-    kept, report = select(conversations, s.drop_duplicates)
+    conversations = read_files(paths, s.bad_rows, report)
+    kept = select(conversations, s.drop_duplicates, report)
     splits = split_rows(kept, s.val_fraction, s.seed)
     splits["train"] *= s.repeat
     if s.extra:
-        splits["train"] += chats.read_conversations(s.extra)
+        splits["train"] += read_files([s.extra], s.bad_rows, report)
     if s.join > 1:
         splits["train"] = join_rows(splits["train"], s.join, random.Random(s.seed))
     with new_files(s.out_dir) as folder:  # all of them are written, or none
         spec = make_tokenizer(s, splits["train"], folder)
         enc = tokenizers.get_tokenizer(spec)
         rows = {split: encode_split(splits[split], enc, s, report) for split in SPLITS}
-        check_rows(rows, s, path)
+        check_rows(rows, s)
         for split in SPLITS:
             write_tokens(folder / f"{split}.bin", (row.ids for row in rows[split]))
         write_corpus(folder / "chat_corpus.txt", rows)
-        meta = describe(rows, spec, enc, s, path, report)
+        meta = describe(rows, spec, enc, s, paths, report)
         write_meta(folder, meta)
-    print_report(s, path, len(conversations), report, meta)
+    print_report(s, paths, report, meta)
 
 
-def select(conversations, drop_duplicates):
-    """Drop empty rows and duplicates: returns (kept conversations, Counter of what was dropped)."""
-    kept, dropped, seen = [], Counter(), set()
+def select(conversations, drop_duplicates, report):
+    """The conversations without empty ones and duplicates, which are counted in `report`."""
+    kept, seen = [], set()
     for messages, category in conversations:
         remove_placeholder(messages)  # Alpaca's "<noinput>" and the like
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
         texts = tuple(m["content"] for m in messages)
         if not all(answer.strip() for answer in answers):
-            dropped["dropped: empty output"] += 1
+            report["dropped: empty output"] += 1
         elif not messages[0]["content"].strip():
-            dropped["dropped: empty instruction"] += 1
+            report["dropped: empty instruction"] += 1
         elif drop_duplicates and texts in seen:
-            dropped["dropped: duplicate"] += 1
+            report["dropped: duplicate"] += 1
         else:
             seen.add(texts)
             kept.append((messages, category))
-    return kept, dropped
+    return kept
 
 
 def split_rows(conversations, val_fraction, seed):
@@ -165,6 +165,31 @@ def fetch(source, out_dir):
     return path
 
 
+def fetch_all(sources, out_dir):
+    """The local paths of sources with commas between them; see fetch."""
+    # A file may have a comma in its name.
+    names = [sources] if config.local_path(sources).exists() else sources.split(",")
+    paths = [fetch(name.strip(), out_dir) for name in names]
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"source={sources}: two files are one, or have one name; name each once")
+    return paths
+
+
+def read_files(paths, bad_rows, report):
+    """The conversations of all these files; what their readers tell goes into `report`. Raises
+    ValueError or OSError."""
+    conversations = []
+    for path in paths:
+        try:
+            found = chats.read_conversations(path, report, drop=bad_rows == "drop")
+        except chats.BadRow as error:
+            raise ValueError(f"{error} (--bad_rows=drop leaves such rows out)") from error
+        if not found:
+            raise ValueError(f"{path}: holds no row")
+        conversations += found
+    return conversations
+
+
 def remove_placeholder(messages):
     """Alpaca writes "<noinput>" and the like where a row has no input: take it out, in place."""
     question, _, placeholder = messages[0]["content"].rpartition("\n")
@@ -231,11 +256,12 @@ def write_corpus(path, rows):
             f.writelines(f"{chats.to_text(row.messages)}\n\n" for row in rows[split])
 
 
-def describe(rows, spec, enc, s, path, report):
+def describe(rows, spec, enc, s, paths, report):
     """What meta.json says of the folder."""
     meta = {"kind": "chat", "tokenizer": "tokenizer.json" if isinstance(spec, dict) else spec,
-            "vocab_size": enc.n_vocab, "seed": s.seed, "source": path.name,
-            "sha256": sha256_of(path)}
+            "vocab_size": enc.n_vocab, "seed": s.seed,
+            "source": ",".join(path.name for path in paths),
+            "sha256": ",".join(map(sha256_of, paths))}
     names = sorted({row.category for split in SPLITS for row in rows[split]})
     meta["categories"] = names
     for split in SPLITS:
@@ -248,16 +274,17 @@ def describe(rows, spec, enc, s, path, report):
     return meta
 
 
-def print_report(s, path, n_read, report, meta):
-    """Say what was kept, and what was dropped and why."""
-    lines = [("rows read", n_read)]
-    lines += [(f"  {what}", count) for what, count in sorted(report.items()) if what != "longest"]
+def print_report(s, paths, report, meta):
+    """Say what was kept, what was dropped and why, and what was not used."""
+    lines = [("rows read", report["rows read"])]
+    lines += [(f"  {what}", count) for what, count in sorted(report.items())
+              if what not in ("rows read", "longest")]
     lines += [("training rows", meta["train_rows"]), ("held-out rows", meta["val_rows"]),
               ("tokens", meta["train_tokens"] + meta["val_tokens"]),
               ("  supervised", meta["supervised_tokens"]),
               ("longest conversation read", meta["longest"]),
               ("ids in the vocabulary", meta["vocab_size"])]
-    print(f"{path} -> {s.out_dir}")
+    print(f"{', '.join(map(str, paths))} -> {s.out_dir}")
     for name, count in lines:
         print(f"  {name:<42}{count:>12,}")
 
@@ -266,6 +293,8 @@ def check_settings(s):
     """Raise ValueError for the first setting out of its range."""
     if s.too_long not in ("cut", "drop"):
         raise ValueError(f"too_long={s.too_long!r}: use cut or drop")
+    if s.bad_rows not in ("error", "drop"):
+        raise ValueError(f"bad_rows={s.bad_rows!r}: use error or drop")
     if not 0 < s.val_fraction < 1:
         raise ValueError(f"val_fraction={s.val_fraction}: use a value between 0 and 1, such as "
                          "0.05")
@@ -276,12 +305,12 @@ def check_settings(s):
         raise ValueError(f"max_tokens={s.max_tokens}: no conversation fits; use 8 or more")
 
 
-def check_rows(rows, s, path):
+def check_rows(rows, s):
     """Raise ValueError where a split has no row left."""
     for split in SPLITS:
         if not rows[split]:
-            raise ValueError(f"{path}: no {split} row is left at max_tokens={s.max_tokens}; use "
-                             "more")
+            raise ValueError(f"{s.source}: no {split} row is left at "
+                             f"max_tokens={s.max_tokens}; use more")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,14 @@ where each `<|...|>` is a single id. A model is trained on the ids that follow `
 to and with `<|end|>`: it learns to answer and to stop, and not to ask. What people write is always
 encoded as ordinary text, so typing "<|end|>" makes harmless tokens, never the one that ends a turn.
 """
+import difflib
+import functools
+import gzip
 import json
+import zlib
+from collections import Counter
 from pathlib import Path
+from reprlib import repr as short  # cuts what is long or deep
 
 import numpy as np
 
@@ -93,67 +99,219 @@ def to_text(messages):
     return "\n".join(f"<|{m['role']}|>{m['content']}{END}" for m in messages)
 
 
-def to_messages(row, where):
-    """One row of a file as a list of messages and its category.
+# ---- rows of anyone's files ----
 
-    A row is {"instruction", "input", "output"} (`input` may be missing, null or empty, and follows
-    the instruction on a new line) or {"messages": [...]}; `category` is optional in both. `where`
-    names the file and row in the ValueError that a row of another shape raises.
+# The layouts of a row. Chats have a list of messages, under one of these names ...
+LISTS = ("messages", "conversations", "conversation")  # OpenAI, ShareGPT, LMSYS
+# ... and in each message its role and its text.
+MESSAGE = (("role", "content"), ("from", "value"))
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "system": "system", "developer": "system"}
+# Others have a question, what may follow it on a new line (or be missing), and the answer.
+PAIRS = {"Alpaca": ("instruction", "input", "output"),
+         "Dolly": ("instruction", "context", "response"),
+         "prompt and completion": ("prompt", None, "completion"),
+         "question and answer": ("question", None, "answer"),
+         "OpenOrca": ("question", None, "response")}
+# What a system message says may stand beside either.
+SYSTEM = ("system", "system_prompt")
+
+# What tells that a row is for something else.
+OTHER_DATA = {"chosen": "preference data", "rejected": "preference data",
+              "non_preferred_output": "preference data",
+              "choices": "multiple choice", "endings": "multiple choice"}
+
+
+class BadRow(ValueError):
+    """A row that gives no conversation; `reason` says why in a few words, to count such rows by."""
+
+    def __init__(self, reason, message):
+        super().__init__(message)
+        self.reason = reason
+
+
+def to_messages(row, where, report=None):
+    """One row of a file, in any of the layouts above, as a list of messages and its category.
+
+    Texts of a pair lose the blanks around them; null is as good as missing. What a system message
+    says goes before the first question. `category` is optional. `report`, a Counter, is told of
+    system texts and of fields that were not used. `where` names the file and row in the BadRow that
+    a row of another shape raises.
     """
+    report = Counter() if report is None else report
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object with instruction, input and output, found "
-                         f"{type(row).__name__}")
-    row = {**row, "input": ""} if row.get("input", "") is None else row
+        raise BadRow("not an object", f"{where}: expected an object with instruction, input and "
+                     f"output, or with messages, found {type(row).__name__} {short(row)}")
+    row = {field: value for field, value in row.items() if value is not None}
+    check_use(row, where)
+    systems = [check_text(row, field, where) for field in SYSTEM]
     category = row.get("category", "")
-    if "messages" in row:
-        return check_messages(row["messages"], where), str(category)
-    for field in ("instruction", "output"):
-        if field not in row:
-            raise ValueError(f"{where}: no field {field!r}; found "
-                             f"{', '.join(map(repr, row)) or 'none'}, expected 'instruction', "
-                             "'input', 'output' (or 'messages')")
-    for field in ("instruction", "input", "output", "category"):
-        if not isinstance(row.get(field, ""), str):
-            raise ValueError(f"{where}: field {field!r} must be text, found "
-                             f"{type(row[field]).__name__} {str(row[field])[:40]!r}")
-    asked = "\n".join(filter(None, (row["instruction"].strip(), row.get("input", "").strip())))
-    return [{"role": "user", "content": asked},
-            {"role": "assistant", "content": row["output"].strip()}], category
+    category = category if isinstance(category, str) else short(category)
+    listed = next((field for field in LISTS if field in row), None)
+    fields = (listed,) if listed else find_pair(row, where)
+    if listed:
+        said, messages = read_messages(row[listed], f"{where}, {listed!r}", report)
+        systems += said
+    else:
+        asked, more, answer = (check_text(row, field, where).strip() for field in fields)
+        messages = [{"role": "user", "content": "\n".join(filter(None, (asked, more)))},
+                    {"role": "assistant", "content": answer}]
+    question = messages[0]["content"]
+    systems = list(filter(str.strip, systems))
+    if systems and question.strip():
+        messages[0]["content"] = "\n".join([*systems, question])
+        report["system text before the question"] += 1
+    check_characters([category, *(m["content"] for m in messages)], where)
+    count_unused(row, {*fields, *SYSTEM, "category"}, "", report)
+    return messages, category
 
 
-def check_messages(messages, where):
-    """The messages themselves, or a ValueError: user and assistant in turns, ending with the
-    assistant."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: 'messages' must be a list of messages")
-    for i, m in enumerate(messages):
-        if not isinstance(m, dict) or not all(isinstance(m.get(field), str)
-                                              for field in ("role", "content")):
-            raise ValueError(f"{where}, message {i + 1}: expected an object with the texts "
-                             "'role' and 'content'")
-        if m["role"] not in ("user", "assistant"):
-            raise ValueError(f"{where}, message {i + 1}: unknown role {m['role']!r}; use 'user' or "
-                             "'assistant'")
-        if m["role"] != ("user", "assistant")[i % 2]:
-            raise ValueError(f"{where}, message {i + 1}: the role is {m['role']!r}, "
-                             "but turns alternate, user first")
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: the conversation ends with the user; its last message "
-                         "must be the assistant's")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+def check_use(row, where):
+    """Raise BadRow for a row that is not to be learned from as it stands."""
+    for field, what in OTHER_DATA.items():
+        if field in row:
+            raise BadRow(what, f"{where}: {field!r} is a field of {what}; expected one answer to "
+                         "learn from, and no other")
+    if row.get("label") is False:  # KTO's
+        raise BadRow("marked as a bad answer", f"{where}: 'label' is false, which marks a bad "
+                     "answer; expected answers to learn from")
 
 
-def read_conversations(path):
-    """All rows of a JSON list or a JSON-lines file, as (messages, category) pairs; see to_messages.
+def check_text(row, field, where):
+    """The text in a field, "" for none, or a BadRow."""
+    text = row.get(field, "")
+    if not isinstance(text, str):
+        raise BadRow("wrong type", f"{where}: field {field!r} must be text, found "
+                     f"{type(text).__name__} {short(text)}")
+    return text
 
-    Raises FileNotFoundError, or ValueError naming the file and the row: empty, not UTF-8, not JSON,
-    cut short, or a row of another shape.
+
+def find_pair(row, where):
+    """The fields (question, more, answer) of the first of PAIRS that fits, or a BadRow that names
+    the nearest and what it lacks."""
+    for fields in PAIRS.values():
+        if all(field in row for field in fields[::2]):
+            return fields
+    found = ", ".join(map(short, row)) or "none"
+    name, fields = nearest_layout(tuple(row))
+    if not name:
+        raise BadRow("unknown layout", f"{where}: found the fields {found:.200}, which fit no "
+                     "layout; expected 'instruction' and 'output', or 'messages', or another of "
+                     "data/conversation.py's")
+    missing = " and no ".join(repr(field) for field in fields[::2] if field not in row)
+    expected = ", ".join(repr(field) for field in fields if field)
+    raise BadRow("unknown layout", f"{where}: no field {missing}; found {found:.200}; expected, as "
+                 f"nearest to that, {expected} ({name})")
+
+
+@functools.lru_cache(1000)  # bad rows of a file are mostly alike
+def nearest_layout(names):
+    """The (name, fields) that have most in common with a row's names of fields, nearly equal ones
+    counted; name is None where nothing is."""
+    names = [name.lower() for name in names]
+    best, layout = 0, (None, ())
+    for name, fields in [*PAIRS.items(), *(("chats", (field,)) for field in LISTS)]:
+        alike = sum(bool(field and difflib.get_close_matches(field, names, 1, 0.75))
+                    for field in fields)
+        if alike > best:
+            best, layout = alike, (name, fields)
+    return layout
+
+
+def read_messages(listed, where, report):
+    """([system text] or [], messages) of a row's list, or a BadRow: user and assistant in turns,
+    ending with the assistant."""
+    if not isinstance(listed, list) or not listed:
+        raise BadRow("no messages", f"{where}: must be a list of messages, found {short(listed)}")
+    names = next((names for names in MESSAGE
+                  if isinstance(listed[0], dict) and names[0] in listed[0]), MESSAGE[0])
+    systems, messages = [], []
+    for number, m in enumerate(listed, 1):
+        place = f"{where}, message {number}"
+        if not isinstance(m, dict) or not all(isinstance(m.get(name), str) for name in names):
+            raise BadRow("wrong type", f"{place}: expected an object with the texts {names[0]!r} "
+                         f"and {names[1]!r}, found {short(m)}")
+        role, content = (m[name] for name in names)
+        expected = ("user", "assistant")[len(messages) % 2]
+        if role not in ROLES:
+            raise BadRow("unknown role", f"{place}: unknown role {short(role)}; expected one of "
+                         f"{', '.join(map(repr, ROLES))}")
+        if ROLES[role] == "assistant" and m.get("weight") == 0:  # OpenAI's
+            raise BadRow("marked as a bad answer", f"{place}: 'weight' is 0, which marks a bad "
+                         "answer; expected answers to learn from")
+        if ROLES[role] == "system" and number == 1:
+            systems.append(content)
+        elif ROLES[role] != expected:
+            raise BadRow("turns do not alternate", f"{place}: the role is {role!r}, but turns "
+                         f"alternate, user first; expected the {expected}'s")
+        else:
+            messages.append({"role": expected, "content": content})
+        count_unused(m, set(names), "message's ", report)
+    if len(messages) % 2 or not messages:
+        raise BadRow("ends with the user", f"{where}: the conversation ends with the user; its "
+                     "last message must be the assistant's")
+    return systems, messages
+
+
+def count_unused(row, used, whose, report):
+    """Count in `report` the fields of a row that hold something and are not used."""
+    for field in row.keys() - used:
+        if row[field] not in (None, "", [], {}):
+            report[f"not used: {whose}{short(field)}"] += 1
+
+
+def check_characters(texts, where):
+    """Raise BadRow for texts with what JSON can spell but UTF-8 cannot hold."""
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise BadRow("half a character", f"{where}: holds half of a surrogate pair ({half}), "
+                     "which is no character; take it out") from error
+
+
+def read_conversations(path, report=None, drop=False):
+    """All rows of a file as (messages, category) pairs; see to_messages.
+
+    Rows that give no conversation raise BadRow, which names the file, the row and what is wrong.
+    drop: they are left out instead, and counted in `report`; a file of nothing else raises all the
+    same. Raises what read_rows does, too.
+    """
+    report = Counter() if report is None else report
+    conversations, first = [], None
+    for number, row in enumerate(read_rows(path), 1):
+        report["rows read"] += 1
+        try:
+            used = Counter()
+            conversations.append(to_messages(row, f"{path}, row {number}", used))
+            report.update(used)
+        except BadRow as error:
+            first = first or error
+            if not drop:
+                raise
+            report[f"dropped: {error.reason}"] += 1
+    if first and not conversations:
+        raise ValueError(f"{first}; no row of the file is better")
+    return conversations
+
+
+def read_rows(path):
+    """The rows of a JSON list or a JSON-lines file, gzipped or not, as Python values of any kind.
+
+    Raises FileNotFoundError, or ValueError naming the file and the line: empty, not UTF-8, not
+    JSON, cut short.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name a JSON or JSON-lines file of chats")
+        raise FileNotFoundError(f"{path}: no such file; name a JSON or JSON-lines file")
+    content = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        if content.startswith(b"\x1f\x8b"):  # as every gzip file does
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: a gzip file that is cut short or broken; "
+                         "fetch it again") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); "
                          "save it as UTF-8") from error
@@ -168,9 +326,6 @@ def read_conversations(path):
             for line in text.split("\n"):
                 number += 1
                 rows += [json.loads(line)] if line.strip() else []
-    except RecursionError as error:
-        raise ValueError(f"{path}: brackets within brackets too deep; "
-                         "expected a list of rows") from error
     except json.JSONDecodeError as error:
         line = error.lineno if is_list else number
         if not is_list and not rows:
@@ -179,13 +334,7 @@ def read_conversations(path):
         cut = "; the file seems cut short" if error.pos >= len(error.doc.rstrip()) - 1 or \
             error.msg.startswith("Unterminated") else ""
         raise ValueError(f"{path}, line {line}: not JSON: {error.msg}{cut}") from error
-    conversations = [to_messages(row, f"{path}, row {number}")
-                     for number, row in enumerate(rows, 1)]
-    for number, (messages, _) in enumerate(conversations, 1):
-        try:
-            "".join(m["content"] for m in messages).encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            raise ValueError(f"{path}, row {number}: holds half of a surrogate pair ({half}), "
-                             "which is no character; take it out") from error
-    return conversations
+    except (RecursionError, ValueError) as error:  # brackets in brackets; digits without end
+        raise ValueError(f"{path}: holds more than can be read ({error}); "
+                         "expected a list of rows") from error
+    return rows

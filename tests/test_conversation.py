@@ -1,12 +1,15 @@
 """The chat format: exact ids, exact targets, text that cannot forge a role, and files of conversations."""
+import gzip
 import json
 import re
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data.conversation import (
+    BadRow,
     decode_conversation,
     encode_conversation,
     encode_conversations,
@@ -120,19 +123,28 @@ GOOD = {"instruction": "a", "input": "", "output": "b"}
 BAD_ROWS = [
     ([], "list"), ("text", "str"), (None, "NoneType"), (3, "int"), ({}, "'instruction'"),
     ({"instruction": "a"}, "'output'"), ({"output": "a"}, "'instruction'"),
-    ({"prompt": "a", "completion": "b"}, "'prompt'"), ({"text": "a"}, "'text'"),
+    ({"text": "a"}, "'text'"),
     ({**GOOD, "output": 3}, "'output'"), ({**GOOD, "output": None}, "'output'"),
     ({**GOOD, "input": ["a"]}, "'input'"), ({**GOOD, "input": 0}, "'input'"),
     ({**GOOD, "instruction": {"a": 1}}, "'instruction'"),
-    ({**GOOD, "category": 3}, "'category'"), ({"messages": "a"}, "'messages'"),
+    ({"messages": "a"}, "'messages'"),
     ({"messages": []}, "'messages'"), ({"messages": {"role": "user"}}, "'messages'"),
     ({"messages": ["a", "b"]}, "message 1"),
     ({"messages": [{"role": "user"}, TWO_TURNS[1]]}, "'content'"),
     ({"messages": [{"content": "a"}, TWO_TURNS[1]]}, "'role'"),
     ({"messages": [{"role": "user", "content": 3}, TWO_TURNS[1]]}, "'content'"),
     ({"messages": [TWO_TURNS[0], {"role": "assistant", "content": None}]}, "message 2"),
-    ({"messages": [{"role": "system", "content": "a"}, *TWO_TURNS]}, "'system'"),
-    ({"messages": [{"from": "human", "value": "a"}]}, "'role'"),
+    ({"messages": [{"role": "tool", "content": "a"}, *TWO_TURNS]}, "'tool'; expected one of 'user', 'human'"),
+    ({"messages": [*TWO_TURNS[:2], {"role": "system", "content": "a"}, *TWO_TURNS[2:]]}, "message 3"),
+    ({"messages": [{"role": "system", "content": "a"}]}, "ends with the user"),
+    ({"messages": [{"role": "system", "content": "a"}, TWO_TURNS[1]]}, "message 2"),
+    ({"conversations": [{"from": "human", "value": "a"}]}, "ends with the user"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"role": "gpt", "content": "b"}]},
+     "message 2: expected an object with the texts 'from' and 'value'"),
+    ({"conversations": [{"from": "human", "text": "a"}]}, "'value', found {'from': 'human', 'text': 'a'}"),
+    ({"conversations": ["a", "b"]}, "message 1"), ({"conversation": []}, "'conversation'"),
+    ({"system": 3, **GOOD}, "'system' must be text, found int 3"),
+    ({"question": "a", "answer": 7}, "'answer' must be text, found int 7"),
     ({"messages": [*TWO_TURNS[:2], TWO_TURNS[1]]}, "message 3"), ({"messages": [TWO_TURNS[1]]}, "message 1"),
     ({"messages": [TWO_TURNS[0], *TWO_TURNS[:2]]}, "message 2"),
     ({"messages": TWO_TURNS[:3]}, "ends with the user"),
@@ -145,6 +157,42 @@ def test_a_bad_row_is_refused_with_file_row_and_field(tmp_path, row, part):
     path.write_text(json.dumps([GOOD, row, GOOD]), encoding="utf-8")
     message = refused(path)
     assert "row 2" in message and part in message, message
+
+
+@pytest.mark.parametrize("row, missing, nearest", [
+    ({"instruction": "a"}, "no field 'output';", "Alpaca"), ({"input": "a", "output": "b"}, "no field 'instruction';", "Alpaca"),
+    ({"instruction": "a", "context": "b", "category": "c"}, "no field 'response';", "Dolly"),
+    ({"context": "a"}, "no field 'instruction' and no 'response';", "Dolly"),
+    ({"prompt": "a", "id": 1}, "no field 'completion'; found 'prompt', 'id';", "'prompt', 'completion'"),
+    ({"question": "a"}, "no field 'answer';", "'question', 'answer'"),
+    ({"Question": "a", "Answers": ["b"]}, "no field 'question' and no 'answer';", "'question', 'answer'"),
+    ({"message": []}, "no field 'messages';", "'messages' (chats)"), ({"text": "a"}, "found the fields 'text'", "'messages'"),
+    ({"instruction": "a", "output": None}, "no field 'output'", "'output'"),
+])
+def test_a_row_of_no_layout_is_told_the_nearest_and_what_is_missing(row, missing, nearest):
+    with pytest.raises(BadRow) as caught:
+        to_messages(row, "here")
+    assert missing in str(caught.value) and nearest in str(caught.value), caught.value
+
+
+@pytest.mark.parametrize("row, part", [
+    ({"prompt": "a", "completion": "b", "label": False}, "'label' is false"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "'chosen' is a field of preference data"),
+    ({**GOOD, "rejected": "c"}, "'rejected' is a field of preference data"),
+    ({"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}, "preference data"),
+    ({"question": "a", "choices": ["b", "c"], "answer": "B"}, "'choices' is a field of multiple choice"),
+    ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "weight": 0}]}, "message 2: 'weight' is 0"),
+])
+def test_answers_that_are_not_to_be_learned_are_refused_with_the_reason(row, part):
+    with pytest.raises(BadRow, match=part):
+        to_messages(row, "here")
+
+
+def test_answers_that_are_marked_as_good_are_taken():
+    good = {"prompt": "a", "completion": "b", "label": True}
+    weighed = {"messages": [{**TWO_TURNS[0], "weight": 0}, {**TWO_TURNS[1], "weight": 1}]}
+    assert to_messages(good, "here")[0] == chat("a", "b")
+    assert to_messages(weighed, "here")[0] == TWO_TURNS[:2]
 
 
 def test_half_a_surrogate_pair_is_refused_with_file_and_row(tmp_path):
@@ -161,7 +209,7 @@ def test_a_json_list_json_lines_and_chats_are_read_alike(tmp_path):
     for many in (rows, chats):
         lines = [json.dumps(row, ensure_ascii=False) for row in many]
         for text in (json.dumps(many), json.dumps(many, indent=2), "\n\n " + json.dumps(many),
-                     "\n".join(lines), "\n".join(lines) + "\n", "\r\n".join(lines) + "\r\n",
+                     "\n".join(lines), "\n".join(lines) + "\n", "\r\n".join(lines) + "\r\n", "\r".join(lines),
                      "\n\n".join(lines) + "\n\n"):
             for mark in (b"", b"\xef\xbb\xbf"):  # with and without a byte-order mark
                 path.write_bytes(mark + text.encode("utf-8"))
@@ -231,3 +279,123 @@ def test_broken_json_is_refused_with_its_line(tmp_path):
     path.write_text(text.replace('"input": ""', '"input" ""', 1), encoding="utf-8")
     message = refused(path)
     assert re.search(r"line 4\b", message) and "cut short" not in message
+
+
+# ---- files of other people ----
+
+VICUNA = [{"id": "x_0", "conversations": [
+    {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo!"},
+    {"from": "human", "value": "Why?\n"}, {"from": "gpt", "value": "So."}]},
+    {"id": "x_1", "system": "Be kind.", "conversations": [
+        {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "markdown": True}]}]
+OPENAI = [{"messages": [{"role": "system", "content": "You are Ed."}, {"role": "user", "content": "Who?"},
+                        {"role": "assistant", "content": "Ed.", "weight": 1}]},
+          {"messages": [{"role": "user", "name": "Al", "content": "a"}, {"role": "assistant", "content": "b"}],
+           "tools": [{"type": "function"}]}]
+DOLLY = [{"instruction": "Who?", "context": "Ed came.", "response": "Ed\n", "category": "closed_qa"},
+         {"instruction": "a", "context": "", "response": "b", "category": "open_qa"}]
+COMPLETION = [{"prompt": "Sky ->", "completion": " blue\n"}, {"prompt": "a", "completion": " b"}]
+QUESTIONS = [{"question": "1 + 1?", "answer": "#### 2"}, {"question": "a", "answer": "b", "idx": 0, "meta": None}]
+OTHERS = {  # the rows, the conversations that they are, and what the report says beside "rows read"
+    "sharegpt.json": (VICUNA, [(chat("Hi", "Yo!", "Why?\n", "So."), ""), (chat("Be kind.\na", "b"), "")],
+                      {"not used: 'id'": 2, "not used: message's 'markdown'": 1,
+                       "system text before the question": 1}),
+    "openai.jsonl": (OPENAI, [(chat("You are Ed.\nWho?", "Ed."), ""), (chat("a", "b"), "")],
+                     {"not used: 'tools'": 1, "not used: message's 'name'": 1,
+                      "not used: message's 'weight'": 1, "system text before the question": 1}),
+    "dolly.jsonl": (DOLLY, [(chat("Who?\nEd came.", "Ed"), "closed_qa"), (chat("a", "b"), "open_qa")], {}),
+    "completion.jsonl.gz": (COMPLETION, [(chat("Sky ->", "blue"), ""), (chat("a", "b"), "")], {}),
+    "questions.json.gz": (QUESTIONS, [(chat("1 + 1?", "#### 2"), ""), (chat("a", "b"), "")],
+                          {"not used: 'idx'": 1}),
+}
+
+
+def write_rows(path, rows):
+    """Rows as the file's name says: a JSON list or JSON lines, gzipped or not."""
+    text = "\n".join(map(json.dumps, rows)) if ".jsonl" in path.name else json.dumps(rows, indent=1)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_peoples_files_are_read_as_they_are_and_what_is_not_used_is_counted(tmp_path, name):
+    rows, wanted, told = OTHERS[name]
+    report = Counter()
+    assert read_conversations(write_rows(tmp_path / name, rows), report) == wanted
+    assert report == {"rows read": 2, **told}
+
+
+@pytest.mark.parametrize("row, messages", [
+    ({"conversations": TWO_TURNS}, TWO_TURNS), ({"conversation": TWO_TURNS[:2], "model": "x"}, TWO_TURNS[:2]),
+    ({"messages": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}, chat("a", "b")),
+    ({"messages": [{"role": "developer", "content": "s"}, *chat("a", "b")]}, chat("s\na", "b")),
+    ({"messages": [{"role": "system", "content": " "}, *chat("a", "b")]}, chat("a", "b")),
+    ({"messages": [{"role": "system", "content": "s"}, *chat(" ", "b")]}, chat(" ", "b")),  # no question at all
+    ({"system_prompt": "s", "question": "a", "response": "b"}, chat("s\na", "b")),
+    ({"prompt": "p", "prompt_id": "7", "messages": chat("a", "b")}, chat("a", "b")),
+    ({"messages": None, "instruction": "a", "input": None, "output": "b"}, chat("a", "b")),
+])
+def test_layouts_that_are_near_these_are_read_too(row, messages):
+    assert to_messages(row, "here")[0] == messages
+
+
+def test_a_category_may_be_no_text():
+    assert to_messages({**GOOD, "category": 3}, "here")[1] == "3"
+    assert to_messages({**GOOD, "category": None}, "here")[1] == ""
+
+
+def test_rows_that_give_no_chat_are_left_out_on_request_and_counted(tmp_path):
+    bad = [{"messages": [{"role": "tool", "content": "a"}]}, {"messages": TWO_TURNS[:3]}, {"messages": []},
+           {"question": "a", "answer": 7}, {"question": 7, "answer": "a"}, [], {"text": "a"},
+           {"messages": [TWO_TURNS[0]] * 2}, {**GOOD, "label": False}, {"chosen": "a", "rejected": "b"},
+           {**GOOD, "output": "\ud83d"}, {"messages": [{"role": "user", "content": "a", "name": "unseen"}]}]
+    path, report = write_rows(tmp_path / "rows.json", [bad[0], GOOD, *bad[1:], {**GOOD, "id": 1}]), Counter()
+    assert read_conversations(path, report, drop=True) == [(chat("a", "b"), "")] * 2
+    assert report == {"rows read": 14, "dropped: unknown role": 1, "dropped: ends with the user": 2,
+                      "dropped: no messages": 1, "dropped: wrong type": 2, "dropped: not an object": 1,
+                      "dropped: unknown layout": 1, "dropped: turns do not alternate": 1,
+                      "dropped: marked as a bad answer": 1, "dropped: preference data": 1,
+                      "dropped: half a character": 1, "not used: 'id'": 1}
+    with pytest.raises(ValueError, match="row 1, .*'tool'.*no row of the file is better"):
+        read_conversations(write_rows(path, bad), Counter(), drop=True)
+
+
+FIELDS = ["instruction", "input", "output", "context", "response", "prompt", "completion", "question", "answer",
+          "messages", "conversations", "role", "content", "from", "value", "system", "category", "label", "weight",
+          "chosen", "choices", "user", "human", "gpt", "\ud83d"]
+VALUES = st.recursive(st.none() | st.booleans() | st.integers(0, 1) | st.sampled_from(FIELDS) | st.text(max_size=3),
+                      lambda inner: st.lists(inner, max_size=3) |
+                      st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=3), inner, max_size=4), max_leaves=9)
+
+
+@settings(max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(VALUES)
+def test_any_row_is_a_chat_or_refused_in_one_line(row):
+    try:
+        messages, category = to_messages(row, "here")
+    except BadRow as error:
+        assert str(error).startswith("here") and str(error).isprintable() and len(str(error)) < 600
+        assert error.reason.isprintable() and len(error.reason) < 32
+    else:
+        assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) != []
+        json.dumps([messages, category], ensure_ascii=False).encode()  # all of it is text
+        assert all(list(m) == ["role", "content"] and isinstance(m["content"], str) for m in messages)
+
+
+def test_a_gzip_file_cut_anywhere_or_broken_is_refused(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl.gz", [GOOD] * 3)
+    content = path.read_bytes()
+    for end in range(len(content)):
+        path.write_bytes(content[:end])
+        message = refused(path)
+        assert "gzip file that is cut short" in message or end < 2, message
+    for at in (10, len(content) // 2, len(content) - 6):  # the last: its checksum
+        path.write_bytes(content[:at] + bytes([content[at] ^ 255]) + content[at + 1:])
+        assert "gzip file that is cut short or broken" in refused(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "[" + "1" * 5000 + "]"],
+                         ids=["brackets", "braces", "digits"])
+def test_what_json_cannot_hold_is_refused(tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    assert "more than can be read" in refused(tmp_path / "rows.json")

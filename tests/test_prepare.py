@@ -1,4 +1,5 @@
 """Preparing chats and plain text: what is kept, cut, dropped and held out, and what a failing run leaves."""
+import gzip
 import hashlib
 import json
 import re
@@ -267,7 +268,7 @@ def test_a_relative_source_is_looked_for_here_and_then_in_the_repository(tmp_pat
 @pytest.mark.parametrize("flag, parts", [
     ("--too_long=shorten", ("too_long", "'shorten'", "cut or drop")),
     ("--val_fraction=0", ("val_fraction=0",)), ("--val_fraction=1", ("val_fraction=1",)),
-    ("--max_tokens=7", ("max_tokens=7",)),
+    ("--max_tokens=7", ("max_tokens=7",)), ("--bad_rows=skip", ("bad_rows='skip'", "error or drop")),
     ("--tokenizer=none.json", ("none.json",)), ("--vocab=3", ("'vocab'", "'vocab_size'")),
 ])
 def test_a_setting_out_of_its_range_is_named(tmp_path, flag, parts):
@@ -309,11 +310,78 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_files_as_they_were(tmp_p
     assert files(tmp_path / "out") == before
 
 
+def conversation_ids(*texts):
+    """The ids of a conversation, written out for the bytes tokenizer."""
+    ids = [START]
+    for i, text in enumerate(texts):
+        ids += [(USER, ASSISTANT)[i % 2], *text.encode(), END]
+    return ids
+
+
+def test_files_of_several_layouts_are_prepared_together(tmp_path, capsys):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo!"}]
+    marv = [{"role": "system", "content": "Be Ed."}, {"role": "user", "content": "Who?"},
+            {"role": "assistant", "content": "Ed."}]
+    contents = {
+        "share, gpt.json": json.dumps([{"id": "1", "conversations": turns + turns}]),
+        "openai.jsonl": json.dumps({"messages": marv}) + "\n",
+        "dolly.jsonl.gz": json.dumps({"instruction": "a", "context": "b", "response": "c", "category": "qa"}),
+        "pairs.json.gz": json.dumps([{"prompt": "d", "completion": " e"}, {"prompt": "d", "completion": "e "}]),
+        "questions.jsonl": json.dumps({"question": "f", "answer": "g", "idx": 1}) + "\n\n"}
+    for name, text in contents.items():
+        content = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        (tmp_path / name.replace(", ", "_")).write_bytes(content)
+    paths = [tmp_path / name.replace(", ", "_") for name in contents]
+    flags = [f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes", "--val_fraction=0.2"]
+    prepare_alpaca.main([f"--source={','.join(map(str, paths[:3]))}, {paths[3]},{paths[4]}", *flags])
+    found, meta = report(capsys), read_meta(tmp_path / "out")
+    assert sorted(read_rows(tmp_path / "out")) == sorted([
+        conversation_ids("Hi", "Yo!", "Hi", "Yo!"), conversation_ids("Be Ed.\nWho?", "Ed."),
+        conversation_ids("a\nb", "c"), conversation_ids("d", "e"), conversation_ids("f", "g")])
+    told = {name: count for name, count in found.items() if re.match("rows|dropped|not|sys", name)}
+    assert told == {"rows read": 6, "dropped: duplicate": 1, "not used: 'id'": 1, "not used: 'idx'": 1,
+                    "system text before the question": 1}
+    assert meta["source"] == ",".join(path.name for path in paths) and meta["categories"] == ["", "qa"]
+    assert meta["sha256"] == ",".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+
+
+def test_a_source_with_a_comma_in_its_name_is_one_file(tmp_path):
+    (tmp_path / "a,b.json").write_text("[]", encoding="utf-8")
+    assert prepare_alpaca.fetch_all(str(tmp_path / "a,b.json"), tmp_path) == [tmp_path / "a,b.json"]
+
+
+@pytest.mark.parametrize("name, parts", [
+    ("rows.json", ("name each once",)), ("none.json", ("none.json", "no such file")), ("", ("no such file",)),
+    ("cut.jsonl.gz", ("cut.jsonl.gz", "gzip file that is cut short")), ("empty.json", ("empty.json", "holds no row")),
+])
+def test_a_second_source_that_cannot_be_read_is_named(tmp_path, name, parts):
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}")[:-3])
+    (tmp_path / "empty.json").write_text("[]", encoding="utf-8")
+    second = tmp_path / name if name else name
+    with pytest.raises((ValueError, OSError)) as caught:
+        prepare(tmp_path, rows_of(6), f"--source={tmp_path / 'rows.json'},{second}")
+    assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value)
+
+
+def test_bad_rows_are_dropped_from_the_source_and_the_extra_rows_on_request(tmp_path, capsys):
+    unanswered = {"messages": [{"role": "user", "content": "Hm?"}]}
+    (tmp_path / "extra.json").write_text(json.dumps([unanswered, row("more", "yes", id=1)]), encoding="utf-8")
+    flags = [f"--extra={tmp_path / 'extra.json'}", "--bad_rows=drop"]
+    folder = prepare(tmp_path, [*rows_of(6), unanswered, row("bad", "x", label=False)], *flags)
+    found = report(capsys)
+    assert found["dropped: ends with the user"] == 2 and found["dropped: marked as a bad answer"] == 1
+    assert found["rows read"] == 10 and found["not used: 'id'"] == 1
+    assert ["more", "yes"] in read_chats(folder, "train") and found["training rows"] == 6
+    with pytest.raises(ValueError, match=r"extra.json, row 1, .*--bad_rows=drop"):
+        prepare(tmp_path, rows_of(6), flags[0])
+
+
 def test_bad_rows_end_the_program_with_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.json").write_text(json.dumps([*rows_of(3), {"instruction": "a"}]), encoding="utf-8")
     assert_ends_with_one_line(monkeypatch, capsys, prepare_alpaca.main,
                               [f"--source={tmp_path / 'rows.json'}", f"--out_dir={tmp_path / 'out'}"],
-                              str(tmp_path / "rows.json"), "row 4", "'output'")
+                              str(tmp_path / "rows.json"), "row 4", "no field 'output'", "found 'instruction'",
+                              "--bad_rows=drop")
     assert not (tmp_path / "out").exists()
 
 
