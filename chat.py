@@ -364,9 +364,10 @@ def save(talk, path):
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file in it")
     if path.exists():
-        earlier = chats.read_conversations(path)
-        if len(earlier) != 1 or earlier[0][0] != said[:len(earlier[0][0])]:
-            raise ValueError(f"{path}: is there already, and not of this chat; use another name")
+        mine = [[{"messages": said[:n]}] for n in range(len(said) + 1)]  # nothing but this chat
+        if chats.read_rows(path) not in mine:
+            raise ValueError(f"{path}: is there already, and holds something else than this chat; "
+                             "use another name")
     text = json.dumps({"messages": said}, ensure_ascii=False) + "\n"
     write_atomically(path, lambda f: f.write(text.encode("utf-8")))
     note(f"{len(talk.history)} turns -> {path}")

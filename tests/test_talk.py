@@ -451,6 +451,37 @@ def test_a_loaded_chat_goes_on_as_the_saved_one(enc, tmp_path, capsys):
     assert say(other, "So?") == say(talk, "So?")
 
 
+@pytest.mark.parametrize("row", [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "category": "x"},
+    {"messages": [{"role": "user", "content": "a", "name": "Al"}, {"role": "assistant", "content": "b"}]},
+    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+                  {"role": "assistant", "content": "b"}]},
+    {"instruction": "a", "input": "", "output": "b"},
+    {"id": 1, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+])
+def test_a_foreign_row_is_loaded_and_never_saved_over(tmp_path, capsys, row):
+    talk, path = new_talk(), tmp_path / "row.json"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    obey(talk, f"/load {path}")
+    assert talk.history[0][0][-1:] == ids("a") and talk.history[0][1] == ids("b")
+    with pytest.raises(ValueError, match="is there already, and holds something else"):
+        obey(talk, f"/save {path}")
+    assert path.read_text(encoding="utf-8") == json.dumps(row)
+
+
+def test_rows_of_any_layout_are_scored(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a", "answer": "b"}\n{"conversations": [{"from": "human", "value": "c"}, '
+                    '{"from": "gpt", "value": "d"}], "category": "x"}\n', encoding="utf-8")
+    rows = chat.rows_to_score(path, 0)["rows"]
+    assert [([m["content"] for m in said], category) for said, category in rows] == [
+        (["a", "b"], ""), (["c", "d"], "x")]
+    path.write_text('{"prompt": "a", "completion": "b", "label": false}', encoding="utf-8")
+    with pytest.raises(ValueError, match="row 1: 'label' is false") as caught:
+        chat.rows_to_score(path, 0)
+    assert "--bad_rows" not in str(caught.value)  # a flag of another script
+
+
 def test_of_a_file_of_several_chats_the_last_is_loaded(tmp_path, capsys):
     rows = [{"instruction": q, "output": "x"} for q in ("first", "last")]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
