@@ -37,7 +37,7 @@ class Settings(train.LoopSettings):
 
 def main(argv):
     """Finetune as the settings say. Raises ValueError or OSError for a mistake of the user's."""
-    s = config.load(Settings, argv, __doc__)
+    s = train.load_settings(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = pick_device(s.device, s.dtype)
     with train.processes(device) as device:
@@ -72,8 +72,10 @@ def check_settings(s):
 
 def say_what_is_read(s, dataset):
     """Print what the steps come to, and what of the data they leave out."""
-    print(f"{s.init_from}: {s.max_iters:,} steps are {train.epochs(dataset, s.max_iters, s):.1f} "
-          f"epochs of {len(dataset.starts['train']):,} conversations")
+    if not s.eval_only:
+        print(f"{s.init_from}: {s.max_iters:,} steps are "
+              f"{train.epochs(dataset, s.max_iters, s):.1f} epochs of "
+              f"{len(dataset.starts['train']):,} conversations")
     if dropped := dataset.dropped["train"]:
         print(f"{dropped:,} conversations are left out: nothing of the answer lies in their first "
               f"{dataset.block_size} tokens")

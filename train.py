@@ -3,6 +3,7 @@
     python train.py config/train_recite.py                 # chats: minutes on a laptop
     python train.py config/train_shakespeare.py            # plain text
     python train.py config/train_recite.py --resume=True   # go on where a run stopped
+    python train.py --eval_only=True --init_from=out/chat/best.pt    # only measure, write nothing
     python train.py --help                                 # every setting
 
     torchrun --nproc_per_node=8 train.py config/train_gpt2.py    # many GPUs: the same steps, sooner
@@ -17,7 +18,7 @@ import re
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import model as gpt
 from data.conversation import decode_conversation, encode_prompt, special_ids
 from data.files import write_atomically
 from data.tokenizer import get_tokenizer
-from data.tokens import SPLITS, folder_tokenizer, open_dataset, read_meta
+from data.tokens import SPLITS, count_targets, folder_tokenizer, open_dataset, read_meta
 from pictures import draw_losses
 
 
@@ -41,6 +42,7 @@ class LoopSettings:
     data_dir: Path = Path("data/instruction")  # a prepared folder: train.bin, val.bin, meta.json
     out_dir: Path = Path("out/chat")  # where best.pt and last.pt go
     resume: bool = False  # go on from out_dir/last.pt
+    eval_only: bool = False  # only measure init_from's model: loss, perplexity, bits per byte
     # one step
     batch_size: int = 8  # windows of text; or chats that fit into batch_size * block_size tokens
     gradient_accumulation: int = 1  # batches summed up for one step, over all processes
@@ -65,7 +67,7 @@ class LoopSettings:
     save_interval: int | str = "10m"  # last.pt between those: 500 means steps, 10m minutes
     sample_interval: int = 500  # steps between samples of what the model writes; 0: none
     sample_prompt: str | None = None  # what they go on from; None: something held out
-    eval_tokens: int = 20_000  # tokens of an evaluation, of each split; always the same ones
+    eval_tokens: int = 20_000  # tokens of an evaluation, of each split; with eval_only: all
     best_by: str = "val"  # best.pt has the lowest loss on val; or on train, to memorize
     patience: int = 0  # stop after this many evaluations without a lower val loss; 0: never
     # the machine
@@ -79,7 +81,7 @@ class LoopSettings:
 class Settings(LoopSettings):
     """The loop's settings, and those of a model made from scratch."""
     init_from: str = "scratch"  # or gpt2, gpt2-medium, ..., a folder, a .pt: its weights and shape
-    block_size: int = 128  # context length, in tokens
+    block_size: int = 128  # context length, in tokens; with eval_only: the model's
     n_layer: int = 4  # blocks, one after the other
     n_head: int = 4  # attention heads in each block
     n_embd: int = 256  # channels: the width of the model
@@ -94,9 +96,7 @@ def train(s, model, dataset, device, dtype, resumed=None):
     """
     optimizers = gpt.configure_optimizers(model, s)
     progress = restore(resumed, optimizers, device) if resumed else Progress()
-    autocast = contextlib.nullcontext()
-    if dtype != torch.float32:  # matrix products in bfloat16, all else and the weights in float32
-        autocast = torch.autocast(device.type, dtype)
+    autocast = mixed_precision(device, dtype)  # matrix products in bfloat16, all else in float32
     # The replica: the same weights, compiled and shared out to many processes where that is on.
     replica = torch.compile(model) if s.compile == "on" else model
     if dist.is_initialized():
@@ -292,6 +292,11 @@ def exchange_gradients(model, now):
     return model.no_sync() if has_peers and not now else contextlib.nullcontext()
 
 
+def mixed_precision(device, dtype):
+    """A context in which matrix products are of `dtype`; float32 is that of the weights anyway."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def to_device(batch, device):
     """A dataset's (idx, targets, where), NumPy arrays or None, as tensors on the device."""
     return [None if a is None else torch.from_numpy(a).to(device, non_blocking=True) for a in batch]
@@ -431,7 +436,9 @@ def log_row(s, dataset, progress, loss, norm, losses):
            "loss": f"{loss:.4f}", "norm": f"{norm:.2f}",
            "lr": f"{lr_factor(progress.step - 1, s) * s.learning_rate:.2e}"}
     if losses:
-        row |= {"train_loss": f"{losses[0]:.4f}", "val_loss": f"{losses[1]:.4f}"}
+        bits = bits_per_byte(losses[1], *count_targets(dataset, "val", s.eval_tokens))
+        row |= {"train_loss": f"{losses[0]:.4f}", "val_loss": f"{losses[1]:.4f}",
+                "val_bits_per_byte": f"{bits:.4f}"}
     return row
 
 
@@ -440,7 +447,7 @@ class Log:
     process has the file."""
 
     COLUMNS = ("step", "epoch", "loss", "lr", "norm", "tokens", "seconds", "peak_share",
-               "train_loss", "val_loss")
+               "train_loss", "val_loss", "val_bits_per_byte")
 
     def __init__(self, path, progress, measure_peak):
         """Rows after progress.step, of a run that was stopped later than it was saved, are left
@@ -500,9 +507,10 @@ def report(s, dataset, progress, saved):
     if progress.history:
         (step, train_loss, val_loss), low = progress.history[-1], lowest(progress.history)
         kept = lowest(progress.history, 1 + SPLITS.index(s.best_by))
+        bits = bits_per_byte(val_loss, *count_targets(dataset, "val", s.eval_tokens))
         print(f"{step} steps in {duration(progress.seconds)}: training loss {train_loss:.4f}, "
               f"validation {val_loss:.4f} (lowest {low[2]:.4f} at step {low[0]}, epoch "
-              f"{epochs(dataset, low[0], s):.2f})")
+              f"{epochs(dataset, low[0], s):.2f}), {bits:.4f} bits per byte")
         print(f"best.pt holds step {kept[0]} (epoch {epochs(dataset, kept[0], s):.2f}), the lowest "
               f"{s.best_by} loss; talk to it: python chat.py --checkpoint={s.out_dir / 'best.pt'}")
         picture = ", loss.png"
@@ -512,6 +520,50 @@ def report(s, dataset, progress, saved):
     if not saved:
         raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and "
                       "--resume=True")
+
+
+# ---- only measuring ----
+
+def bits_per_byte(loss, n_targets, n_bytes):
+    """A mean loss per target, in nats, as bits for each byte of text that the targets stand for
+    (see count_targets); not a number where they stand for none."""
+    return loss * n_targets / n_bytes / math.log(2) if n_bytes else math.nan
+
+
+def measure(s, model, dataset, device, dtype):
+    """Print the loss, the perplexity and the bits per byte of both splits.
+
+    Text is read in windows that do not overlap, so a token has half a window before it on average.
+    Published figures often slide the window on by a part of its length, and are then lower.
+    """
+    for split in reversed(SPLITS):
+        n_targets, n_bytes = count_targets(dataset, split, s.eval_tokens)
+        loss = evaluate(model, Told(dataset, n_targets), split, s, device,
+                        mixed_precision(device, dtype))
+        perplexity = math.inf if loss > 700 else math.exp(loss)  # which float64 cannot hold
+        bits = bits_per_byte(loss, n_targets, n_bytes)
+        print(f"{split}: loss {loss:.4f}  perplexity {perplexity:.2f}  {bits:.4f} bits per byte  "
+              f"({n_targets:,} targets, {n_bytes:,} bytes)", flush=True)
+
+
+class Told:
+    """A dataset whose evaluation says how far it is every ten seconds, for n_targets in all."""
+
+    def __init__(self, dataset, n_targets):
+        self.dataset, self.n_targets = dataset, n_targets
+
+    def eval_batches(self, split, max_tokens):
+        """Those of the dataset; when the next one is asked for, the one before has been read."""
+        began = told = time.monotonic()
+        done = 0
+        for batch in self.dataset.eval_batches(split, max_tokens):
+            yield batch
+            done += batch[1].size
+            now = time.monotonic()
+            if now - told >= 10:
+                told, left = now, (now - began) * (self.n_targets - done) / done
+                print(f"  {split}: {done:,} of {self.n_targets:,} targets  "
+                      f"{done / (now - began):,.0f} targets/s  {duration(left)} left", flush=True)
 
 
 # ---- saving, and going on from it ----
@@ -633,14 +685,29 @@ def out_of_memory(error, s):
 
 # ---- starting ----
 
+def load_settings(settings_class, argv, doc):
+    """The settings. With eval_only two have another default: a block_size of all that the model has
+    learned, and eval_tokens None, all that there are."""
+    s = config.load(settings_class, argv, doc)
+    if not s.eval_only:
+        return s
+    defaults = replace(config.load(settings_class, []), block_size=0, eval_tokens=None)
+    return config.load(settings_class, argv, start=defaults)
+
+
 def check_settings(s):
     """Raise ValueError for the first setting out of its range."""
     def need(ok, name, what):
         if not ok:
             raise ValueError(f"{name}={getattr(s, name)}: must be {what}")
 
-    for name in ("block_size", "n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation",
-                 "max_iters", "log_interval", "eval_interval", "eval_tokens"):
+    if s.eval_only and (s.resume or s.init_from == "scratch"):
+        raise ValueError("eval_only=True: name the model to measure, and leave out --resume: "
+                         f"--init_from={s.out_dir / 'best.pt'}, or gpt2")
+    need(s.block_size >= (0 if s.eval_only else 1), "block_size", "1 or more")
+    need(s.eval_tokens is None or s.eval_tokens >= 1, "eval_tokens", "1 or more")
+    for name in ("n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation", "max_iters",
+                 "log_interval", "eval_interval"):
         need(getattr(s, name, 1) >= 1, name, "1 or more")  # finetune.py has no n_layer and so on
     for name in ("learning_rate", "embedding_learning_rate"):
         need(getattr(s, name) > 0, name, "above 0")
@@ -661,7 +728,7 @@ def check_settings(s):
 
 def main(argv):
     """Train as the settings say. Raises ValueError or OSError for a mistake that a user can fix."""
-    s = config.load(Settings, argv, __doc__)
+    s = load_settings(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = gpt.pick_device(s.device, s.dtype)
     with processes(device) as device:
@@ -740,13 +807,14 @@ def set_up(s, device, make_model):
     """What a run starts from: (model, dataset, the dict of last.pt or None). make_model(s) makes
     the model where the run does not resume. Raises ValueError or OSError."""
     rank, world_size = ranks()
-    if s.gradient_accumulation % world_size:
+    if s.gradient_accumulation % world_size and not s.eval_only:
         raise ValueError(f"gradient_accumulation={s.gradient_accumulation}: must be a multiple of "
                          f"the {world_size} processes, which share the batches of a step")
     last = s.out_dir / "last.pt"
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and last.exists():
+    has_run = last.exists() and not s.eval_only  # which leaves out_dir alone
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and has_run:
         s.resume = True  # torchrun --max-restarts started us again
-    elif not s.resume and rank == 0 and dist.is_initialized() and last.exists():
+    elif not s.resume and rank == 0 and dist.is_initialized() and has_run:
         os.replace(last, s.out_dir / "last.pt.old")  # or a restart would go on from it
     torch.manual_seed(s.seed)
     resumed = load_resumed(s) if s.resume else None
@@ -769,9 +837,11 @@ def set_up(s, device, make_model):
 
 
 def run(s, model, dataset, device, dtype, why, resumed):
-    """Say what is about to be trained, train it, and leave with the signal's exit code if one
-    stopped it. Raises ValueError or OSError, the first of them where memory runs out too."""
+    """Say what is about to be trained (or only measured), do it, and leave with the signal's exit
+    code if one stopped it. Raises ValueError or OSError, the first of them where memory runs out
+    too."""
     torch.set_float32_matmul_precision("high")
+    get_tokenizer(dataset.tokenizer)  # it is needed later; where it cannot be had, say so now
     reason = "as set"
     if s.compile == "auto":
         s.compile = "on" if device.type == "cuda" and dataset.kind == "text" else "off"
@@ -779,10 +849,12 @@ def run(s, model, dataset, device, dtype, why, resumed):
     print(f"{s.data_dir}: {dataset.n_tokens('train'):,} training tokens, {dataset.vocab_size} ids")
     world_size = ranks()[1]
     together = f"; {world_size} processes" if world_size > 1 else ""
+    how = f"compile {s.compile} ({reason}); optimizer {s.optimizer}"
+    if s.eval_only:
+        how = f"{s.batch_size} x {model.config.block_size} tokens at a time"
     print(f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x "
-          f"{model.config.n_embd}; device: {why}; compile {s.compile} ({reason}); optimizer "
-          f"{s.optimizer}{together}", flush=True)
-    if (s.out_dir / "best.pt").exists() and not resumed:
+          f"{model.config.n_embd}; device: {why}; {how}{together}", flush=True)
+    if (s.out_dir / "best.pt").exists() and not resumed and not s.eval_only:
         print(f"{s.out_dir / 'best.pt'} of an earlier run will be replaced (--out_dir=FOLDER keeps "
               "it)")
     if resumed:
@@ -791,6 +863,8 @@ def run(s, model, dataset, device, dtype, why, resumed):
             rest = f", and nothing is left to do: max_iters={s.max_iters}; a larger one trains on"
         print(f"resumed at step {resumed['step']}{rest}", flush=True)
     try:
+        if s.eval_only:
+            return measure(s, model, dataset, device, dtype)
         stopped_by = train(s, model, dataset, device, dtype, resumed)
     except (RuntimeError, MemoryError) as error:
         if advice := out_of_memory(error, s):

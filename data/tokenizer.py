@@ -210,6 +210,15 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN, min_count=2):
     return {"pattern": pattern, "merges": merges}
 
 
+def bytes_per_id(enc, n_ids):
+    """How many bytes each of the ids 0 to n_ids - 1 (at least all that enc has) stands for, as a
+    list; 0 for special tokens and for ids of padding, which stand for no text."""
+    lengths = [0] * max(n_ids, enc.n_vocab)
+    for token, i in enc._mergeable_ranks.items():
+        lengths[i] = len(token)
+    return lengths
+
+
 def token_pieces(enc, ids):
     """Each id's own text; bytes that are only a part of a character show as <e2> and so on."""
     pieces = []

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data.conversation import special_ids, supervised
-from data.tokenizer import get_tokenizer, read_spec
+from data.tokenizer import bytes_per_id, get_tokenizer, read_spec
 
 SPLITS = ("train", "val")
 # Ids that are checked when a file is opened; of the others each batch checks its own.
@@ -136,6 +136,22 @@ def fingerprint(folder):
             for name in ("kind", "sha256", "seed", "train_tokens", "val_tokens")]
 
 
+def count_targets(dataset, split, max_tokens):
+    """(how many targets eval_batches has, how many bytes of UTF-8 they stand for).
+
+    Text counts as many bytes as it is written with, whatever its tokens are, so losses per byte
+    compare where losses per token do not. A chat's bytes are those of the assistant's words.
+    Special tokens (<|endoftext|>, a reply's <|end|>) stand for none; the model has to foresee them
+    all the same, so they are targets, and cost bits.
+    """
+    lengths = np.array(bytes_per_id(get_tokenizer(dataset.tokenizer), dataset.vocab_size))
+    n_targets = n_bytes = 0
+    for _, targets, _ in dataset.eval_batches(split, max_tokens):
+        n_targets += targets.size
+        n_bytes += int(lengths[targets].sum())
+    return n_targets, n_bytes
+
+
 class TokenDataset:
     """Plain text: windows of block_size tokens from random places, each target the token after. The
     text may lie in several shards; no window crosses from one to the next. A batch depends on the
@@ -176,14 +192,29 @@ class TokenDataset:
 
     def eval_batches(self, split, max_tokens):
         """Fixed windows, spread evenly, without overlap and together at most max_tokens (at least
-        one window), in batches like those of batch()."""
+        one window), in batches like those of batch(). max_tokens None: all windows and, after
+        them, the shorter rest of each shard, so that every token but a shard's first is a target
+        once."""
         first = np.append(0, self.ends[split][:-1])  # the number of each shard's first window
         apart = np.concatenate([np.arange(a, b, self.block_size)
                                 for a, b in zip(first, self.ends[split])])
-        wanted = min(len(apart), max(max_tokens // self.block_size, 1))
+        wanted = len(apart)
+        if max_tokens is not None:
+            wanted = min(wanted, max(max_tokens // self.block_size, 1))
         numbers = apart[np.linspace(0, len(apart) - 1, wanted).round().astype(np.int64)]
         for i in range(0, wanted, self.batch_size):
             yield self.windows(split, numbers[i:i + self.batch_size])
+        if max_tokens is None:
+            yield from self.rests(split)
+
+    def rests(self, split):
+        """What each shard has left behind its last window, as a batch of one shorter window."""
+        for path, tokens in zip(self.paths[split], self.tokens[split]):
+            read = (len(tokens) - 1) // self.block_size * self.block_size  # by whole windows
+            rest = tokens[read:].astype(np.int64)
+            if len(rest) > 1:
+                check_ids(rest, self.vocab_size, path)
+                yield rest[None, :-1], rest[1:], None
 
     def windows(self, split, numbers):
         """A batch of the windows with these numbers, counted from the first shard's first token
@@ -289,9 +320,11 @@ class ChatDataset:
 
     def eval_batches(self, split, max_tokens):
         """Fixed conversations, spread evenly and together about max_tokens at most, in batches like
-        batch()'s."""
+        batch()'s. max_tokens None: all of them."""
         lengths = self.lengths[split]
-        wanted = max(1, min(len(lengths), int(max_tokens / lengths.mean())))
+        wanted = len(lengths)
+        if max_tokens is not None:
+            wanted = max(1, min(wanted, int(max_tokens / lengths.mean())))
         rows = np.linspace(0, len(lengths) - 1, wanted).round().astype(np.int64)
         for batch in cut(rows[np.argsort(lengths[rows], kind="stable")], lengths, self.budget):
             yield self.rows(split, batch)

@@ -1,6 +1,7 @@
 """finetune.py on toy chats: what is learned, how gradients add up, epochs, going on, and what goes wrong."""
 import contextlib
 import json
+import math
 import os
 import re
 import runpy
@@ -146,6 +147,24 @@ def test_the_loss_of_a_known_batch_is_that_of_float64_by_hand(by_hand):
         loss = evaluate(model, dataset, split)
         assert loss == pytest.approx(np.mean(losses), rel=1e-6)
     assert step_on(model, dataset, [[0]])[0] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_both_scripts_measure_a_model_on_chats_alike_and_write_nothing(made, tmp_path, capsys):
+    said = []
+    for script in (finetune, train):
+        capsys.readouterr()
+        script.main(["--eval_only=True", f"--init_from={made / 'base' / 'best.pt'}", "--device=cpu",
+                     f"--data_dir={made / 'chat'}", f"--out_dir={tmp_path / 'out'}"])
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and "epochs" not in said[0] and not (tmp_path / "out").exists()
+    dataset = open_dataset(made / "chat", 64, 8)
+    model = model_from_checkpoint(load_checkpoint(made / "base" / "best.pt"))
+    for split in ("train", "val"):
+        loss = evaluate(model, dataset, split)
+        found = re.search(rf"^{split}: loss (\S+)  .*  (\S+) bits per byte", said[0], re.MULTILINE)
+        answers = [ids[ids.index(ASSISTANT) + 1:] for ids in dataset.conversations(split)]  # each with its end
+        bits = loss / math.log(2) * sum(map(len, answers)) / sum(len(ids) - 1 for ids in answers)
+        assert (float(found[1]), float(found[2])) == pytest.approx((loss, bits), abs=1e-4)
 
 
 # One gradient, however the conversations are dealt out

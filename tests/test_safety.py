@@ -588,7 +588,7 @@ def test_log_csv_can_be_read_while_it_runs_and_has_every_figure(made, tmp_path, 
     assert grown == [1, 4, 11]
     rows = read_log(tmp_path)
     assert list(rows[0]) == ["step", "epoch", "loss", "lr", "norm", "tokens", "seconds", "peak_share",
-                             "train_loss", "val_loss"]
+                             "train_loss", "val_loss", "val_bits_per_byte"]
     assert [row["step"] for row in rows if row["val_loss"]] == ["5", "10", "12"]
     for row, (_, *losses) in zip([row for row in rows if row["val_loss"]], last["history"], strict=True):
         assert [float(row["train_loss"]), float(row["val_loss"])] == pytest.approx(losses, abs=1e-4)
@@ -714,6 +714,20 @@ def test_two_processes_share_a_steps_batches_and_exchange_gradients_once(made, t
         notes = (tmp_path / f"notes{rank}").read_text(encoding="utf-8").splitlines()
         mine = [f"train {4 * step + i}" for step in range(12) for i in range(4) if i % 2 == rank]
         assert notes == [line for i in range(0, 24, 2) for line in (*mine[i:i + 2], "exchange")]
+
+
+def test_two_processes_measure_what_one_does_and_leave_the_folder_as_it_is(made, tmp_path):
+    out = shutil.copytree(made / "base", tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    arguments = ["--eval_only=True", f"--init_from={out / 'best.pt'}", f"--data_dir={made / 'text'}", "--device=cpu",
+                 f"--out_dir={out}", "--batch_size=2"]
+    alone = start(train, arguments, tmp_path / "alone")
+    assert ended(*ranks(train, arguments, tmp_path), alone) == [0, 0, 0]
+    together, alone = ((tmp_path / name).read_text(encoding="utf-8").splitlines() for name in ("said0", "alone"))
+    assert "; 2 processes" in together[1] and len(alone) == 4
+    assert together[-2:] == alone[-2:] and [line.split()[0] for line in alone[-2:]] == ["val:", "train:"]
+    assert (tmp_path / "said1").read_bytes() == b"" and before.keys() >= {out / "last.pt"}
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def with_environment(environment, patch):

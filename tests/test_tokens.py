@@ -1,4 +1,5 @@
 """Token files and batches: every batch is recounted in plain Python from the ids of the file."""
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -7,7 +8,15 @@ import numpy as np
 import pytest
 
 from data.tokenizer import get_tokenizer
-from data.tokens import ChatDataset, TokenDataset, new_files, open_dataset, write_meta, write_tokens
+from data.tokens import (
+    ChatDataset,
+    TokenDataset,
+    count_targets,
+    new_files,
+    open_dataset,
+    write_meta,
+    write_tokens,
+)
 
 START, USER, ASSISTANT, END = 256, 257, 258, 259  # of the bytes tokenizer
 META = {"tokenizer": "bytes", "vocab_size": 260}
@@ -209,6 +218,43 @@ def test_evaluation_windows_of_shards_cross_no_border_and_do_not_overlap(tmp_pat
         some = windows_read(dataset.eval_batches("train", max_tokens), 8)
         assert len(some) == len(set(some)) == count and all(list(window) in every for window in some)
         assert windows_read(dataset.eval_batches("train", max_tokens), 8) == some
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_an_evaluation_of_all_has_each_token_but_a_shards_first_as_a_target_once(tmp_path, batch_size):
+    lengths = (20, 9, 17, 10, 16, 25)  # whole windows of 8 and a target leave 3, 0, 0, 1, 7 and 0 over
+    ends = np.cumsum(lengths).tolist()
+    shards = [list(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)]
+    dataset = TokenDataset(sharded(tmp_path, *shards), 8, batch_size)
+    read, targets = [], []
+    for x, y, where in dataset.eval_batches("train", None):
+        assert where is None and len(x) <= batch_size and x.dtype == y.dtype == np.int64
+        assert y.reshape(x.shape).tolist() == (x + 1).tolist(), "each id is its own position"
+        read += [len(row) for row in x]
+        targets += y.tolist()
+    assert sorted(targets) == [i for ids in shards for i in ids[1:]]
+    assert Counter(read) == {8: 2 + 1 + 2 + 1 + 1 + 3, 3: 1, 1: 1, 7: 1}
+    assert count_targets(dataset, "train", None) == (97 - 6, 97 - 6)
+
+
+def test_the_bytes_of_targets_are_those_of_their_tokens_and_special_tokens_have_none(tmp_path):
+    merges = [[97, 97], [256, 98], [0xc3, 0xa9]]  # 256: aa, 257: aab, 258: é; 259 is <|endoftext|>
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"pattern": "\\S+", "merges": merges}), encoding="utf-8")
+    ids = [257, 256, 98, 258, 259, 257, 0xc3, 32, 256]  # windows of 4, and no rest
+    folder = text_folder(tmp_path, ids, tokenizer="tokenizer.json", vocab_size=320)  # some are padding
+    dataset = TokenDataset(folder, 4, 1)
+    assert count_targets(dataset, "train", None) == (8, 2 + 1 + 2 + 0 + 3 + 1 + 1 + 2)
+    assert count_targets(dataset, "train", 4) == (4, 2 + 1 + 2 + 0), "of the first window"
+    write_tokens(folder / "val.bin", [[257, 319, 319, 319, 257]])
+    assert count_targets(TokenDataset(folder, 4, 1), "val", None) == (4, 3)
+
+
+def test_the_bytes_of_a_chats_targets_are_the_assistants_words(tmp_path):
+    hello = [START, USER, *b"Hello", END, ASSISTANT, *"é!".encode(), END, USER, *b"?", END, ASSISTANT, *b"ok", END]
+    dataset = ChatDataset(chat_folder(tmp_path, [hello, [START, USER, END, ASSISTANT, *b"abcd", END]]), 64, 2)
+    assert count_targets(dataset, "train", None) == (3 + 1 + 2 + 1 + 4 + 1, 3 + 2 + 4)
+    short = ChatDataset(tmp_path, 9, 2)  # cut after ten tokens: there is the first letter of an é
+    assert count_targets(short, "train", None) == (1 + 4 + 1, 1 + 4)
 
 
 def test_one_shard_gives_what_one_file_gives(tmp_path):

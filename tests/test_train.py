@@ -1,6 +1,8 @@
 """train.py on toy folders: the schedule, the step, resuming bit for bit, saving, and what goes wrong."""
 import contextlib
+import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -11,6 +13,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,8 +23,19 @@ import config
 import data.text
 import prepare_alpaca
 import train
+from data.export import write_hf_model
+from data.tokenizer import get_tokenizer
 from data.tokens import open_dataset
-from model import GPT, GPTConfig, attention, load_checkpoint, model_from_checkpoint
+from model import (
+    GPT,
+    GPTConfig,
+    attention,
+    load_checkpoint,
+    model_checkpoint,
+    model_from_checkpoint,
+    save_checkpoint,
+    to_gpt2_names,
+)
 
 pytestmark = pytest.mark.usefixtures("neither_drawn_nor_measured")
 CPU = torch.device("cpu")
@@ -262,6 +276,138 @@ def test_an_evaluation_is_the_mean_over_targets_of_every_conversation(folders):
     assert loss_of(model, dataset, "val") == pytest.approx(total / count, rel=1e-5)
 
 
+# Only measuring
+
+def measured(folder, out_dir, capsys, script_flags=()):
+    """What --eval_only prints of each split: {split: (loss, perplexity, bits per byte, targets, bytes)}."""
+    capsys.readouterr()
+    train.main(["--eval_only=True", f"--data_dir={folder}", f"--out_dir={out_dir}", "--device=cpu",
+                "--batch_size=3", *script_flags])
+    number = r"([\d.,]+|nan)"
+    lines = re.findall(rf"^(train|val): loss {number}  perplexity {number}  {number} bits per byte  "
+                       rf"\({number} targets, {number} bytes\)$", capsys.readouterr().out, re.MULTILINE)
+    return {split: tuple(float(n.replace(",", "")) for n in numbers) for split, *numbers in lines}
+
+
+@pytest.fixture(scope="module")
+def to_measure(tmp_path_factory):
+    """A folder with text/ in byte pairs, model.pt, a model whose every number is random, and hf/, the same for
+    transformers."""
+    root = tmp_path_factory.mktemp("measure")
+    text = "".join(f"The {a} and the {b}: naïve, no? Yes!\n" for a in WORDS for b in WORDS[::-1])
+    (root / "text.txt").write_text(text, encoding="utf-8")
+    data.text.main([f"--source={root / 'text.txt'}", f"--out_dir={root / 'text'}", "--tokenizer=bpe",
+                    "--vocab_size=300", "--val_fraction=0.2"])
+    dataset = open_dataset(root / "text", 32, 2)
+    model = toy(dataset)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    save_checkpoint(root / "model.pt", model_checkpoint(model, dataset.tokenizer, "text"))
+    (root / "hf").mkdir()
+    write_hf_model(root / "hf", model.config, to_gpt2_names(model))
+    return root
+
+
+@pytest.mark.parametrize("block_size", [None, 12])
+def test_measuring_gives_the_loss_of_transformers_in_float64_over_everything(to_measure, tmp_path, capsys,
+                                                                            block_size):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(to_measure / "hf").double().eval()
+    flags = [f"--init_from={to_measure / 'model.pt'}", *([f"--block_size={block_size}"] if block_size else [])]
+    found = measured(to_measure / "text", tmp_path / "out", capsys, flags)
+    assert list(found) == ["val", "train"] and not (tmp_path / "out").exists()
+    enc, length = get_tokenizer(to_measure / "text" / "tokenizer.json"), block_size or 32
+    for split, (loss, perplexity, bits, n_targets, n_bytes) in found.items():
+        ids = np.fromfile(to_measure / "text" / f"{split}.bin", np.uint16).tolist()
+        assert (len(ids) - 1) % length > 1, "the last window is a shorter one"
+        losses = []
+        for start in range(0, len(ids) - 1, length):
+            window = torch.tensor(ids[start:start + length + 1])
+            logits = theirs(window[None, :-1]).logits[0].log_softmax(-1)
+            losses += (-logits[torch.arange(len(window) - 1), window[1:]]).tolist()
+        mean, text = sum(losses) / len(losses), enc.decode_bytes(ids[1:])
+        assert (n_targets, n_bytes) == (len(losses), len(text)) and len(losses) == len(ids) - 1
+        assert loss == pytest.approx(mean, abs=6e-5) and perplexity == pytest.approx(math.exp(mean), abs=6e-3)
+        assert bits == pytest.approx(sum(losses) / math.log(2) / len(text), abs=6e-5)
+        dataset = open_dataset(to_measure / "text", length, 3)
+        model = model_from_checkpoint(load_checkpoint(to_measure / "model.pt"))
+        assert loss_of(model, dataset, split, None) == pytest.approx(mean, rel=1e-6)
+
+
+def test_bits_per_byte_of_bytes_are_the_loss_in_bits_in_the_log_and_the_report_too(folders, tmp_path, capsys):
+    run(folders["text"], tmp_path / "out", eval_interval=4, max_iters=6)
+    said = re.search(r"validation (\S+) \(.*\), (\S+) bits per byte$", capsys.readouterr().out, re.MULTILINE)
+    rows = list(csv.DictReader((tmp_path / "out" / "log.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["step"] for row in rows if row["val_bits_per_byte"]] == ["4", "6"]
+    assert (rows[-1]["val_loss"], rows[-1]["val_bits_per_byte"]) == said.groups()
+    assert float(said[2]) == pytest.approx(float(said[1]) / math.log(2), abs=2e-4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    found = measured(folders["text"], tmp_path / "out", capsys, [f"--init_from={tmp_path / 'out' / 'best.pt'}"])
+    for split, (loss, perplexity, bits, n_targets, n_bytes) in found.items():
+        size = (folders["text"] / f"{split}.bin").stat().st_size // 2
+        assert n_targets == n_bytes == size - 1
+        assert bits == pytest.approx(loss / math.log(2), abs=2e-4)
+        assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before, "it writes nothing"
+
+
+def test_bits_per_byte_of_chats_are_for_the_assistants_words(folders, tmp_path, capsys):
+    run(folders["chat"], tmp_path, max_iters=1, block_size=64)
+    found = measured(folders["chat"], tmp_path, capsys, [f"--init_from={tmp_path / 'best.pt'}"])
+    rows = json.loads(folders["rows"].read_text(encoding="utf-8"))
+    assert found["train"][4] + found["val"][4] == sum(len(row["output"]) for row in rows)
+    assert found["train"][3] + found["val"][3] == sum(len(row["output"]) + 1 for row in rows)
+    for loss, _, bits, n_targets, n_bytes in found.values():
+        assert bits == pytest.approx(loss * n_targets / n_bytes / math.log(2), abs=2e-4)
+
+
+def test_a_loss_for_no_byte_has_no_bits_per_byte_and_a_huge_one_no_perplexity(folders, monkeypatch, capsys):
+    assert math.isnan(train.bits_per_byte(2.0, 5, 0)) and train.bits_per_byte(math.log(2), 6, 3) == 2
+    dataset = open_dataset(folders["text"], 32, 2)
+    for loss, said in ((1e4, "perplexity inf"), (math.nan, "perplexity nan")):
+        monkeypatch.setattr(train, "evaluate", lambda *args: loss)  # noqa: B023
+        train.measure(train.Settings(), toy(dataset), dataset, CPU, torch.float32)
+        assert capsys.readouterr().out.count(said) == 2
+
+
+def test_measuring_takes_everything_unless_its_settings_say_less(to_measure, tmp_path, capsys):
+    (tmp_path / "some.py").write_text("eval_tokens = 40\nblock_size = 8\n", encoding="utf-8")
+    for argv, wanted in (([], (0, None)), (["--block_size=128"], (128, None)), (["--eval_tokens=20000"], (0, 20000)),
+                         ([str(tmp_path / "some.py")], (8, 40))):
+        s = train.load_settings(train.Settings, [*argv, "--eval_only=True"], "")
+        assert (s.block_size, s.eval_tokens) == wanted
+        assert s.data_dir == config.load(train.Settings, []).data_dir
+    s = train.load_settings(train.Settings, [], "")
+    assert (s.block_size, s.eval_tokens) == (128, 20_000)
+    found = measured(to_measure / "text", tmp_path, capsys,
+                     [f"--init_from={to_measure / 'model.pt'}", str(tmp_path / "some.py")])
+    assert found["val"][3] == found["train"][3] == 40
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "--init_from="), (["--init_from=gpt2", "--resume=True"], "--resume"),
+    (["--init_from=gpt2", "--eval_tokens=0"], "eval_tokens=0"), (["--init_from=gpt2", "--block_size=-1"], "block_size=-1"),
+    (["--init_from=MODEL"], "--tokenizer="), (["--init_from=gpt2"], "--tokenizer=gpt2")])
+def test_what_cannot_be_measured_is_one_line_and_writes_nothing(folders, to_measure, tmp_path, monkeypatch, flags,
+                                                                said):
+    flags = [flag.replace("MODEL", str(to_measure / "model.pt")) for flag in flags]
+    line = error_of(monkeypatch, ["--eval_only=True", f"--data_dir={folders['text']}",
+                                  f"--out_dir={tmp_path / 'out'}", "--device=cpu", *flags])
+    assert said in line and not list(tmp_path.iterdir())
+
+
+def test_a_long_evaluation_says_how_far_it_is(folders, monkeypatch, capsys):
+    clock = itertools.count(0, 4)  # seconds; it is asked before the first batch and after each
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    dataset = open_dataset(folders["text"], 16, 1)
+    batches = list(train.Told(dataset, 200).eval_batches("train", 160))
+    assert len(batches) == 10
+    assert capsys.readouterr().out.splitlines() == [
+        "  train: 48 of 200 targets  4 targets/s  38s left", "  train: 96 of 200 targets  4 targets/s  26s left",
+        "  train: 144 of 200 targets  4 targets/s  14s left"]
+
+
 # Stopping and going on
 
 def stop_at(monkeypatch, wanted, number):
@@ -412,7 +558,7 @@ def test_a_save_interval_that_is_neither_steps_nor_minutes_is_refused(interval):
         train.check_settings(train.Settings(save_interval=interval))
 
 
-HEADER = "step,epoch,loss,lr,norm,tokens,seconds,peak_share,train_loss,val_loss\n"
+HEADER = "step,epoch,loss,lr,norm,tokens,seconds,peak_share,train_loss,val_loss,val_bits_per_byte\n"
 
 
 def test_a_log_of_a_new_run_begins_anew_and_that_of_a_resumed_one_loses_later_and_torn_rows(tmp_path):
@@ -421,14 +567,14 @@ def test_a_log_of_a_new_run_begins_anew_and_that_of_a_resumed_one_loses_later_an
     assert path.read_text(encoding="utf-8") == HEADER
     log.add({"step": 1, "epoch": "0.50", "loss": "3.0000", "lr": "1e-3", "norm": "2.00"}, 64, 1e6, 0.5)
     log.add({"step": 2, "loss": "2.0000", "train_loss": "2.1", "val_loss": "2.2"}, 32.0, 1e5, 2)
-    first, second = "1,0.50,3.0000,1e-3,2.00,64,0.5000,2.000,,\n", "2,,2.0000,,,32,2.0000,0.050,2.1,2.2\n"
+    first, second = "1,0.50,3.0000,1e-3,2.00,64,0.5000,2.000,,,\n", "2,,2.0000,,,32,2.0000,0.050,2.1,2.2,\n"
     assert path.read_text(encoding="utf-8") == HEADER + first + second
     train.Log(path, train.Progress(step=1), lambda: None).add({"step": 2}, 1, 1, 1)
-    assert path.read_text(encoding="utf-8") == HEADER + first + "2,,,,,1,1.0000,n/a,,\n"
+    assert path.read_text(encoding="utf-8") == HEADER + first + "2,,,,,1,1.0000,n/a,,,\n"
     with open(path, "a", encoding="utf-8") as f:
         f.write("3,0.7")  # as a kill leaves it
     train.Log(path, train.Progress(step=3), lambda: None)
-    assert path.read_text(encoding="utf-8").endswith("2,,,,,1,1.0000,n/a,,\n")
+    assert path.read_text(encoding="utf-8").endswith("2,,,,,1,1.0000,n/a,,,\n")
     train.Log(path, train.Progress(), lambda: None)
     assert path.read_text(encoding="utf-8") == HEADER
 
