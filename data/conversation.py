@@ -146,12 +146,34 @@ def check_messages(messages, where):
 def read_conversations(path):
     """All rows of a JSON list or a JSON-lines file, as (messages, category) pairs; see to_messages.
 
-    Raises FileNotFoundError, or ValueError naming the file and the row: empty, not UTF-8, not JSON,
-    cut short, or a row of another shape.
+    Raises what read_rows does, and ValueError naming the file and the row for one of another shape.
+    """
+    conversations = [to_messages(row, f"{path}, row {number}")
+                     for number, row in enumerate(read_rows(path), 1)]
+    for number, (messages, _) in enumerate(conversations, 1):
+        check_characters([m["content"] for m in messages], f"{path}, row {number}")
+    return conversations
+
+
+def check_characters(texts, where):
+    """Raise ValueError for texts with what JSON can spell but UTF-8 cannot hold."""
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{where}: holds half of a surrogate pair ({half}), "
+                         "which is no character; take it out") from error
+
+
+def read_rows(path):
+    """The rows of a JSON list or a JSON-lines file, as Python values of any kind.
+
+    Raises FileNotFoundError, or ValueError naming the file and the line: empty, not UTF-8, not
+    JSON, cut short.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name a JSON or JSON-lines file of chats")
+        raise FileNotFoundError(f"{path}: no such file; name a JSON or JSON-lines file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -179,13 +201,4 @@ def read_conversations(path):
         cut = "; the file seems cut short" if error.pos >= len(error.doc.rstrip()) - 1 or \
             error.msg.startswith("Unterminated") else ""
         raise ValueError(f"{path}, line {line}: not JSON: {error.msg}{cut}") from error
-    conversations = [to_messages(row, f"{path}, row {number}")
-                     for number, row in enumerate(rows, 1)]
-    for number, (messages, _) in enumerate(conversations, 1):
-        try:
-            "".join(m["content"] for m in messages).encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = ascii(error.object[error.start])
-            raise ValueError(f"{path}, row {number}: holds half of a surrogate pair ({half}), "
-                             "which is no character; take it out") from error
-    return conversations
+    return rows
