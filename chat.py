@@ -5,6 +5,7 @@
     python chat.py < questions.txt                         # a message a line, a reply each
     python chat.py --json=True < questions.txt             # a JSON line for each reply
     python chat.py --score=data/instruction                # how many answers are right, by category
+    python chat.py --init_from=gpt2 --score=data/hellaswag/hellaswag_val.jsonl   # multiple choice
     python chat.py --look=out/look.html --prompt="What is the plural of box?"   # see inside it
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 itself goes on with text
 
@@ -15,6 +16,7 @@ import codecs
 import contextlib
 import difflib
 import json
+import math
 import os
 import re
 import sys
@@ -24,12 +26,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import config
 import model as gpt
 from data import conversation as chats
 from data.conversation import special_ids
 from data.files import write_atomically, write_json
+from data.hellaswag import read_choices
 from data.tokenizer import get_tokenizer, token_pieces
 from data.tokens import folder_tokenizer, open_dataset, read_meta
 from pictures.look import look, write_page
@@ -50,9 +55,9 @@ class Settings:
     top_p: float = 1.0  # choose among the likeliest that make up this probability; 1: all
     repetition_penalty: float = 1.0  # 1 to 10; above 1 what was said already becomes less likely
     seed: int | None = None  # the same seed gives the same replies; None: new ones each time
-    score: Path | None = None  # a prepared folder or an instruction file: count the right answers
+    score: Path | None = None  # a prepared folder, or rows of chats or choices: count what is right
     score_rows: int = 0  # rows to score; 0: all of a file, or all held-out ones and as many others
-    score_file: Path | None = None  # where all answers go; None: score.json beside the checkpoint
+    score_file: Path | None = None  # where all answers go; None: score.json, in the run's folder
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32, bfloat16, or int8 (quantized weights, CPU only)
 
@@ -436,22 +441,15 @@ def show_look(talk, path):
 def score(model, enc, s):
     """Answer rows of a prepared folder or an instruction file greedily; print what is right, by
     category (and by what stands before a category's "/"), and write every answer to a JSON file."""
-    path = s.score_file or s.checkpoint.with_name("score.json")
-    if path.is_dir():
-        raise ValueError(f"score_file={path}: is a folder; name a file")
+    path = score_path(s)
     results, groups = [], rows_to_score(s.score, s.score_rows)
     for name, rows in groups.items():
         for n, (messages, category) in enumerate(rows, 1):
             scored = score_row(model, enc, messages) or {}
             results.append({"rows": name, "category": category, **scored})
-            if sys.stderr.isatty():
-                print(f"\r{name}: {n} of {len(rows)}", end="" if n < len(rows) else "\n",
-                      file=sys.stderr)
+            show_progress(name, n, len(rows))
     answered = [r for r in results if "answer" in r]
-    if too_long := len(results) - len(answered):
-        note(f"{too_long} rows are longer than this model's context and were left out")
-    if not answered:
-        raise ValueError(f"score={s.score}: no row is short enough for this model's context")
+    check_lengths(len(results), len(answered), s)
     cells = defaultdict(list)
     for r in answered:
         for key in {r["category"], r["category"].partition("/")[0], "all"} - {""}:
@@ -459,9 +457,45 @@ def score(model, enc, s):
     table = {key: summary(rows) for key, rows in cells.items()}
     print_scores(table, list(groups))
     flat = [{"category": name, "rows": group, **t} for (name, group), t in table.items()]
-    write_json(path, {"model": str(s.checkpoint), "scored": str(s.score), "summary": flat,
-                      "answers": answered})
+    write_scores(path, s, flat, answered)
+
+
+def score_path(s):
+    """The file for all answers. Raises ValueError for a folder."""
+    folder = s.checkpoint.parent
+    if s.init_from:
+        folder = config.repo_folder() / "out" / Path(s.init_from).name
+    path = s.score_file or folder / "score.json"
+    if path.is_dir():
+        raise ValueError(f"score_file={path}: is a folder; name a file")
+    return path
+
+
+def show_progress(name, done, total):
+    """A line on a terminal's standard error that counts."""
+    if sys.stderr.isatty():
+        print(f"\r{name}: {done} of {total}", end="" if done < total else "\n", file=sys.stderr)
+
+
+def check_lengths(rows, short_enough, s):
+    """Say how many rows the model's context cannot hold. Raises ValueError for all of them."""
+    if rows > short_enough:
+        note(f"{rows - short_enough} rows are longer than this model's context and were left out")
+    if not short_enough:
+        raise ValueError(f"score={s.score}: no row is short enough for this model's context")
+
+
+def write_scores(path, s, summary, answers):
+    """Write a score to a JSON file; say where it is."""
+    write_json(path, {"model": s.init_from or str(s.checkpoint), "scored": str(s.score),
+                      "summary": summary, "answers": answers})
     note(f"every answer: {path}")
+
+
+def spread(rows, wanted):
+    """So many of the rows, evenly spread over them; all, where there are no more."""
+    count = min(wanted, len(rows))
+    return [rows[n * len(rows) // count] for n in range(count)]
 
 
 def rows_to_score(source, wanted):
@@ -486,10 +520,8 @@ def rows_to_score(source, wanted):
     if not wanted:
         raise ValueError(f"score={source}: holds no row")
     for name, rows in groups.items():
-        count = min(wanted, len(rows))
-        rows = [rows[n * len(rows) // count] for n in range(count)]
         groups[name] = [(row if source.is_file() else chats.decode_conversation(row, enc), category)
-                        for row, category in rows]
+                        for row, category in spread(rows, wanted)]
     return groups
 
 
@@ -549,6 +581,132 @@ def print_scores(table, groups):
         print(line.rstrip())
 
 
+# ---- scores of multiple choice ----
+
+BATCH_TOKENS = 4096  # in the KV cache of a batch: 300 MB for the smallest GPT-2
+
+
+def score_choices(model, enc, turns, rows, s):
+    """Find each question's likeliest choice, by the sum of its tokens' log-probabilities and by
+    their mean, which is fair to long choices. Print how often it is the right one, and write every
+    answer to a JSON file."""
+    path, block_size = score_path(s), model.config.block_size
+    rows = spread(list(enumerate(rows, 1)), s.score_rows or len(rows))
+    answers, encoded, done = [], [], 0
+    for number, (question, choices, right) in rows:
+        if ids := choice_ids(question, choices, enc, turns, block_size):
+            encoded.append(ids)
+            answers.append({"row": number, "question": question, "choices": choices,
+                            "right": right})
+    check_lengths(len(rows), len(answers), s)
+    if cropped := sum(left_out > 0 for _, _, left_out in encoded):
+        note(f"{cropped} questions are too long for this model: only their ends are read")
+    for batch in batches(encoded):
+        sums = log_likelihoods(model, [encoded[i] for i in batch])
+        for i, likelihoods in zip(batch, sums.tolist()):
+            tokens = [len(ending) for ending in encoded[i][1]]
+            means = [x / n for x, n in zip(likelihoods, tokens)]
+            answers[i] |= {"log_likelihoods": likelihoods, "tokens": tokens,
+                           "sum": likelihoods.index(max(likelihoods)),
+                           "mean": means.index(max(means))}
+        done += len(batch)
+        show_progress("rows", done, len(answers))
+    summary = [choice_summary(answers, by) for by in ("sum", "mean")]
+    print(f"{'likeliest by':<12}{'right':>18}  accuracy and its standard error")
+    for t in summary:
+        part = f"{t['right']:,} of {t['n']:,}"
+        print(f"{t['by']:<12}{part:>18}{t['accuracy']:>10.2%} ± {t['standard_error']:.2%}")
+    print(f"{'chance':<30}{1 / len(answers[0]['choices']):>10.2%}")
+    write_scores(path, s, summary, answers)
+
+
+def choice_ids(question, choices, enc, turns, block_size):
+    """The ids that a question's choices share, the list of each choice's own, and how many ids of
+    the question had to be left out. None if the longest choice leaves it no room.
+
+    A model of text reads the question, and goes on with a space and a choice. One of chats gets the
+    question as the user's message and answers with a choice and <|end|>.
+    """
+    end_of_text, _, assistant, end = special_ids(enc)
+    question = enc.encode_ordinary(question)
+    if turns:
+        endings = [[*enc.encode_ordinary(choice), end] for choice in choices]
+    else:
+        endings = [enc.encode_ordinary(" " + choice) for choice in choices]
+    room = block_size + 1 - max(map(len, endings))  # the last token is never read
+    if room < (5 if turns else 1):  # a chat's prompt has four ids of its own
+        return None
+    if turns:
+        _, kept = trim([], question, room)
+        context = [*chats.assemble([("user", kept)], enc), assistant]
+    else:
+        kept = question[-room:]
+        context = kept or [end_of_text]  # an empty one: from <|endoftext|>
+    return context, endings, len(question) - len(kept)
+
+
+def batches(encoded):
+    """The rows of choice_ids, by number, in lists whose contexts are equally long, so that one pass
+    reads them all without padding; and whose endings are of about the same length."""
+    by_length = defaultdict(list)
+    for i, (context, endings, _) in enumerate(encoded):
+        by_length[len(context)].append((max(map(len, endings)), i))
+    for length, rows in sorted(by_length.items()):
+        rows.sort()
+        longest, i = rows[-1]
+        tokens = (length + longest) * len(encoded[i][1])  # of a row, in the cache
+        size = max(BATCH_TOKENS // tokens, 1)
+        for first in range(0, len(rows), size):
+            yield [i for _, i in rows[first:first + size]]
+
+
+@torch.no_grad()
+def log_likelihoods(model, rows):
+    """The log-probability of each ending behind its context, in nats: (B, N) for B rows from
+    choice_ids with N endings each, their contexts equally long.
+
+    The contexts are read once. Then each is there N times, as keys and values in the cache, and all
+    endings are read behind them. The last id of a context is read then too: it predicts the first
+    of an ending.
+    """
+    device, cache = model.wte.weight.device, gpt.KVCache(model)
+    contexts = torch.tensor([context for context, _, _ in rows], device=device)  # (B, T)
+    reads = [torch.tensor([context[-1], *ending[:-1]]) for context, endings, _ in rows
+             for ending in endings]
+    targets = [torch.tensor(ending) for _, endings, _ in rows for ending in endings]
+    # Padding behind an ending is seen by none of its tokens, and -1 marks it as no target.
+    reads = pad_sequence(reads, batch_first=True).to(device)  # (B * N, L)
+    targets = pad_sequence(targets, batch_first=True, padding_value=-1).to(device)  # (B * N, L)
+    start = contexts.shape[1] - 1
+    repeat_cache(cache, len(rows), start + targets.shape[1])  # nothing is in it yet, but room
+    if start:
+        model.hidden(contexts[:, :-1], cache)
+    repeat_cache(cache, len(targets) // len(rows), start + targets.shape[1])
+    x = model.hidden(reads, cache, start)  # (B * N, L, C)
+    where = targets >= 0
+    logits = model.head(x[where]).float()  # (tokens, padded V)
+    losses = torch.zeros(targets.shape, device=device)
+    losses[where] = F.cross_entropy(logits, targets[where], reduction="none")
+    return -losses.sum(1).view(len(rows), -1)
+
+
+def repeat_cache(cache, times, length):
+    """Each row of a KVCache so many times, the copies beside one another, with room for `length`
+    tokens."""
+    for layer in cache.layers:
+        layer.k = layer.k[:, :, :length].repeat_interleave(times, dim=0)
+        layer.v = layer.v[:, :, :length].repeat_interleave(times, dim=0)
+
+
+def choice_summary(answers, by):
+    """How many choices were right, the share p, and the standard error of a share of n rows drawn
+    at random, sqrt(p (1 - p) / n)."""
+    n, right = len(answers), sum(a[by] == a["right"] for a in answers)
+    p = right / n
+    return {"by": by, "n": n, "right": right, "accuracy": p,
+            "standard_error": math.sqrt(p * (1 - p) / n)}
+
+
 # ---- starting ----
 
 MAKE_ONE = ("Make it: make chat (README.md has the same as single commands), or name another with "
@@ -586,9 +744,11 @@ def main(argv):
     model, enc, turns, name = load_model(s, device, dtype)
     set_up_streams()
     if s.score:
+        if s.score.is_file() and (rows := read_choices(s.score)):
+            return score_choices(model, enc, turns, rows, s)
         if not turns:
             raise ValueError(f"score={s.score}: this model knows no chats, so there are no answers "
-                             "to score")
+                             "to score; it can choose among given ones (see data/hellaswag.py)")
         return score(model, enc, s)
     talk = Talk(model, enc, turns)
     show_turns(talk, s.turns)

@@ -9,6 +9,7 @@ import pytest
 import chat
 import config
 import data.fineweb
+import data.hellaswag
 import data.rules
 import data.text
 import finetune
@@ -22,7 +23,7 @@ README = (REPO / "README.md").read_text(encoding="utf-8")
 SETTINGS = {"train.py": train.Settings, "finetune.py": finetune.Settings, "chat.py": chat.Settings,
             "prepare_alpaca.py": prepare_alpaca.Settings, "model.py": model.ExportSettings,
             "data.text": data.text.Settings, "data.rules": data.rules.Settings, "data.fineweb": data.fineweb.Settings,
-            "tests.bench": bench.Settings}
+            "data.hellaswag": data.hellaswag.Settings, "tests.bench": bench.Settings}
 SOURCES = [path for folder in (".", "config", "data", "pictures") for path in sorted((REPO / folder).glob("*.py"))]
 
 
