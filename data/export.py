@@ -1,7 +1,8 @@
 """A model for other tools: a folder that transformers opens with AutoModelForCausalLM and
-AutoTokenizer.
+AutoTokenizer, or a GGUF file for llama.cpp.
 
     python model.py --checkpoint=out/chat/best.pt --export=out/chat/hf
+    python model.py --checkpoint=out/chat/best.pt --export=out/chat.gguf --dtype=q8_0
 """
 import re
 import struct
@@ -9,9 +10,16 @@ from pathlib import Path
 
 import torch
 
-from data.conversation import chat_template
+from data.conversation import ASSISTANT, END, chat_template, special_ids
 from data.files import write_atomically, write_json, write_safetensors
-from data.tokenizer import END_OF_TEXT, GPT2_VOCAB_SIZE, ROLE_TOKENS, get_tokenizer
+from data.tokenizer import (
+    END_OF_TEXT,
+    GPT2_VOCAB_SIZE,
+    ROLE_TOKENS,
+    SPACE_BEHIND_PATTERN,
+    SPLIT_PATTERN,
+    get_tokenizer,
+)
 
 
 def write_hf_folder(folder, config, weights, tokenizer_spec):
@@ -103,125 +111,147 @@ def merge_pairs(enc):
     return pairs
 
 
-# ---- GGUF: one file for llama.cpp and what is built on it (llama-server, Ollama, LM Studio) ----
-# The magic, the version, the counts of tensors and of settings; the settings; the tensors' names,
-# shapes, types and offsets; then their values, each from a multiple of 32 bytes on.
+# ---- GGUF: one file for llama.cpp, and for what is built on it, such as Ollama ----
+# "GGUF", the version, how many tensors and how many settings; the settings; of each tensor its
+# name, shape, type and place; then the tensors' values, each from a multiple of 32 bytes on.
 
-GGUF_TYPES = {"float32": 0, "float16": 1, "q8_0": 8}  # of tensors, as the format numbers them
-GGUF_FILE_TYPES = {"float32": 0, "float16": 1, "q8_0": 7}  # of the whole file: other numbers
-GGUF_NAMES = (("wte", "token_embd"), ("wpe", "position_embd"), ("ln_f", "output_norm"),
-              ("h", "blk"), ("ln_1", "attn_norm"), ("attn.c_attn", "attn_qkv"),
-              ("attn.c_proj", "attn_output"), ("ln_2", "ffn_norm"), ("mlp.c_fc", "ffn_up"),
-              ("mlp.c_proj", "ffn_down"))
-ALIGNMENT = 32
-Q8_BLOCK = 32  # so many values share a scale
+GGUF_TYPES = {  # the number of a tensor's type, of a file of that type, and the bytes of a value
+    "float32": (0, 0, 4), "float16": (1, 1, 2), "q8_0": (8, 7, 34 / 32)}
+GGUF_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "h": "blk",
+              "ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output",
+              "ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
 
 
 def write_gguf(path, config, weights, tokenizer_spec, dtype="float32", turns=1):
-    """Write a model as a GGUF file, version 3, which llama.cpp runs; never half a file.
+    """Write a model as a GGUF file, version 3, for llama.cpp's GPT-2; never half a file.
 
     config: a GPTConfig. weights: {our name: tensor}, as model.py's stored_weights has them.
-    tokenizer_spec: as data/tokenizer.py's read_spec has it. dtype: of the matrices, float32,
-    float16 or q8_0 (8.5 bits a weight); vectors and positions stay float32. turns: of how many
-    questions the model sees the newest, 0 for a model of plain text. Raises ValueError or OSError.
+    tokenizer_spec: as data/tokenizer.py's read_spec has it. dtype: of the matrices; float32,
+    float16 or q8_0. turns: of how many questions the model sees the newest; 0: it knows no chats.
+    Raises ValueError or OSError.
     """
     if dtype not in GGUF_TYPES:
         raise ValueError(f"dtype={dtype!r}: use {', '.join(GGUF_TYPES)}")
-    if dtype == "q8_0" and config.n_embd % Q8_BLOCK:
-        raise ValueError(f"dtype=q8_0: stores {Q8_BLOCK} weights a block, and this model's "
-                         f"n_embd={config.n_embd} is no multiple of that; use --dtype=float16")
-    settings = gguf_settings(config, dtype) | gguf_tokenizer(tokenizer_spec, config.vocab_size,
-                                                             turns)
-    tensors, types = gguf_tensors(config, weights), {}
+    if dtype == "q8_0" and config.n_embd % 32:
+        raise ValueError(f"dtype=q8_0: its blocks of 32 weights do not fit into rows of n_embd="
+                         f"{config.n_embd}; use --dtype=float16")
+    settings = gguf_settings(config, GGUF_TYPES[dtype][1])
+    settings |= gguf_tokenizer(tokenizer_spec, config.vocab_size)
+    settings["tokenizer.chat_template"] = chat_template(turns)
+    tensors = gguf_tensors(config, weights, dtype)
     header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(settings))
-    for key, value in settings.items():
-        header += gguf_string(key) + gguf_value(value)
-    offset = 0
-    for name, tensor in tensors.items():
-        is_matrix = tensor.dim() == 2 and name != "position_embd.weight"
-        types[name] = dtype if is_matrix else "float32"
-        header += gguf_string(name) + struct.pack("<I", tensor.dim())
-        header += struct.pack(f"<{tensor.dim()}Q", *reversed(tensor.shape))
-        header += struct.pack("<IQ", GGUF_TYPES[types[name]], offset)
-        offset += aligned(gguf_size(tensor, types[name]))
+    header += b"".join(gguf_text(key) + gguf_value(value) for key, value in settings.items())
+    start = 0
+    for name, tensor, kind in tensors:
+        number, _, value_bytes = GGUF_TYPES[kind]
+        shape = tensor.shape[::-1]  # the format names the innermost dimension first
+        header += gguf_text(name)
+        header += struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, number, start)
+        start += align(int(tensor.numel() * value_bytes))
 
     def write(f):
-        f.write(header.ljust(aligned(len(header)), b"\0"))
-        for name, tensor in tensors.items():
-            data = gguf_bytes(tensor.detach().float().cpu(), types[name])
-            f.write(data)
-            f.write(b"\0" * (aligned(len(data)) - len(data)))
+        f.write(header.ljust(align(len(header)), b"\0"))
+        for _, tensor, kind in tensors:
+            values = gguf_bytes(tensor.detach().float().cpu(), kind)
+            f.write(values.ljust(align(len(values)), b"\0"))
 
     write_atomically(path, write)
 
 
-def aligned(size):
-    """The next multiple of ALIGNMENT."""
-    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+def align(size):
+    """The multiple of 32 from `size` on."""
+    return size + -size % 32
 
 
-def gguf_settings(config, dtype):
-    """What llama.cpp must know of the architecture: {key: value}."""
-    return {"general.architecture": "gpt2", "general.alignment": ALIGNMENT,
-            "general.file_type": GGUF_FILE_TYPES[dtype], "general.quantization_version": 2,
+def gguf_settings(config, file_type):
+    """What llama.cpp must know of the architecture, {key: value}."""
+    return {"general.architecture": "gpt2", "general.alignment": 32,
+            "general.file_type": file_type, "general.quantization_version": 2,
             "gpt2.context_length": config.block_size, "gpt2.embedding_length": config.n_embd,
             "gpt2.block_count": config.n_layer, "gpt2.feed_forward_length": 4 * config.n_embd,
             "gpt2.attention.head_count": config.n_head,
             "gpt2.attention.layer_norm_epsilon": 1e-5}
 
 
-def gguf_tokenizer(spec, vocab_size, turns):
-    """The tokenizer and the chat format, for llama.cpp: {key: value}."""
+def gguf_tokenizer(spec, vocab_size):
+    """What llama.cpp must know of the tokenizer, {key: value}.
+
+    It knows GPT-2's pattern, "gpt-2", and none of ours. "superbpe" cuts a text at numbers only, and
+    leaves the rest to the merges. Those of ours hardly ever reach over a cut of ours, for they come
+    from pieces between cuts; see ids_may_differ.
+    """
     enc, letters = get_tokenizer(spec), printable_bytes()
+    end_of_text, user, assistant, end = special_ids(enc)
 
     def written(token):
         return "".join(letters[b] for b in token)
 
     names = {i: written(token) for token, i in enc._mergeable_ranks.items()}
-    specials = {i: token for token, i in enc._special_tokens.items() if i < vocab_size}
-    tokens = [(names | specials)[i] for i in range(vocab_size)]
+    names |= {i: token for token, i in enc._special_tokens.items()}
     merges = merge_pairs(enc)
     if spec != "gpt2":
-        # "superbpe" cuts text at numbers only, and leaves the rest to the merges. None of them
-        # reaches over a cut of ours, but for white space behind a space that a word has taken: it
-        # waits until words are done.
+        merges = [(a, b) for a, b in merges if can_be_made(a + b, enc)]
+        # A space that may stand behind a word goes to the word first, then to other white space.
         merges.sort(key=lambda pair: b"".join(pair).isspace())
-    end_of_text = enc.encode_single_token(END_OF_TEXT)
-    end = enc.encode_single_token(ROLE_TOKENS[-1]) if turns else end_of_text
     return {"tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": "gpt-2" if spec == "gpt2" else "superbpe",
-            "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.token_type": [3 if i in specials else 1 for i in range(vocab_size)],
+            "tokenizer.ggml.tokens": [names[i] for i in range(vocab_size)],
+            "tokenizer.ggml.token_type": [3 if i in enc._special_tokens.values() else 1
+                                          for i in range(vocab_size)],  # 3: never a part of text
             "tokenizer.ggml.merges": [f"{written(a)} {written(b)}" for a, b in merges],
-            "tokenizer.ggml.bos_token_id": end_of_text, "tokenizer.ggml.eos_token_id": end,
+            "tokenizer.ggml.bos_token_id": end_of_text, "tokenizer.ggml.add_bos_token": False,
             "tokenizer.ggml.padding_token_id": end_of_text,
-            "tokenizer.ggml.add_bos_token": False,
-            "tokenizer.chat_template": chat_template(turns)}
+            # Each of these ends a reply, as in chat.py; so does <|endoftext|>, by its name.
+            "tokenizer.ggml.eos_token_id": end, "tokenizer.ggml.eot_token_id": user,
+            "tokenizer.ggml.eom_token_id": assistant}
 
 
-def gguf_tensors(config, weights):
-    """{llama.cpp's name: tensor}, with biases of 0 where the model has none."""
-    tensors = {}
+def can_be_made(token, enc):
+    """Whether a token's own text becomes that token. Some never do: train_bpe cuts with Python's
+    re, which takes accents that stand alone for punctuation, and tiktoken for letters."""
+    try:
+        return len(enc.encode_ordinary(token.decode("utf-8"))) == 1
+    except UnicodeDecodeError:  # a part of a character
+        return True
+
+
+def ids_may_differ(spec):
+    """Which texts llama.cpp may cut into other ids than this tokenizer does, or None."""
+    if spec in ("gpt2", "bytes") or spec["pattern"] == SPLIT_PATTERN:
+        return None
+    if spec["pattern"] != SPACE_BEHIND_PATTERN:
+        return "any text: this tokenizer's pattern is an older one"
+    tokens = get_tokenizer(spec)._mergeable_ranks
+    if any(token.isspace() and token[:1] == b" " and len(token) > 1 for token in tokens):
+        return "texts with several spaces behind a word"
+    return None
+
+
+def gguf_tensors(config, weights, dtype):
+    """[(llama.cpp's name, tensor, its dtype in the file), ...]. What is added, biases, norms and
+    positions, stays float32. A model without biases gets biases of 0."""
+    tensors = []
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
-        for ours, theirs in GGUF_NAMES:
-            module = re.sub(rf"(^|\.){re.escape(ours)}(\.|$)", rf"\g<1>{theirs}\g<2>", module)
+        for ours, theirs in GGUF_NAMES.items():
+            module = re.sub(rf"\b{re.escape(ours)}\b", theirs, module)
+        is_matrix = tensor.dim() == 2 and name != "wpe.weight"
         if name == "wte.weight":
             tensor = tensor[:config.vocab_size]  # without the padding
-        tensors[f"{module}.{kind}"] = tensor
+        tensors.append((f"{module}.{kind}", tensor, dtype if is_matrix else "float32"))
         if not config.bias and name not in ("wte.weight", "wpe.weight"):
-            tensors[f"{module}.bias"] = torch.zeros(tensor.shape[0])
+            tensors.append((f"{module}.bias", torch.zeros(tensor.shape[0]), "float32"))
     return tensors
 
 
-def gguf_string(text):
-    """A text as GGUF stores it: its length, then its bytes."""
-    data = text.encode("utf-8")
-    return struct.pack("<Q", len(data)) + data
+def gguf_text(text):
+    """A text: the number of its bytes, and they."""
+    text = text.encode("utf-8")
+    return struct.pack("<Q", len(text)) + text
 
 
 def gguf_value(value):
-    """A setting as GGUF stores it: the number of its type, then the value."""
+    """A setting's value: the number of its type, and it."""
     match value:
         case bool():
             return struct.pack("<I?", 7, value)
@@ -230,26 +260,33 @@ def gguf_value(value):
         case float():
             return struct.pack("<If", 6, value)
         case str():
-            return struct.pack("<I", 8) + gguf_string(value)
+            return struct.pack("<I", 8) + gguf_text(value)
         case [int(), *_]:
             return struct.pack(f"<IIQ{len(value)}i", 9, 5, len(value), *value)
-        case _:  # a list of texts
-            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(gguf_string, value))
-
-
-def gguf_size(tensor, dtype):
-    """How many bytes gguf_bytes makes of it."""
-    return {"float32": 4 * tensor.numel(), "float16": 2 * tensor.numel(),
-            "q8_0": tensor.numel() // Q8_BLOCK * (2 + Q8_BLOCK)}[dtype]
+        case _:  # texts
+            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(gguf_text, value))
 
 
 def gguf_bytes(tensor, dtype):
-    """A float32 tensor's values in the file. Q8_0: of every 32 values a float16 scale, the largest
-    / 127, and 32 int8."""
+    """A float32 tensor as it stands in the file. q8_0 takes 32 values at a time: a float16 scale,
+    the largest / 127, then 32 int8."""
     if dtype != "q8_0":
         return tensor.to(getattr(torch, dtype)).contiguous().numpy().tobytes()
-    blocks = tensor.reshape(-1, Q8_BLOCK)
-    scale = blocks.abs().amax(dim=1, keepdim=True) / 127  # (blocks, 1)
-    quantized = (blocks / scale.clamp(min=1e-30)).round().to(torch.int8)
-    stored = torch.cat((scale.half().view(torch.uint8), quantized.view(torch.uint8)), dim=1)
-    return stored.numpy().tobytes()
+    blocks = tensor.reshape(-1, 32)
+    scale = blocks.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127  # (blocks, 1)
+    rounded = (blocks / scale).round().to(torch.int8)
+    return torch.cat((scale.half().view(torch.int8), rounded), dim=1).numpy().tobytes()
+
+
+def write_modelfile(path, gguf, config, turns):
+    """Write what `ollama create NAME -f FILE` needs beside a GGUF file: the chat format once more,
+    as a template of Go's."""
+    shown = 2 * turns - 1  # messages
+    chat = (END_OF_TEXT + "{{ range $i, $m := .Messages }}"
+            f'{{{{ if and (ne $m.Role "system") (le (len (slice $.Messages $i)) {shown}) }}}}'
+            "<|{{ $m.Role }}|>{{ $m.Content }}" + END + "{{ end }}{{ end }}" + ASSISTANT)
+    lines = [f"FROM ./{gguf.name}", f'TEMPLATE """{chat if turns else "{{ .Prompt }}"}"""',
+             f"PARAMETER num_ctx {config.block_size}"]
+    lines += [f'PARAMETER stop "{token}"' for token in (END_OF_TEXT, *ROLE_TOKENS)]
+    text = "\n".join(lines) + "\n"
+    write_atomically(path, lambda f: f.write(text.encode("utf-8")))
