@@ -58,6 +58,7 @@ class Server:
         params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.server = llama.Server(params)
+        self.post("completion", prompt=[0], n_predict=1)  # ended before its loop runs, it would hang
 
     def post(self, where, **data):
         request = urllib.request.Request(f"{self.server.listening_address}/{where}", json.dumps(data).encode(),
@@ -70,19 +71,6 @@ class Server:
 
     def ids(self, text, parse_special=False):
         return self.post("tokenize", content=text, parse_special=parse_special)["tokens"]
-
-
-@pytest.fixture
-def serve():
-    """Server, whose servers end with the test, even where it fails and its frames are kept."""
-    servers = []
-
-    def start(*args, **kwargs):
-        servers.append(Server(*args, **kwargs))
-        return servers[-1]
-    yield start
-    for server in servers:
-        server.server = None
 
 
 def save(path, gpt, spec, kind="chat", **extra):
@@ -119,12 +107,12 @@ def tokenizer(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes", "bpe", "bpe of code", "space behind"])
-def test_llama_makes_the_same_ids_and_the_same_text(name, tmp_path, capsys, serve):
+def test_llama_makes_the_same_ids_and_the_same_text(name, tmp_path, capsys):
     spec = tokenizer(name)
     enc = get_tokenizer(spec)
     gpt = random_model(spec, bias=name != "bytes", n_embd=48 if name == "bytes" else 32)
     save(tmp_path / "best.pt", gpt, spec)
-    llama = serve(export(tmp_path / "best.pt", tmp_path / "it.gguf"))
+    llama = Server(export(tmp_path / "best.pt", tmp_path / "it.gguf"))
     assert "may cut" not in capsys.readouterr().out
     for text in several_texts():
         ids = llama.ids(text)
@@ -137,18 +125,18 @@ def test_llama_makes_the_same_ids_and_the_same_text(name, tmp_path, capsys, serv
 
 
 @pytest.mark.parametrize("pattern", [SPLIT_PATTERN, SPACE_BEHIND_PATTERN], ids=["space alone", "space behind"])
-def test_accents_that_stand_alone_make_the_same_ids(pattern, tmp_path, serve):
+def test_accents_that_stand_alone_make_the_same_ids(pattern, tmp_path):
     spec = train_bpe([HINDI] * 3, 512, pattern)
     save(tmp_path / "best.pt", random_model(spec), spec)
-    llama, enc = serve(export(tmp_path / "best.pt", tmp_path / "it.gguf")), get_tokenizer(spec)
+    llama, enc = Server(export(tmp_path / "best.pt", tmp_path / "it.gguf")), get_tokenizer(spec)
     for start in range(0, len(HINDI) - 20):
         assert llama.ids(HINDI[start:start + 20]) == enc.encode_ordinary(HINDI[start:start + 20])
 
 
-def test_a_space_goes_to_the_word_before_it_and_where_not_the_export_says_so(tmp_path, capsys, serve):
+def test_a_space_goes_to_the_word_before_it_and_where_not_the_export_says_so(tmp_path, capsys):
     spec = train_bpe([CODE], 600, SPACE_BEHIND_PATTERN)
     save(tmp_path / "best.pt", random_model(spec), spec)
-    llama, enc = serve(export(tmp_path / "best.pt", tmp_path / "it.gguf")), get_tokenizer(spec)
+    llama, enc = Server(export(tmp_path / "best.pt", tmp_path / "it.gguf")), get_tokenizer(spec)
     lines = [line for line in CODE.splitlines() if line.strip()]
     differ = [line for line in lines if llama.ids(line) != enc.encode_ordinary(line)]
     assert sum("  " in line.strip() for line in lines) > 8, "several spaces within a line"
@@ -214,8 +202,8 @@ def assert_same_probabilities(llama, gpt, prompt, count, ends):
     return ours
 
 
-def test_llama_answers_greedily_with_the_same_tokens_and_probabilities(trained, tmp_path, serve):
-    llama, ends = serve(export(trained.path, tmp_path / "it.gguf")), special_ids(trained.enc)
+def test_llama_answers_greedily_with_the_same_tokens_and_probabilities(trained, tmp_path):
+    llama, ends = Server(export(trained.path, tmp_path / "it.gguf")), special_ids(trained.enc)
     end_of_text, user, assistant, end = ends
 
     def asked(text):
@@ -227,8 +215,8 @@ def test_llama_answers_greedily_with_the_same_tokens_and_probabilities(trained, 
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("float16", 1e-3), ("q8_0", 0.01)])
-def test_perplexity_stays(trained, tmp_path, dtype, tolerance, serve):
-    llama = serve(export(trained.path, tmp_path / "it.gguf", dtype=dtype))
+def test_perplexity_stays(trained, tmp_path, dtype, tolerance):
+    llama = Server(export(trained.path, tmp_path / "it.gguf", dtype=dtype))
     ids, n = trained.enc.encode_ordinary(NEW), trained.enc.n_vocab
     expected = log_probabilities(trained.gpt, ids)
     ours = theirs = 0
@@ -253,9 +241,9 @@ def answers(gpt, enc, turns, questions):
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
-def test_the_chat_endpoint_answers_as_chat_py_does(trained, tmp_path, turns, serve):
+def test_the_chat_endpoint_answers_as_chat_py_does(trained, tmp_path, turns):
     save(tmp_path / "best.pt", trained.gpt, trained.spec, turns=turns)
-    llama, messages = serve(export(tmp_path / "best.pt", tmp_path / "it.gguf")), []
+    llama, messages = Server(export(tmp_path / "best.pt", tmp_path / "it.gguf")), []
     questions = ["Hello!", "Name a pet.", "Another.", " Once  more.\n"]
     talk = chat.Talk(trained.gpt, trained.enc, turns)
     for question, expected in zip(questions, answers(trained.gpt, trained.enc, turns, questions)):
@@ -271,30 +259,30 @@ def test_the_chat_endpoint_answers_as_chat_py_does(trained, tmp_path, turns, ser
         talk.history.append((asked, trained.enc.encode_ordinary(expected)))
 
 
-def test_a_system_text_goes_before_the_first_question(trained, tmp_path, serve):
-    llama = serve(export(trained.path, tmp_path / "it.gguf"))
+def test_a_system_text_goes_before_the_first_question(trained, tmp_path):
+    llama = Server(export(trained.path, tmp_path / "it.gguf"))
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
     assert llama.post("apply-template", messages=messages)["prompt"] == \
         "<|endoftext|><|user|>Be brief.\nHello!<|end|><|assistant|>"
 
 
-def test_without_jinja_llama_refuses_rather_than_write_another_format(trained, tmp_path, serve):
-    llama = serve(export(trained.path, tmp_path / "it.gguf"), use_jinja=False)
+def test_without_jinja_llama_refuses_rather_than_write_another_format(trained, tmp_path):
+    llama = Server(export(trained.path, tmp_path / "it.gguf"), use_jinja=False)
     for where in ("apply-template", "v1/chat/completions"):
         answer = llama.post(where, messages=[{"role": "user", "content": "Hello!"}])
         assert "--jinja" in answer["error"]["message"]
 
 
-def test_a_model_of_plain_text_goes_on_with_the_message(trained, tmp_path, serve):
+def test_a_model_of_plain_text_goes_on_with_the_message(trained, tmp_path):
     save(tmp_path / "best.pt", trained.gpt, trained.spec, kind="text")
-    llama = serve(export(tmp_path / "best.pt", tmp_path / "it.gguf"))
+    llama = Server(export(tmp_path / "best.pt", tmp_path / "it.gguf"))
     for text, prompt in (("a is for", "a is for"), ("", "<|endoftext|>")):
         assert llama.post("apply-template", messages=[{"role": "user", "content": text}])["prompt"] == prompt
     assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "it.Modelfile").read_text(encoding="utf-8")
 
 
-def test_every_special_token_ends_a_reply(trained, tmp_path, serve):
-    llama = serve(export(trained.path, tmp_path / "it.gguf"))
+def test_every_special_token_ends_a_reply(trained, tmp_path):
+    llama = Server(export(trained.path, tmp_path / "it.gguf"))
     for i in special_ids(trained.enc):
         answer = llama.post("completion", prompt="Hello", n_predict=3, logit_bias=[[i, 1000]])
         assert answer["stop_type"] == "eos" and answer["content"] == ""
