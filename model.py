@@ -3,8 +3,7 @@
 `train.py` trains it and `chat.py` talks to it. Run by itself, it turns a checkpoint into what other
 tools open, a folder for transformers or a file for llama.cpp:
 
-    python model.py --checkpoint=out/chat/best.pt --export=out/chat/hf
-    python model.py --checkpoint=out/chat/best.pt --export=out/chat.gguf
+    python model.py --checkpoint=out/chat/best.pt --export=out/chat/hf    # or out/chat.gguf
 
 Read it from the top, from leaf to root. A block is layer norm, attention, layer norm and an MLP; a
 GPT is embeddings, a stack of blocks, and the embeddings once more as the output head. Shapes stand
