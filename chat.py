@@ -781,7 +781,7 @@ def load_model(s, device, dtype):
         model = gpt.model_from_checkpoint(checkpoint)
         enc = get_tokenizer(checkpoint["tokenizer"])
         name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
-        turns = checkpoint.get("turns", 1) if checkpoint["kind"] == "chat" else 0
+        turns = gpt.trained_turns(checkpoint)
     model = model.to(device, dtype).eval()
     if s.dtype == "int8":
         gpt.quantize_int8(model)

@@ -1,9 +1,9 @@
 """GPT-2's architecture: attention, MLP, blocks, the KV cache, sampling, and the Muon optimizer.
 
-`train.py` trains it and `chat.py` talks to it. Run by itself, it turns a checkpoint into a folder
-that other tools open:
+`train.py` trains it and `chat.py` talks to it. Run by itself, it turns a checkpoint into what other
+tools open, a folder for transformers or a file for llama.cpp:
 
-    python model.py --checkpoint=out/chat/best.pt --export=out/chat/hf
+    python model.py --checkpoint=out/chat/best.pt --export=out/chat/hf    # or out/chat.gguf
 
 Read it from the top, from leaf to root. A block is layer norm, attention, layer norm and an MLP; a
 GPT is embeddings, a stack of blocks, and the embeddings once more as the output head. Shapes stand
@@ -657,6 +657,12 @@ def model_checkpoint(model, tokenizer_spec, kind, **extra):
             "tokenizer": tokenizer_spec, "kind": kind, **extra}
 
 
+def trained_turns(checkpoint):
+    """How many questions the longest chat had that a checkpoint's model learned from; 0: it learned
+    plain text."""
+    return checkpoint.get("turns", 1) if checkpoint["kind"] == "chat" else 0
+
+
 def model_from_checkpoint(checkpoint, dropout=0.0):
     """The GPT in a checkpoint, with no random initialisation on the way. Raises ValueError where
     the weights do not fit the config."""
@@ -768,19 +774,38 @@ def pick_device(device="auto", dtype="auto"):
 @dataclass
 class ExportSettings:
     checkpoint: Path = Path("out/chat/best.pt")  # what to export
-    export: Path = Path("out/chat/hf")  # the folder to write, for transformers' Auto classes
+    export: Path = Path("out/chat/hf")  # a .gguf file for llama.cpp, or a folder for transformers
+    dtype: str = "float32"  # of a .gguf file's matrices: float32, float16 or q8_0 (8.5 bits)
 
 
 def main(argv):
-    """Export a checkpoint as a folder for transformers. Raises ValueError or OSError."""
+    """Export a checkpoint for other tools. Raises ValueError or OSError."""
     import config  # only the scripts need it
     from data.export import write_hf_folder
     s = config.load(ExportSettings, argv, __doc__)
+    is_gguf = s.export.suffix.lower() == ".gguf"
+    if s.dtype != "float32" and not is_gguf:
+        raise ValueError(f"dtype={s.dtype}: a folder for transformers holds float32; "
+                         "use --export=FILE.gguf")
     hint = "Train one first, or name it with --checkpoint=FILE."
     checkpoint = load_checkpoint(s.checkpoint, hint)
     model = model_from_checkpoint(checkpoint)
+    if is_gguf:
+        return export_gguf(s, model, checkpoint)
     write_hf_folder(s.export, model.config, to_gpt2_names(model), checkpoint["tokenizer"])
     print(f"{s.checkpoint} -> {s.export}: {', '.join(sorted(p.name for p in s.export.iterdir()))}")
+
+
+def export_gguf(s, model, checkpoint):
+    """Write a GGUF file and beside it an Ollama Modelfile. Raises ValueError or OSError."""
+    from data.export import ids_may_differ, write_gguf, write_modelfile
+    tokenizer, turns = checkpoint["tokenizer"], trained_turns(checkpoint)
+    modelfile = s.export.with_suffix(".Modelfile")
+    write_gguf(s.export, model.config, stored_weights(model), tokenizer, s.dtype, turns)
+    write_modelfile(modelfile, s.export, model.config, turns)
+    print(f"{s.checkpoint} -> {s.export}: {s.export.stat().st_size:,} bytes, and {modelfile}")
+    if texts := ids_may_differ(tokenizer):
+        print(f"llama.cpp may cut into other tokens than chat.py: {texts}")
 
 
 if __name__ == "__main__":

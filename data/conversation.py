@@ -24,11 +24,26 @@ from data.tokenizer import END_OF_TEXT, ROLE_TOKENS
 
 USER, ASSISTANT, END = ROLE_TOKENS
 
-# The same format in Jinja, for tools that render chats by template. (They turn a typed "<|end|>"
-# into the token; encode_conversation does not.)
-CHAT_TEMPLATE = (END_OF_TEXT + "{% for m in messages %}"
-                 "{{ '<|' + m['role'] + '|>' + m['content'] + '" + END + "' }}{% endfor %}"
-                 "{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}")
+
+def chat_template(turns=None):
+    """The same format in Jinja, for tools that render chats by template. (They turn a typed
+    "<|end|>" into the token; encode_conversation does not.)
+
+    turns: of how many questions the model sees the newest; None: of all; 0: it knows no turns and
+    goes on with the newest text. What a system message says goes before the first question.
+    """
+    if turns == 0:
+        return "{{ messages[-1]['content'] or '" + END_OF_TEXT + "' }}"
+    newest = f"[-{2 * turns - 1}:]" if turns else ""
+    # llama.cpp's older way without Jinja takes a template that holds <|assistant|> for Phi-3's,
+    # which has line ends between the messages: here it is in two halves.
+    return ("{% set system = '' %}{% set chat = messages %}"
+            "{% if messages[0]['role'] == 'system' %}"
+            "{% set system = messages[0]['content'] + '\n' %}{% set chat = messages[1:] %}"
+            "{% endif %}" + END_OF_TEXT + "{% for m in chat" + newest + " %}"
+            "{{ '<|' + m['role'] + '|>' }}{% if loop.first %}{{ system }}{% endif %}"
+            "{{ m['content'] + '" + END + "' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assist' + 'ant|>' }}{% endif %}")
 
 
 def special_ids(enc):
