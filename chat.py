@@ -783,10 +783,7 @@ def load_model(s, device, dtype):
         name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
         turns = gpt.trained_turns(checkpoint)
     model = model.to(device, dtype).eval()
-    if s.dtype == "int8":
-        gpt.quantize_int8(model)
-    else:
-        gpt.use_onednn(model)
+    gpt.make_fast(model, int8=s.dtype == "int8")
     return model, enc, turns, name
 
 

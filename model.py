@@ -17,10 +17,10 @@ import json
 import math
 import os
 import sys
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -270,8 +270,7 @@ class GPT(nn.Module):
     def num_params(self):
         """How many numbers the model is made of, positions and the padding of the vocabulary among
         them."""
-        buffers = sum(b.numel() for b in self.h.buffers() if b.dim() == 2)  # int8 weights, if any
-        return buffers + sum(p.numel() for p in self.parameters())
+        return sum(p.numel() for p in self.parameters())
 
     def flops(self, targets, tokens, pairs):
         """Floating-point operations of a training step that reads `tokens` tokens, `targets` of
@@ -675,68 +674,125 @@ def model_from_checkpoint(checkpoint, dropout=0.0):
     return model
 
 
-# ---- a model that only answers: faster linear layers take the place of its own ----
+# ---- a model that only answers: faster ways take the place of its own ----
 
-class OneDNNLinear(nn.Linear):
-    """nn.Linear computed by oneDNN, which reads the weights with all cores even for a single token
-    (BLAS with one), and is a tenth faster for many. It keeps no gradients."""
+class FastLinear(nn.Linear):
+    """nn.Linear on a CPU, without gradients. Many tokens go through oneDNN, a tenth faster than
+    PyTorch's BLAS; a single one through numpy's, which reads the weights with all cores, where
+    PyTorch's has one."""
 
     def forward(self, x):  # (..., in) -> (..., out)
+        if x.numel() == self.in_features:
+            return torch.from_numpy(self.of_one(x.flatten().numpy())).view(*x.shape[:-1], -1)
+        if not torch.backends.mkldnn.is_available():
+            return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def of_one(self, x):  # numpy's, (in,) -> (out,)
+        y = self.weight_array @ x
+        return y if self.bias_array is None else y + self.bias_array
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights, each output row with a scale of its own. For a single token
-    nearly all the time goes into reading weights, and these are a quarter of the bytes: PyTorch's
-    int8 kernel then quantizes the token's channels too, with one scale and zero point. More tokens
-    are multiplied in float32 (Dettmers et al. 2022, "LLM.int8()", shows what one scale for many
-    tokens would cost)."""
+    """A linear layer with weights of 8 bits. For a single token nearly all the time goes into
+    reading weights, and these are a quarter of the bytes.
+
+    A product with one token is a sum of the matrix's columns, each times a channel of the token:
+    what PyTorch's embedding bags compute, and they have a fast kernel for tables of bytes. So the
+    weights are kept as such a table. A row has those of one input channel for `width` outputs, at
+    most 384, as many sums as a core keeps at hand, and behind them their own scale and smallest
+    value. More tokens are multiplied in float32 (Dettmers et al. 2022, "LLM.int8()", shows what
+    rounding their channels too would cost).
+    """
 
     def __init__(self, weight, bias):
         super().__init__()
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
-        rows = (weight / scale[:, None]).round().to(torch.int8)  # (out, in)
-        self.weight, self.scale, self.bias = nn.Buffer(rows), nn.Buffer(scale), bias
-        # Without VNNI instructions the kernel adds pairs of products in 16 bits, and needs inputs
-        # of 7 bits.
-        capabilities = torch.cpu.get_capabilities().items()
-        self.reduce_range = not any(on for name, on in capabilities if "vnni" in name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # quantized tensors are on their way out, but fastest
-            zero_points = torch.zeros(len(scale), dtype=torch.long)
-            quantized = torch._make_per_channel_quantized_tensor(
-                rows, scale.double(), zero_points, 0)
-            self.packed = torch.ops.quantized.linear_prepack(quantized, bias)
+        n_out, self.in_features = weight.shape
+        most = min(384, max(n_out // torch.get_num_threads(), 1))  # each thread has a bag or more
+        self.width = max(width for width in range(1, most + 1) if n_out % width == 0)
+        self.bags = n_out // self.width
+        rows = weight.view(self.bags, self.width, -1).mT.reshape(-1, self.width)  # (bags * in, w)
+        table = torch.ops.quantized.embedding_bag_byte_prepack(rows)  # (bags * in, w + 8) bytes
+        self.table, self.bias = nn.Buffer(table), bias
+        self.bias_array = None if bias is None else bias.detach().numpy()
+        self.indices = torch.arange(len(table), dtype=torch.int32)
+        self.starts = self.indices[::self.in_features].contiguous()  # of each bag
 
     def forward(self, x):  # (..., in) -> (..., out)
-        if x.numel() > x.shape[-1]:
-            y = F.linear(x, self.weight.float()) * self.scale
-            return y if self.bias is None else y + self.bias
-        return torch.ops.quantized.linear_dynamic(x, self.packed, self.reduce_range)
+        if x.numel() == self.in_features:
+            return torch.from_numpy(self.of_one(x.flatten().numpy())).view(*x.shape[:-1], -1)
+        weight = torch.ops.quantized.embedding_bag_byte_unpack(self.table)
+        weight = weight.view(self.bags, self.in_features, self.width)
+        y = x.reshape(-1, self.in_features) @ weight  # (bags, tokens, width)
+        y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+    def of_one(self, x):  # numpy's, (in,) -> (out,)
+        x = torch.from_numpy(np.tile(x, self.bags))
+        y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            self.table, self.indices, self.starts, per_sample_weights=x).numpy().reshape(-1)
+        return y if self.bias_array is None else y + self.bias_array
 
 
-def linear_layers(model):
-    """(the module that holds it, its name there, the layer) of each linear layer, the head's among
-    them."""
-    return [(parent, name, layer) for parent in list(model.modules())
-            for name, layer in parent.named_children() if isinstance(layer, nn.Linear)]
+class FastGPT(GPT):
+    """A GPT that only answers, on a CPU. What it does for each token that it writes stands here
+    once more, in numpy, whose calls cost less than PyTorch's for so few numbers: the blocks above
+    for T = 1, without dropout, on the same cache."""
+
+    def hidden(self, idx, cache=None, start=0):
+        """As GPT.hidden."""
+        if cache is None or idx.numel() > 1:
+            return super().hidden(idx, cache, start)
+        n_head, S = self.config.n_head, start + 1
+        x = self.wte_array[int(idx)] + self.wpe_array[start]  # (C,)
+        for (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), layer in zip(self.steps, cache.layers):
+            q, k, v = c_attn.of_one(norm_of_one(x, ln_1)).reshape(3, n_head, -1)  # (nh, hs) each
+            keys, values = layer.k[0].numpy(), layer.v[0].numpy()  # (nh, block_size, hs)
+            keys[:, start], values[:, start] = k, v
+            scores = keys[:, :S] @ (q / math.sqrt(q.shape[1]))[:, :, None]  # (nh, S, 1)
+            weights = np.exp(scores - scores.max(1, keepdims=True))
+            weights = (weights / weights.sum(1, keepdims=True)).swapaxes(1, 2)  # (nh, 1, S)
+            x = x + attn_proj.of_one((weights @ values[:, :S]).reshape(-1))
+            x = x + mlp_proj.of_one(gelu_of_one(c_fc.of_one(norm_of_one(x, ln_2))))
+        return torch.from_numpy(norm_of_one(x, self.ln_f))[None, None]  # (1, 1, C)
+
+    def num_params(self):
+        """As before its weights became tables."""
+        return self.size
 
 
-def use_onednn(model):
+def norm_of_one(x, norm):
+    """layer_norm for one token, in numpy: (C,) -> (C,)."""
+    x = x - np.add.reduce(x) / len(x)
+    x = x * (norm.weight_array / math.sqrt(x @ x / len(x) + norm.eps))
+    return x if norm.bias_array is None else x + norm.bias_array
+
+
+def gelu_of_one(x):
+    """GELU in the form with tanh, in numpy."""
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
+
+
+def make_fast(model, int8=False):
     """Make a GPT that only answers faster on a CPU, in place; elsewhere, and in bfloat16, it
-    stays."""
-    weight = model.wte.weight
-    if weight.is_cpu and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        model.requires_grad_(False)
-        for _, _, layer in linear_layers(model):
-            layer.__class__ = OneDNNLinear
-
-
-def quantize_int8(model):
-    """Give a GPT int8 weights in its blocks and head, in place; for inference on a CPU."""
-    with torch.no_grad():
-        for parent, name, layer in linear_layers(model):
-            setattr(parent, name, Int8Linear(layer.weight, layer.bias))
+    stays. int8: with weights of 8 bits in its blocks and its head."""
+    if not model.wte.weight.is_cpu or model.wte.weight.dtype != torch.float32:
+        return
+    model.size = model.num_params()
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear) and int8:
+                setattr(parent, name, Int8Linear(layer.weight, layer.bias))
+            elif isinstance(layer, (nn.Linear, nn.LayerNorm)):
+                layer.weight_array = layer.weight.numpy()
+                layer.bias_array = None if layer.bias is None else layer.bias.numpy()
+            if isinstance(layer, nn.Linear) and not int8:
+                layer.__class__ = FastLinear
+    model.wte_array, model.wpe_array = model.wte.weight.numpy(), model.wpe.weight.numpy()
+    model.steps = [(block.ln_1, block.attn.c_attn, block.attn.c_proj,
+                    block.ln_2, block.mlp.c_fc, block.mlp.c_proj) for block in model.h]
+    model.__class__ = FastGPT
 
 
 # ---- the device ----

@@ -12,6 +12,7 @@ of reading memory, measured in turn with the rest. Never a test: machines vary b
 minute, so only ratios mean something.
 """
 import contextlib
+import copy
 import functools
 import io
 import json
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ import finetune
 import prepare_alpaca
 import train
 from data.conversation import read_conversations, supervised
-from data.export import write_hf_model
+from data.export import write_gguf, write_hf_model
 from data.files import write_json
 from data.tokenizer import get_tokenizer
 from data.tokens import SPLITS, open_dataset, write_meta, write_tokens
@@ -47,12 +49,12 @@ from model import (
     KVCache,
     configure_optimizers,
     load_checkpoint,
+    make_fast,
     model_checkpoint,
     model_from_checkpoint,
-    quantize_int8,
     save_checkpoint,
+    stored_weights,
     to_gpt2_names,
-    use_onednn,
 )
 from pictures import draw_rows
 
@@ -71,13 +73,14 @@ class Settings:
 
 
 def in_turn(runs, **functions):
-    """Call each function `runs` times, one after the other in turn: {name: [seconds, ...]}."""
+    """Call each function `runs` times, one after the other in turn: {name: [seconds, ...]}. A function that
+    returns a float has measured itself."""
     seconds = {name: [] for name in functions}
     for _ in range(runs):
         for name, function in functions.items():
             began = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - began)
+            itself = function()
+            seconds[name].append(itself if isinstance(itself, float) else time.perf_counter() - began)
     return seconds
 
 
@@ -105,6 +108,13 @@ def gpt2_shape(block_size=1024):
     """A GPT of GPT-2 124M's shape with random weights."""
     torch.manual_seed(0)
     return GPT(GPTConfig(block_size=block_size))
+
+
+def chat_shape():
+    """A GPT of the shape that make chat trains, with random weights."""
+    torch.manual_seed(0)
+    recipe = config.load(train.Settings, [str(REPO / "config/train_rules.py")], "")
+    return GPT(GPTConfig(516, recipe.block_size, recipe.n_layer, recipe.n_head, recipe.n_embd)).eval()
 
 
 def as_transformers(model):
@@ -282,39 +292,108 @@ def gpu_steps(shape, windows, batch_size, nanogpt_batch_size, device, peak, runs
                    target, share=share)
 
 
+class Llama:
+    """llama.cpp, in this process, with our own GGUF of a model and a thread for each of ours; None where it is
+    not installed."""
+
+    def __new__(cls, model, dtype):
+        return super().__new__(cls) if find_spec("xllamacpp") else None
+
+    def __init__(self, model, dtype):
+        import xllamacpp
+        params = xllamacpp.CommonParams()
+        with tempfile.TemporaryDirectory() as folder:
+            params.model.path = f"{folder}/it.gguf"
+            write_gguf(params.model.path, model.config, stored_weights(model), "gpt2", dtype)
+            params.n_ctx, params.n_parallel, params.verbosity = model.config.block_size, 1, 0
+            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+            params.warmup, params.ui, params.fit_params = True, False, False
+            self.server = xllamacpp.Server(params)
+            self.seconds([0], 1)
+
+    def seconds(self, ids, new):
+        """(Seconds to read a prompt, seconds for `new` tokens behind it), as it measures itself."""
+        answer = self.server.handle_completions({"prompt": ids, "n_predict": new, "temperature": 0,
+                                                 "ignore_eos": True, "cache_prompt": False})
+        time.sleep(0.1)  # its threads go on waiting for a moment
+        return answer["timings"]["prompt_ms"] / 1000, answer["timings"]["predicted_ms"] / 1000
+
+
+def fast(model, int8=False):
+    """A copy of a model as chat.py has it."""
+    model = copy.deepcopy(model).eval()
+    make_fast(model, int8)
+    return model
+
+
+def writing(model, ids, new):
+    """Seconds for `new` tokens behind the first one, which takes reading the prompt."""
+    made = model.generate(ids, new + 1, temperature=0)
+    next(made)
+    began = time.perf_counter()
+    assert len(list(made)) == new
+    return time.perf_counter() - began
+
+
 def decode(s):
-    """Tokens a second for one conversation, GPT-2 124M, a prompt of 64 tokens and 128 new ones."""
-    model, small = gpt2_shape().eval(), gpt2_shape().eval()
-    peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (64,)).tolist()
-    use_onednn(model)
-    quantize_int8(small)
+    """Tokens a second for one conversation: GPT-2 124M, 128 new ones behind 64 and behind 900; and the model
+    that make chat trains."""
+    model = gpt2_shape().eval()
+    peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (900,)).tolist()
+    ours = {"float32": fast(model), "int8": fast(model, int8=True)}
+    llama = {"float32": Llama(model, "float32"), "int8": Llama(model, "q8_0")}
 
-    def ours(which):
-        assert len(list(which.generate(ids, 128, temperature=0))) == 128
+    @torch.no_grad()
+    def transformers():
+        seconds = []
+        for new in (1, 129):
+            began = time.perf_counter()
+            peer.generate(torch.tensor([ids[:64]]), do_sample=False, min_new_tokens=new, max_new_tokens=new,
+                          pad_token_id=50256)
+            seconds.append(time.perf_counter() - began)
+        return seconds[1] - seconds[0]
 
-    def theirs():
-        with torch.no_grad():
-            made = peer.generate(torch.tensor([ids]), do_sample=False, min_new_tokens=128, max_new_tokens=128,
-                                 pad_token_id=50256)
-        assert made.shape[1] == 192
-
-    seconds = in_turn(s.runs, peer=theirs, float32=lambda: ours(model), int8=lambda: ours(small),
-                      read=large_read())
-    speed = {name: [128 / second for second in values] for name, values in seconds.items()}
-    weights = model.num_params() - model.wpe.weight.numel()  # all are read for each token
+    functions = {"transformers": transformers, "read": large_read()}
+    for name in ours:
+        for context, new in ((64, 128), (900, 64)):
+            key = f"{name}, {new} tokens behind {context}"
+            functions[key] = functools.partial(writing, ours[name], ids[:context], new)
+            if llama[name]:
+                functions[f"{key}; llama.cpp"] = lambda at=llama[name], new=new, context=context: (
+                    at.seconds(ids[:context], new)[1])
+    seconds = in_turn(max(s.runs, 5), **functions)
     bandwidth = READ / statistics.median(seconds["read"])
-    for name, size, target in (("float32", 4, "1.25 or more; 85% or more"),
-                               ("int8", 1, "3 or more, aim 3.5")):
-        yield line(f"decode, 124M, {name}; transformers float32", speed[name], speed["peer"], "tokens/s",
-                   target, share=size * weights * statistics.median(speed[name]) / bandwidth)
+    weights = model.num_params() - model.wpe.weight.numel()  # all are read for each token
+    for name, size, target in (("float32", 4, "1 or more; 85% or more"), ("int8", 1, "1 or more, aim 1.1")):
+        for context, new in ((64, 128), (900, 64)):
+            key = f"{name}, {new} tokens behind {context}"
+            speed = {which: [new / second for second in values] for which, values in seconds.items()}
+            share = size * weights * statistics.median(speed[key]) / bandwidth
+            if context == 64:
+                yield line(f"decode, 124M, {key}; transformers", speed[key],
+                           [128 / second for second in seconds["transformers"]], "tokens/s", share=share)
+            if llama[name]:
+                yield line(f"decode, 124M, {key}; llama.cpp", speed[key], speed[f"{key}; llama.cpp"],
+                           "tokens/s", target if context == 64 else "")
+            else:
+                print(f"decode, 124M, {key}; llama.cpp: pip install xllamacpp to compare", flush=True)
+    small = chat_shape()
+    seconds = in_turn(max(s.runs, 5), plain=lambda: writing(small, list(range(64)), 128),
+                      fast=functools.partial(writing, fast(small), list(range(64)), 128))
+    speed = {name: [128 / second for second in values] for name, values in seconds.items()}
+    yield line("decode, make chat's shape; PyTorch's layers", speed["fast"], speed["plain"], "tokens/s", "2 or more")
 
 
 def prefill(s):
     """Reading a prompt of 512 tokens, to the first new one; and a second turn after 900 tokens of a chat."""
     model = gpt2_shape().eval()
     peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (932,)).tolist()
-    use_onednn(model)
-    cache = KVCache(model)
+    ours = {"float32": fast(model), "int8": fast(model, int8=True)}
+    llama = {"float32": Llama(model, "float32"), "int8": Llama(model, "q8_0")}
+    cache = KVCache(ours["float32"])
+
+    def first(which, n, **more):
+        next(ours[which].generate(ids[:n], 1, temperature=0, **more))
 
     @torch.no_grad()
     def theirs():
@@ -322,16 +401,24 @@ def prefill(s):
 
     def second_turn():
         del cache.ids[900:]
-        next(model.generate(ids, 1, temperature=0, cache=cache))
+        first("float32", 932, cache=cache)
 
-    next(model.generate(ids, 1, temperature=0, cache=cache))
-    seconds = in_turn(2 * s.runs, ours=lambda: next(model.generate(ids[:512], 1, temperature=0)), peer=theirs,
-                      second=second_turn, whole=lambda: next(model.generate(ids, 1, temperature=0)),
-                      product=large_product())
+    first("float32", 932, cache=cache)
+    functions = {"transformers": theirs, "second": second_turn, "whole": lambda: first("float32", 932),
+                 "product": large_product()}
+    for name in ours:
+        functions[name] = functools.partial(first, name, 512)
+        if llama[name]:
+            functions[f"{name}; llama.cpp"] = lambda at=llama[name]: at.seconds(ids[:512], 1)[0]
+    seconds = in_turn(max(s.runs, 5), **functions)
     speed = {name: [512 / second for second in values] for name, values in seconds.items()}
     flops = model.flops(1, 512, 512**2) / 3  # forward only
-    yield line("prefill, 124M, 512 tokens; transformers", speed["ours"], speed["peer"], "tokens/s",
-               "1.2 or more", share=share_of_peak(flops, seconds["ours"], seconds["product"]))
+    yield line("prefill, 124M, 512 tokens; transformers", speed["float32"], speed["transformers"], "tokens/s",
+               "1.2 or more", share=share_of_peak(flops, seconds["float32"], seconds["product"]))
+    for name, target in (("float32", "2 or more"), ("int8", "1.5 or more")):
+        if llama[name]:
+            yield line(f"prefill, 124M, 512 tokens, {name}; llama.cpp", speed[name], speed[f"{name}; llama.cpp"],
+                       "tokens/s", target)
     yield line("second turn, 900 + 32 tokens; from the start", seconds["second"], seconds["whole"], "s",
                "10 or more", smaller=True)
 
@@ -349,7 +436,7 @@ def load(s):
         @torch.no_grad()
         def ours():
             loaded = model_from_checkpoint(load_checkpoint(folder / "best.pt")).eval()
-            use_onednn(loaded)
+            make_fast(loaded)
             loaded(ids)
 
         @torch.no_grad()
@@ -378,8 +465,8 @@ def int8_quality(s):
     checkpoint = load_checkpoint(s.checkpoint, "Name one that was trained: --checkpoint=FILE.")
     tokens = np.fromfile(Path(checkpoint["settings"]["data_dir"]) / "val.bin", np.uint16)[:50_000]
     exact, small = model_from_checkpoint(checkpoint).eval(), model_from_checkpoint(checkpoint).eval()
-    use_onednn(exact)
-    quantize_int8(small)
+    make_fast(exact)
+    make_fast(small, int8=True)
     for name in ("in windows", "token by token"):
         loss = dict.fromkeys(("float32", "int8"), 0.0)
         for which, model in (("float32", exact), ("int8", small)):
@@ -597,7 +684,7 @@ ROWS, ROW_STEPS, ASKED = (0, 300, 1_000, 3_000, 10_000, 30_000, 100_000), 1600, 
 def share_right(checkpoint, conversations):
     """The share of conversations whose last answer a model gives word for word, always the likeliest token."""
     model, enc = model_from_checkpoint(checkpoint).eval(), get_tokenizer(checkpoint["tokenizer"])
-    use_onednn(model)
+    make_fast(model)
     scored = [chat.score_row(model, enc, messages) for messages in conversations]
     return sum(row["right"] for row in scored if row) / len(scored)
 
