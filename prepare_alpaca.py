@@ -22,7 +22,8 @@ import config
 from data import conversation as chats
 from data import tokenizer as tokenizers
 from data.download import download, name_in, sha256_of
-from data.tokens import SPLITS, new_files, write_meta, write_tokens
+from data.files import new_files
+from data.tokens import SPLITS, write_meta, write_tokens
 
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 

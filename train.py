@@ -29,7 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 import config
 import model as gpt
 from data.conversation import decode_conversation, encode_prompt, special_ids
-from data.files import write_atomically
+from data.files import locked, write_atomically
 from data.tokenizer import get_tokenizer
 from data.tokens import SPLITS, count_targets, folder_tokenizer, open_dataset, read_meta
 from pictures import draw_losses
@@ -101,46 +101,46 @@ def train(s, model, dataset, device, dtype, resumed=None):
     replica = torch.compile(model) if s.compile == "on" else model
     if dist.is_initialized():
         replica = torch.nn.parallel.DistributedDataParallel(replica)
-    log = Log(s.out_dir / "log.csv", progress, lambda: peak_flops(device, dtype))
+    log = Log(s.out_dir / "log.csv", lambda: peak_flops(device, dtype))
     saved, saved_at, stopped_by = True, time.monotonic(), 0  # saved: no save has failed yet
     model.train()
     with stop_signals() as signals:
-        while progress.step < s.max_iters:
+        while not (stopped_by or is_over(s, progress)):
             began = time.perf_counter()
-            loss, norm, counts = train_step(
-                replica, optimizers, dataset, progress.step, s, device, autocast)
-            progress.step += 1
-            step_seconds = time.perf_counter() - began
-            # A signal to one process stops all of them, after the same step.
-            stopped_by = largest_over_ranks(device, signals[0] if signals else 0)
-            is_last = stopped_by or progress.step == s.max_iters
+            if not evaluation_is_due(s, progress):  # else a signal stopped the run before that
+                progress.newest = train_step(
+                    replica, optimizers, dataset, progress.step, s, device, autocast)
+                progress.step += 1
+                progress.step_seconds = time.perf_counter() - began
+            # A signal to one process stops all of them, after the same step: they save, and end.
+            stopped_by = largest_over_ranks(device, max(signals, default=0))
 
             # Once in a while: how well does it do on what it has not seen?
             losses = None
-            if is_last or progress.step % s.eval_interval == 0:
+            if evaluation_is_due(s, progress) and not stopped_by:
                 losses = [evaluate(replica, dataset, part, s, device, autocast) for part in SPLITS]
                 stop_if_not_finite(sum(losses), f"the losses are {losses}", progress.step, s, model)
                 progress.history.append((progress.step, *losses))
+                stopped_by = largest_over_ranks(device, max(signals, default=0))
             progress.seconds += time.perf_counter() - began
 
             # Once in a while: say how it goes, and what the model writes by now.
+            loss, norm, counts = progress.newest  # counts[1]: tokens read
             row = log_row(s, dataset, progress, loss, norm, losses)
-            log.add(row, counts[1], model.flops(*counts), step_seconds)  # counts[1]: tokens read
+            log.add(row, counts[1], model.flops(*counts), progress.step_seconds, stopped_by)
             if losses or progress.step % s.log_interval == 0 or progress.step == 1:
                 log.print_line(progress, row, s)
-            if s.sample_interval and progress.step % s.sample_interval == 0:
+            if s.sample_interval and progress.step % s.sample_interval == 0 and not stopped_by:
                 print_sample(model, dataset, s)
             if losses:
                 say_if_memorizing(progress)
                 keep_best(s, model, dataset, progress)
-                is_last = is_last or patience_is_over(s, progress.history)
 
             # Once in a while: save all that an exact resume needs.
-            if losses or largest_over_ranks(device, save_is_due(s, progress.step, saved_at)):
+            is_due = log.proven and save_is_due(s, progress.step, saved_at)
+            if losses or stopped_by or is_over(s, progress) or largest_over_ranks(device, is_due):
                 saved = save_last(s, model, dataset, progress, optimizers, device)
                 saved_at = time.monotonic()
-            if is_last:
-                break
     report(s, dataset, progress, saved)
     return stopped_by
 
@@ -302,12 +302,71 @@ def to_device(batch, device):
     return [None if a is None else torch.from_numpy(a).to(device, non_blocking=True) for a in batch]
 
 
+# ---- what only tells: it must not end a run ----
+
+@contextlib.contextmanager
+def only_telling(what):
+    """Within it, any error becomes a warning."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {what}: {error}; going on", file=sys.stderr, flush=True)
+
+
+class Unfailing:
+    """An output stream that drops what cannot be written: `| head` has left, a disk is full, a
+    terminal is closed."""
+
+    def __init__(self, stream, says_so):
+        self.stream, self.says_so = stream, says_so  # once, on standard error
+
+    def __getattr__(self, name):  # all else is the stream's
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act):
+        try:
+            act()
+        except Exception as error:
+            if self.says_so:
+                self.says_so = False
+                print(f"warning: what is printed is lost: {error}; going on", file=sys.stderr)
+
+    def leave(self):
+        """What could not be written would fail once more as Python ends: drop it."""
+        try:
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def unfailing_output():
+    """Within it, nothing that is printed can end the program."""
+    out, err = Unfailing(sys.stdout, True), Unfailing(sys.stderr, False)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
+    finally:
+        with contextlib.suppress(AttributeError):  # there may be no streams, as under pythonw
+            out.leave()
+            err.leave()
+
+
 # ---- how it goes ----
 
 @dataclass
 class Progress:
     """Where a run stands. A checkpoint holds it, and a resumed run goes on from it."""
     step: int = 0  # steps done
+    newest: tuple = ()  # what train_step returned of the newest
+    step_seconds: float = 0.0  # how long that took
     seconds: float = 0.0  # of training, over all resumptions
     best: float = math.inf  # lowest loss of s.best_by that best.pt was saved with
     told: bool = False  # whether memorizing was pointed out
@@ -348,13 +407,26 @@ def say_if_memorizing(progress):
           "memorizes more than it generalizes.", flush=True)
 
 
-def patience_is_over(s, history):
-    """Whether s.patience evaluations have gone by without a lower validation loss; says so."""
-    since_lowest = len(history) - 1 - history.index(lowest(history))
-    if not s.patience or since_lowest < s.patience:
+def evaluation_is_due(s, progress):
+    """Whether the newest step is one to evaluate after, and was not: a signal stops a run before
+    its evaluation, and then the run that goes on begins with that. So a stop leaves no trace."""
+    if not progress.newest or (progress.history and progress.history[-1][0] == progress.step):
         return False
-    print(f"stopped: {s.patience} evaluations without a lower validation loss (patience)")
-    return True
+    return progress.step == s.max_iters or progress.step % s.eval_interval == 0
+
+
+def is_over(s, progress):
+    """Whether a run is at its end: all its steps are done and evaluated, or patience is over."""
+    if evaluation_is_due(s, progress):
+        return False
+    return progress.step >= s.max_iters or patience_is_over(s, progress.history)
+
+
+def patience_is_over(s, history):
+    """Whether s.patience evaluations have gone by without a lower validation loss."""
+    if not s.patience or not history:
+        return False
+    return len(history) - 1 - history.index(lowest(history)) >= s.patience
 
 
 def stop_if_not_finite(number, what, step, s, model):
@@ -376,6 +448,7 @@ def stop_if_not_finite(number, what, step, s, model):
                      f"{s.learning_rate:g}), more warmup_iters (now {s.warmup_iters}) or a {clip}")
 
 
+@only_telling("the sample")
 def print_sample(model, dataset, s):
     """Print what the model writes now: after sample_prompt, or after a held-out question or a
     line's start."""
@@ -449,26 +522,36 @@ class Log:
     COLUMNS = ("step", "epoch", "loss", "lr", "norm", "tokens", "seconds", "peak_share",
                "train_loss", "val_loss", "val_bits_per_byte")
 
-    def __init__(self, path, progress, measure_peak):
-        """Rows after progress.step, of a run that was stopped later than it was saved, are left
-        out. measure_peak(): FLOP/s that the machine can do, or None."""
+    def __init__(self, path, measure_peak):
+        """measure_peak(): FLOP/s that the machine can do, or None."""
         self.path, self.warned, self.unwritten = path, False, b""
-        self.measure_peak, self.peak = measure_peak, None
+        self.first_step, self.begun, self.proven = None, False, False
+        self.measure_peak, self.peak = measure_peak, measure_peak() if is_first() else None
         self.tokens = self.seconds = self.flops = 0.0  # since the last line
-        if is_first():
-            self.peak = measure_peak()
-            kept = "".join([",".join(self.COLUMNS) + "\n", *self.rows_until(progress.step)])
-            write_atomically(path, lambda f: f.write(kept.encode("utf-8")))
 
-    def rows_until(self, step):
-        """The rows of an earlier file up to a step; a last one that is torn is none."""
-        if not step or not self.path.exists():
-            return []
-        rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-        return [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= step]
+    def begin(self):
+        """The file anew: of an earlier one it keeps what was before this run's first row. Rows of
+        a run that was stopped later than it was saved, torn and damaged ones are left out."""
+        text, kept = "", []
+        if self.first_step > 1 and self.path.exists():
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+        for row in text.splitlines(keepends=True):
+            step = row.partition(",")[0]
+            if row.endswith("\n") and step.isdecimal() and int(step) < self.first_step:
+                kept.append(row)
+        header = ",".join(self.COLUMNS) + "\n"
+        rows = (header + "".join(kept)).encode("utf-8") + self.unwritten
+        write_atomically(self.path, lambda f: f.write(rows))
+        self.begun, self.unwritten = True, b""
 
-    def add(self, row, tokens, flops, seconds):
-        """Write a row, a dict of COLUMNS; what a full disk refuses is kept for the next time."""
+    def add(self, row, tokens, flops, seconds, now=False):
+        """Write a row, a dict of COLUMNS; what a full disk refuses is kept for the next time.
+
+        An earlier run's file is replaced when this run's second step has shown that the first was
+        good, or its evaluation has; or `now`.
+        """
+        self.proven = self.first_step is not None or "val_loss" in row
+        self.first_step = self.first_step or row["step"]
         if not is_first():
             return
         if self.peak and flops / seconds > self.peak:  # it was measured while something else ran
@@ -477,17 +560,24 @@ class Log:
         row = {**row, "tokens": int(tokens), "seconds": f"{seconds:.4f}", "peak_share": share}
         text = ",".join(str(row.get(name, "")) for name in self.COLUMNS) + "\n"
         self.unwritten += text.encode("utf-8")
-        try:
-            with open(self.path, "ab", buffering=0) as f:
-                while self.unwritten:
-                    self.unwritten = self.unwritten[f.write(self.unwritten):]
-        except OSError as error:
-            if not self.warned:
-                print(f"warning: {self.path}: {error}; going on", file=sys.stderr, flush=True)
-            self.warned = True
+        if self.proven or now:
+            try:
+                self.write()
+            except OSError as error:
+                if not self.warned:
+                    print(f"warning: {self.path}: {error}; going on", file=sys.stderr, flush=True)
+                self.warned = True
         self.tokens += tokens
         self.flops += flops
         self.seconds += seconds
+
+    def write(self):
+        """Write the rows that are not yet in the file. Raises OSError."""
+        if not self.begun or not self.path.exists():  # somebody may have deleted it
+            self.begin()
+        with open(self.path, "ab", buffering=0) as f:
+            while self.unwritten:
+                self.unwritten = self.unwritten[f.write(self.unwritten):]
 
     def print_line(self, progress, row, s):
         """Print the line of a step; speeds are of all steps since the last one."""
@@ -502,21 +592,30 @@ class Log:
 
 
 def report(s, dataset, progress, saved):
-    """Say how the run went, and what to do with what it made. Raises OSError where its last.pt
-    could not be saved."""
+    """Say how the run went, and what to do with what it made, as far as that is there. Raises
+    OSError where its last.pt could not be saved."""
+    if patience_is_over(s, progress.history):
+        print(f"stopped: {s.patience} evaluations without a lower validation loss (patience)")
+    print(f"{progress.step} steps in {duration(progress.seconds)}", end="")
     if progress.history:
         (step, train_loss, val_loss), low = progress.history[-1], lowest(progress.history)
-        kept = lowest(progress.history, 1 + SPLITS.index(s.best_by))
         bits = bits_per_byte(val_loss, *count_targets(dataset, "val", s.eval_tokens))
-        print(f"{step} steps in {duration(progress.seconds)}: training loss {train_loss:.4f}, "
-              f"validation {val_loss:.4f} (lowest {low[2]:.4f} at step {low[0]}, epoch "
-              f"{epochs(dataset, low[0], s):.2f}), {bits:.4f} bits per byte")
+        at = "" if step == progress.step else f" at step {step}"
+        print(f": training loss {train_loss:.4f}, validation {val_loss:.4f}{at} (lowest "
+              f"{low[2]:.4f} at step {low[0]}, epoch {epochs(dataset, low[0], s):.2f}), {bits:.4f} "
+              "bits per byte", end="")
+    print()
+    column, best, last = 1 + SPLITS.index(s.best_by), s.out_dir / "best.pt", s.out_dir / "last.pt"
+    kept = [entry[0] for entry in progress.history if entry[column] == progress.best]
+    if kept and best.exists():
         print(f"best.pt holds step {kept[0]} (epoch {epochs(dataset, kept[0], s):.2f}), the lowest "
-              f"{s.best_by} loss; talk to it: python chat.py --checkpoint={s.out_dir / 'best.pt'}")
-        picture = ", loss.png"
-        if not find_spec("matplotlib"):
-            picture = "; and where matplotlib is installed (pip install matplotlib), loss.png"
-        print(f"{s.out_dir}: log.csv{picture}", flush=True)
+              f"{s.best_by} loss; talk to it: python chat.py --checkpoint={best}")
+    elif saved and last.exists():
+        print(f"last.pt holds step {progress.step}; talk to it: python chat.py --checkpoint={last}")
+    made = ", ".join(name for name in ("log.csv", "loss.png") if (s.out_dir / name).exists())
+    picture = "" if find_spec("matplotlib") else " (pip install matplotlib: then loss.png too)"
+    if made:
+        print(f"{s.out_dir}: {made}{picture}", flush=True)
     if not saved:
         raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and "
                       "--resume=True")
@@ -574,7 +673,8 @@ def keep_best(s, model, dataset, progress):
     if loss < progress.best and save(s, "best.pt", model, dataset, progress):
         progress.best = loss
     if is_first():
-        draw_losses(s.out_dir, progress.history)
+        with only_telling(s.out_dir / "loss.png"):
+            draw_losses(s.out_dir, progress.history)
 
 
 def save_is_due(s, step, saved_at):
@@ -587,8 +687,11 @@ def save_is_due(s, step, saved_at):
 
 def save_last(s, model, dataset, progress, optimizers, device):
     """Save last.pt, all that an exact resume needs; returns whether it could be."""
-    return save(s, "last.pt", model, dataset, progress, rng=rng_states(device),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers])
+    saved = save(s, "last.pt", model, dataset, progress, rng=rng_states(device),
+                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
+    if progress.best == math.inf and not (s.out_dir / "best.pt").exists():
+        save(s, "best.pt", model, dataset, progress)  # to talk to before the first evaluation
+    return saved
 
 
 def save(s, name, model, dataset, progress, **extra):
@@ -625,14 +728,15 @@ def restore(resumed, optimizers, device):
     for optimizer, state in zip(optimizers, resumed["optimizers"]):
         restore_optimizer(optimizer, state)
     restore_rng(resumed["rng"], device)
-    return Progress(resumed["step"], resumed["seconds"], resumed["best"], resumed["told"],
-                    [tuple(entry) for entry in resumed["history"]])
+    progress = {name: resumed[name] for name in Progress.__annotations__ if name in resumed}
+    return Progress(**progress | {"history": [tuple(entry) for entry in resumed["history"]]})
 
 
 def restore_optimizer(optimizer, state):
-    """Take over an optimizer's momenta from a checkpoint, but keep the learning rates, decay and so
-    on of this run's settings."""
-    mine = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    """Take over an optimizer's momenta from a checkpoint, but keep the peak learning rates, decay
+    and so on of this run's settings."""
+    theirs = "params", "lr"  # lr: each step sets it
+    mine = [{k: v for k, v in group.items() if k not in theirs} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, mine):
         group.update(values)
@@ -650,18 +754,25 @@ def restore_rng(states, device):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Within it, the first Ctrl-C or SIGTERM is noted in the list it yields, for the loop to end in
-    order; a second one ends the program at once."""
-    caught = []
+    """Within it, the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal) is noted in the list it
+    yields, for the loop to save and end; a later one ends the program at once."""
+    caught, first_at = [], 0.0
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)  # Windows has none, and nohup has it ignored
 
     def handler(number, frame):
+        nonlocal first_at
+        if caught and time.monotonic() - first_at < 1:
+            return  # the same once more: a shell and torchrun pass on what we got already
         if caught:
             raise KeyboardInterrupt
         caught.append(number)
+        first_at = time.monotonic()
         print(f"\n{signal.Signals(number).name}: finishing the step, then saving (again: leave at "
               "once)", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield caught
     finally:
@@ -669,18 +780,28 @@ def stop_signals():
             signal.signal(number, old)
 
 
-def out_of_memory(error, s):
-    """Where an error says that memory ran out, the ValueError that names smaller batches of the
-    same tokens per step; None for other errors."""
-    said = "allocate memory" in str(error) or "out of memory" in str(error)  # a CPU, or MPS
-    if not said and not isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return None
-    smaller = "a smaller --block_size, or a smaller model"
-    factor = next((n for n in range(2, s.batch_size + 1) if s.batch_size % n == 0), None)
-    if factor:
-        smaller = (f"--batch_size={s.batch_size // factor} --gradient_accumulation="
-                   f"{s.gradient_accumulation * factor}, the same tokens per step")
-    return ValueError(f"out of memory; the last checkpoint is kept. Try {smaller}")
+@contextlib.contextmanager
+def enough_memory(advice):
+    """Within it, an error that says that memory ran out becomes a ValueError with this advice."""
+    try:
+        yield
+    except Exception as error:
+        words = "allocate memory", "out of memory", "verflow"  # a CPU's, MPS's, of absurd sizes
+        said = any(word in str(error) for word in words)
+        kinds = torch.OutOfMemoryError, MemoryError, OverflowError
+        if not said and not isinstance(error, kinds):
+            raise
+        raise ValueError(f"out of memory; {advice}") from error
+
+
+def smaller_batches(s):
+    """What to try where a step does not fit: smaller batches of the same tokens per step."""
+    if s.batch_size == 1:
+        return "a smaller --block_size, or a smaller model"
+    factors = (n for n in range(2, min(s.batch_size, 1000)) if s.batch_size % n == 0)
+    factor = next(factors, s.batch_size)
+    return (f"--batch_size={s.batch_size // factor} --gradient_accumulation="
+            f"{s.gradient_accumulation * factor}, the same tokens per step")
 
 
 # ---- starting ----
@@ -740,8 +861,11 @@ def new_model(s):
     """The model that the settings describe, or the one that init_from names."""
     if s.init_from != "scratch":
         return load_base(s)
-    return gpt.GPT(gpt.GPTConfig(read_meta(s.data_dir)["vocab_size"], s.block_size, s.n_layer,
-                                 s.n_head, s.n_embd, s.dropout, s.bias))
+    vocab_size = read_meta(s.data_dir)["vocab_size"]
+    # All at once, or layers would be made until the system ends the program.
+    torch.empty((vocab_size + s.block_size) * s.n_embd + 12 * s.n_layer * s.n_embd**2)
+    return gpt.GPT(gpt.GPTConfig(vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout,
+                                 s.bias))
 
 
 def load_base(s):
@@ -814,16 +938,13 @@ def set_up(s, device, make_model):
     has_run = last.exists() and not s.eval_only  # which leaves out_dir alone
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and has_run:
         s.resume = True  # torchrun --max-restarts started us again
-    elif not s.resume and rank == 0 and dist.is_initialized() and has_run:
-        os.replace(last, s.out_dir / "last.pt.old")  # or a restart would go on from it
     torch.manual_seed(s.seed)
     resumed = load_resumed(s) if s.resume else None
     if rank:
         dist.barrier()  # the first process may have to download the model
-    if resumed:
-        model = gpt.model_from_checkpoint(resumed, dropout=s.dropout)
-    else:
-        model = make_model(s)
+    with enough_memory("use a smaller model: n_layer, n_embd, block_size"):
+        model = gpt.model_from_checkpoint(resumed, s.dropout) if resumed else make_model(s)
+        model.to(device)
     if world_size > 1 and rank == 0:
         dist.barrier()
     dataset = open_dataset(s.data_dir, model.config.block_size, s.batch_size, s.seed,
@@ -833,9 +954,29 @@ def set_up(s, device, make_model):
                          f"{resumed['settings']['data_dir']}, as it was then) than data_dir="
                          f"{s.data_dir} is now; use the same, or another out_dir")
     torch.manual_seed(s.seed + rank)  # of dropout
-    return model.to(device), dataset, resumed
+    return model, dataset, resumed
 
 
+@contextlib.contextmanager
+def alone_in(s):
+    """Within it no other run trains into out_dir; says what of an earlier one is replaced. Raises
+    OSError where one does already."""
+    if not is_first():
+        yield
+        return
+    with locked(s.out_dir):
+        for part in s.out_dir.glob(".*.part"):  # of runs that were killed
+            part.unlink(missing_ok=True)
+        last = s.out_dir / "last.pt"
+        if dist.is_initialized() and not s.resume and last.exists():
+            os.replace(last, s.out_dir / "last.pt.old")  # or torchrun's restart would go on from it
+        if not s.resume and (s.out_dir / "best.pt").exists():
+            print(f"{s.out_dir / 'best.pt'} of an earlier run will be replaced (--out_dir=FOLDER "
+                  "keeps it)", flush=True)
+        yield
+
+
+@unfailing_output()
 def run(s, model, dataset, device, dtype, why, resumed):
     """Say what is about to be trained (or only measured), do it, and leave with the signal's exit
     code if one stopped it. Raises ValueError or OSError, the first of them where memory runs out
@@ -854,23 +995,19 @@ def run(s, model, dataset, device, dtype, why, resumed):
         how = f"{s.batch_size} x {model.config.block_size} tokens at a time"
     print(f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x "
           f"{model.config.n_embd}; device: {why}; {how}{together}", flush=True)
-    if (s.out_dir / "best.pt").exists() and not resumed and not s.eval_only:
-        print(f"{s.out_dir / 'best.pt'} of an earlier run will be replaced (--out_dir=FOLDER keeps "
-              "it)")
     if resumed:
         rest = ""
         if resumed["step"] >= s.max_iters:
             rest = f", and nothing is left to do: max_iters={s.max_iters}; a larger one trains on"
         print(f"resumed at step {resumed['step']}{rest}", flush=True)
-    try:
+    advice = f"the last checkpoint is kept. Try {smaller_batches(s)}"
+    with enough_memory(advice):
         if s.eval_only:
             return measure(s, model, dataset, device, dtype)
-        stopped_by = train(s, model, dataset, device, dtype, resumed)
-    except (RuntimeError, MemoryError) as error:
-        if advice := out_of_memory(error, s):
-            raise advice from error
-        raise
+        with alone_in(s):
+            stopped_by = train(s, model, dataset, device, dtype, resumed)
     if stopped_by:
+        print(f"the same command with --resume=True goes on from {s.out_dir / 'last.pt'}")
         raise SystemExit(128 + int(stopped_by))
 
 

@@ -6,12 +6,11 @@ AutoTokenizer, or a GGUF file for llama.cpp.
 """
 import re
 import struct
-from pathlib import Path
 
 import torch
 
 from data.conversation import ASSISTANT, END, chat_template, special_ids
-from data.files import write_atomically, write_json, write_safetensors
+from data.files import new_files, write_atomically, write_json, write_safetensors
 from data.tokenizer import (
     END_OF_TEXT,
     GPT2_VOCAB_SIZE,
@@ -26,10 +25,9 @@ def write_hf_folder(folder, config, weights, tokenizer_spec):
     """Write the folder. config: a GPTConfig. weights: {GPT-2's name: tensor}, as model.py's
     to_gpt2_names makes them. tokenizer_spec: as data/tokenizer.py's read_spec has it. Raises
     OSError."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_hf_model(folder, config, weights)
-    write_hf_tokenizer(folder, tokenizer_spec, config.block_size)
+    with new_files(folder, deciding="config.json") as part:
+        write_hf_model(part, config, weights)
+        write_hf_tokenizer(part, tokenizer_spec, config.block_size)
 
 
 def write_hf_model(folder, config, weights):

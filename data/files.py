@@ -1,31 +1,58 @@
-"""Files that are written whole or not at all, JSON, and the safetensors format."""
+"""Files that are written whole or not at all, folders that one process writes at a time, JSON, and
+the safetensors format."""
+import contextlib
 import json
 import math
 import os
+import secrets
+import shutil
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
 
 def write_atomically(path, write):
-    """Call write(f) so that `path` is never half-written: to a file beside it, to the disk, then
-    renamed over it. Raises OSError (disk full, no permission); an older file then stays."""
+    """Call write(f) so that `path` is never half-written: to a new file beside it, to the disk,
+    then renamed over it. A link stays, and what it names is replaced; the mode of an older file
+    stays too. What is no file (a device, a pipe) is written to. Raises OSError (disk full, no
+    permission); an older file then stays."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as f:
+        if is_special(path):
+            with open(path, "ab") as f:
+                write(f)
+        else:
+            replace_file(Path(os.path.realpath(path)), write)
+    except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise OSError(f"{path}: could not be saved ({cause}); "
+                      "an earlier file there is untouched") from error
+
+
+def is_special(path):
+    """Whether a path is no file that can be replaced: a device, a pipe, a folder."""
+    in_dev = path.parent == Path("/dev")  # /dev/stdout is a file where a shell's > leads into one
+    return in_dev or (path.exists() and not path.is_file())
+
+
+def replace_file(path, write):
+    """write_atomically, where a plain file is or will be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A name that no other process has: each of two that write at once leaves a whole file.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "xb") as f:
+            if path.exists():
+                shutil.copymode(path, part)
             write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a failed write in a RuntimeError
+    except BaseException:  # Ctrl-C among them
         part.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise OSError(f"{path}: could not be saved ({cause}); "
-                      "an earlier file there is untouched") from error
+        raise
 
 
 def write_json(path, value):
@@ -34,12 +61,99 @@ def write_json(path, value):
     write_atomically(path, lambda f: f.write(text.encode("utf-8")))
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Within it no other process gets into a locked() of the same folder: what two write at once
+    is a mixture. Raises OSError that names the one that is there. The lock is the system's, and
+    goes with its process however that ends."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    f = open_locked(path)
+    try:
+        with contextlib.suppress(OSError):  # a full disk: then nobody can read who it is
+            f.truncate(0)
+            f.write(f"process {os.getpid()} has been writing there since "
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes no open file: it is used again then
+            path.unlink()
+        f.close()
+
+
+def open_locked(path):
+    """The file `path`, open and locked. Raises OSError where another process has locked it."""
+    while True:
+        f = open(path, "ab+", buffering=0)
+        try:
+            lock(f)
+        except (BlockingIOError, PermissionError):
+            f.seek(0)
+            who = f.read(200).decode("utf-8", "replace") or "another process is writing there"
+            f.close()
+            raise OSError(f"{path.parent}: {who}; let it end, or use another folder") from None
+        except OSError:
+            pass  # some network disks know no locks
+        if os.fstat(f.fileno()).st_nlink:
+            return f
+        f.close()  # the process before removed it between our two lines
+
+
+def lock(f):
+    """Lock an open file, or raise OSError at once."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nobody else can read a byte that is locked: one far behind
+        import msvcrt
+        f.seek(1 << 20)
+        msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def new_files(folder, deciding="meta.json"):
+    """A temporary folder inside `folder`; if the block succeeds all its files move up into
+    `folder`, if it fails none do, and earlier files stay.
+
+    Nothing opens a folder without the file `deciding`. It goes first and comes last, so that one
+    who is killed leaves no old files among new ones that open. Raises OSError where another process
+    is writing there.
+    """
+    folder = Path(folder)
+    part = folder / ".part"
+    with locked(folder):
+        shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+        part.mkdir()
+        try:
+            yield part
+            Path(os.path.realpath(folder / deciding)).unlink(missing_ok=True)
+            for path in sorted(part.iterdir(), key=lambda p: p.name == deciding):
+                move_up(path, folder / path.name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def move_up(part, path):
+    """Put the file `part` in the place of `path`: where that is a link, of what it names; with the
+    mode of a file that is there."""
+    if path.is_symlink():  # perhaps to another disk
+        shutil.copyfile(part, path)
+        return
+    if path.exists():
+        shutil.copymode(path, part)
+    with open(part, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
 # ---- safetensors ----
 # 8 bytes, the length of the header; the header; then the bytes of the tensors.
 # The header is JSON: {name: {"dtype": ..., "shape": [...], "data_offsets": [start, stop]}}.
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
-          "U8": torch.uint8}
+DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+          "BOOL": ("bool", 1), "U8": ("uint8", 1)}  # torch's name, and the bytes of one number
 
 
 def read_safetensors(path):
@@ -49,6 +163,7 @@ def read_safetensors(path):
     Every number is checked before it is used. Raises ValueError for a file that is cut short or
     says anything impossible.
     """
+    import torch  # what only writes files needs no torch, and starts faster without it
     with open(path, "rb") as f:
         data_start, entries = read_safetensors_header(f, path)
         for name, dtype, shape, start, stop in entries:
@@ -57,8 +172,8 @@ def read_safetensors(path):
             f.seek(data_start + start)
             if f.readinto(raw) != stop - start:
                 raise broken(path, f"{name!r} is cut short")
-            tensor = torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0)
-            yield name, tensor.view(shape)
+            tensor = torch.from_numpy(raw) if raw.size else torch.empty(0, dtype=torch.uint8)
+            yield name, tensor.view(getattr(torch, dtype)).view(shape)
             del raw, tensor
 
 
@@ -88,9 +203,10 @@ def read_safetensors_header(f, path):
         start, stop = offsets
         if not start <= stop <= size - 8 - length:
             raise broken(path, f"{name!r} ends beyond the file")
-        if stop - start != math.prod(shape) * DTYPES[kind].itemsize:
+        dtype, itemsize = DTYPES[kind]
+        if stop - start != math.prod(shape) * itemsize:
             raise broken(path, f"{name!r} has another size than its shape")
-        entries.append((name, DTYPES[kind], shape, start, stop))
+        entries.append((name, dtype, shape, start, stop))
 
     def bytes_of(entry):
         *_, start, stop = entry

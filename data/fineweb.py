@@ -16,6 +16,7 @@ import numpy as np
 
 import config
 from data.download import download, name_in
+from data.files import locked
 from data.tokenizer import GPT2_VOCAB_SIZE, ROLE_TOKENS
 from data.tokens import SPLITS, shards, write_meta
 
@@ -60,16 +61,17 @@ def main(argv):
     mirror = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     wanted = [("val", 0, "val_000.bin")] + [
         ("train", n + 1, f"train_{n:03}.bin") for n in range(s.shards)]
-    for split, number, name in wanted:
-        if not (path := s.out_dir / name).exists():
-            url = s.url.format(mirror=mirror, split=split, number=number)
-            unpack(download(url, s.out_dir / name_in(url)), path)
-            print(f"{path}: {path.stat().st_size // 2:,} tokens", flush=True)
-    counts = {f"{split}_tokens": sum(path.stat().st_size // 2 for path in shards(s.out_dir, split))
-              for split in SPLITS}
-    write_meta(s.out_dir, {"kind": "text", "tokenizer": "gpt2",
-                           "vocab_size": GPT2_VOCAB_SIZE + len(ROLE_TOKENS), **counts,
-                           "source": "fineweb10B-gpt2"})
+    with locked(s.out_dir):
+        for split, number, name in wanted:
+            if not (path := s.out_dir / name).exists():
+                url = s.url.format(mirror=mirror, split=split, number=number)
+                unpack(download(url, s.out_dir / name_in(url)), path)
+                print(f"{path}: {path.stat().st_size // 2:,} tokens", flush=True)
+        counts = {f"{split}_tokens": sum(path.stat().st_size // 2
+                                         for path in shards(s.out_dir, split)) for split in SPLITS}
+        write_meta(s.out_dir, {"kind": "text", "tokenizer": "gpt2",
+                               "vocab_size": GPT2_VOCAB_SIZE + len(ROLE_TOKENS), **counts,
+                               "source": "fineweb10B-gpt2"})
     print(f"{s.out_dir}: {counts['train_tokens']:,} training tokens, "
           f"{counts['val_tokens']:,} for validation")
 

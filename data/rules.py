@@ -20,6 +20,7 @@ from pathlib import Path
 
 import config
 from data.conversation import read_conversations
+from data.files import write_atomically
 
 FOLDER = Path(__file__).parent
 OPERANDS = ("train", "held_out", "made_up")
@@ -475,8 +476,8 @@ def main(argv):
     if s.operands not in OPERANDS:
         raise ValueError(f"operands={s.operands!r}: use {', '.join(OPERANDS)}")
     lines = map(json.dumps, make_rows(s.rows, s.seed, s.operands))
-    s.out.parent.mkdir(parents=True, exist_ok=True)
-    s.out.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8", newline="\n")
+    text = "[\n" + ",\n".join(lines) + "\n]\n"
+    write_atomically(s.out, lambda f: f.write(text.encode("utf-8")))
     print(f"{s.rows:,} rows -> {s.out}")
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import config
 from data.download import download, name_in
+from data.files import new_files
 from data.tokenizer import get_tokenizer, train_bpe, write_spec
-from data.tokens import new_files, write_meta, write_tokens
+from data.tokens import write_meta, write_tokens
 
 BLOCK = 1 << 20  # bytes read at a time
 

@@ -6,37 +6,18 @@ ChatDataset keeps conversations whole; training calls both the same way: batch(s
 pure function of the seed and the index, so a run that is resumed, or spread over machines, sees the
 same batches.
 """
-import contextlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from data.conversation import special_ids, supervised
+from data.files import write_atomically
 from data.tokenizer import bytes_per_id, get_tokenizer, read_spec
 
 SPLITS = ("train", "val")
 # Ids that are checked when a file is opened; of the others each batch checks its own.
 CHECKED = 10_000_000
-
-
-@contextlib.contextmanager
-def new_files(folder):
-    """A temporary folder inside `folder`; if the block succeeds all its files move up into
-    `folder`, if it fails none do, and earlier files stay."""
-    folder = Path(folder)
-    part = folder / ".part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        # What the others mean: last.
-        for path in sorted(part.iterdir(), key=lambda p: p.name == "meta.json"):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_tokens(path, chunks):
@@ -58,7 +39,8 @@ def write_tokens(path, chunks):
 def write_meta(folder, meta):
     """Write meta.json, which open_dataset reads."""
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in meta.items())
-    (Path(folder) / "meta.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+    text = f"{{\n{lines}\n}}\n"
+    write_atomically(Path(folder) / "meta.json", lambda f: f.write(text.encode("utf-8")))
 
 
 def read_meta(folder):
@@ -106,6 +88,18 @@ def shards(folder, split):
     if not paths:
         raise ValueError(f"{folder / split}.bin: no such file; prepare the folder again")
     return paths
+
+
+def open_split(folder, split):
+    """The ids of a split, those of each of its files as a read-only memmap (n,), in a list. Raises
+    ValueError for a file that cannot be right, or not as many ids as meta.json says."""
+    meta = read_meta(folder)
+    tokens = [open_tokens(path, meta["vocab_size"]) for path in shards(folder, split)]
+    found, stated = sum(map(len, tokens)), meta.get(f"{split}_tokens")
+    if stated not in (None, found):
+        raise ValueError(f"{Path(folder) / split}.bin: holds {found:,} tokens, but meta.json says "
+                         f"{stated:,}; a file was cut or exchanged, prepare the folder again")
+    return tokens
 
 
 def open_tokens(path, vocab_size):
@@ -168,7 +162,7 @@ class TokenDataset:
         self.paths = {split: shards(folder, split) for split in SPLITS}
         self.tokens, self.ends = {}, {}  # of each shard; and how many windows end with it
         for split, paths in self.paths.items():
-            self.tokens[split] = [open_tokens(path, self.vocab_size) for path in paths]
+            self.tokens[split] = open_split(folder, split)
             for path, tokens in zip(paths, self.tokens[split]):
                 if len(tokens) <= block_size:
                     raise ValueError(f"{path}: {len(tokens)} tokens are too few for "
@@ -252,7 +246,7 @@ class ChatDataset:
         self.pad_id = special_ids(enc)[0]
         self.tokens, self.targets, self.starts, self.lengths, self.dropped = {}, {}, {}, {}, {}
         for split in SPLITS:
-            parts = [open_tokens(path, self.vocab_size) for path in shards(folder, split)]
+            parts = open_split(folder, split)
             tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
             # Every conversation opens with <|endoftext|>.
             starts = np.flatnonzero(tokens == self.pad_id)

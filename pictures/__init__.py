@@ -2,7 +2,6 @@
 them where it is installed; the pictures of the README lie beside this file."""
 import csv
 import gc
-import sys
 
 from data.files import write_atomically
 
@@ -10,7 +9,7 @@ from data.files import write_atomically
 def draw_losses(out_dir, history):
     """Where matplotlib is installed, loss.png in out_dir: every step's loss of log.csv, the
     evaluations, and where validation was lowest. history: (step, train loss, val loss) of each
-    evaluation."""
+    evaluation. Raises what matplotlib or a damaged log.csv raises."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -32,12 +31,10 @@ def draw_losses(out_dir, history):
         axes.annotate(words, (low[0], 0.97), xycoords=("data", "axes fraction"), va="top",
                       xytext=(-8 if late else 8, 0), textcoords="offset points",
                       ha="right" if late else "left")
-    axes.set(xlabel="step", ylabel="loss, nats per target", title=str(out_dir))
+    axes.set(xlabel="step", ylabel="loss, nats per target")
+    axes.set_title(str(out_dir), parse_math=False)  # a $ in a name is no formula
     axes.legend()
-    try:
-        write_atomically(out_dir / "loss.png", lambda f: figure.savefig(f, dpi=100, format="png"))
-    except OSError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
+    write_atomically(out_dir / "loss.png", lambda f: figure.savefig(f, dpi=100, format="png"))
     # Figures refer to themselves, and training makes too few objects for them to go soon.
     gc.collect()
 

@@ -12,7 +12,6 @@ from data.tokens import (
     ChatDataset,
     TokenDataset,
     count_targets,
-    new_files,
     open_dataset,
     write_meta,
     write_tokens,
@@ -463,27 +462,15 @@ def test_a_tokenizer_file_is_looked_for_in_the_folder(tmp_path):
     assert get_tokenizer(dataset.tokenizer).encode_ordinary("aab") == [256, 98]
 
 
-def test_new_files_appear_together_and_only_after_the_block(tmp_path):
-    folder = tmp_path / "deep" / "out"
-    with new_files(folder) as part:
-        for name in ("train.bin", "meta.json"):
-            (part / name).write_text(name, encoding="utf-8")
-        assert not (folder / "train.bin").exists()
-    assert sorted(p.name for p in folder.iterdir()) == ["meta.json", "train.bin"]
-
-
-def test_when_the_block_fails_earlier_files_stay_and_nothing_else(tmp_path):
-    (tmp_path / "train.bin").write_text("old", encoding="utf-8")
-    with pytest.raises(KeyError), new_files(tmp_path) as part:
-        (part / "train.bin").write_text("new", encoding="utf-8")
-        (part / "meta.json").write_text("new", encoding="utf-8")
-        raise KeyError
-    assert [(p.name, p.read_text(encoding="utf-8")) for p in tmp_path.iterdir()] == [("train.bin", "old")]
-
-
-def test_what_a_killed_run_left_is_not_mixed_in(tmp_path):
-    (tmp_path / ".part").mkdir()
-    (tmp_path / ".part" / "stale.bin").write_text("stale", encoding="utf-8")
-    with new_files(tmp_path) as part:
-        (part / "train.bin").write_text("new", encoding="utf-8")
-    assert [p.name for p in tmp_path.iterdir()] == ["train.bin"]
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_a_token_file_that_is_not_as_long_as_meta_json_says_is_refused(tmp_path, kind):
+    chat = [START, USER, 1, END, ASSISTANT, 2, END] * 10
+    if kind == "text":
+        text_folder(tmp_path, chat, train_tokens=70, val_tokens=70)
+    else:
+        chat_folder(tmp_path, [chat], train_tokens=70, val_tokens=70)
+    open_dataset(tmp_path, 8, 2)
+    whole = (tmp_path / "train.bin").read_bytes()
+    (tmp_path / "train.bin").write_bytes(whole[:42])  # a kill, a full disk, a copy that broke off
+    with pytest.raises(ValueError, match=r"train.bin: holds 21 tokens, but meta.json says 70; .*prepare"):
+        open_dataset(tmp_path, 8, 2)

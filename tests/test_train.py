@@ -469,12 +469,28 @@ def test_after_a_run_signals_mean_what_they_meant_before(folders, tmp_path):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-def test_the_first_signal_is_noted_and_the_second_ends_at_once():
+def test_the_first_signal_is_noted_and_the_second_ends_at_once(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(train.time, "monotonic", lambda: now)
     with pytest.raises(KeyboardInterrupt), train.stop_signals() as caught:
         os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # at once: torchrun, or a shell, passes on what all got
         assert caught == [signal.SIGTERM]
+        now += 2
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+@pytest.mark.parametrize("before, caught", [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_a_closed_terminal_stops_a_run_but_under_nohup_it_goes_on(before, caught):
+    was = signal.signal(signal.SIGHUP, before)
+    try:
+        with train.stop_signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signals == [signal.SIGHUP] * caught and signal.getsignal(signal.SIGHUP) == before
+    finally:
+        signal.signal(signal.SIGHUP, was)
 
 
 @pytest.mark.parametrize("change", ["n_embd=32", "n_layer=2", "n_head=1", "block_size=16", "batch_size=3",
@@ -563,20 +579,22 @@ HEADER = "step,epoch,loss,lr,norm,tokens,seconds,peak_share,train_loss,val_loss,
 
 def test_a_log_of_a_new_run_begins_anew_and_that_of_a_resumed_one_loses_later_and_torn_rows(tmp_path):
     path = tmp_path / "new" / "log.csv"
-    log = train.Log(path, train.Progress(), lambda: 1e6)
-    assert path.read_text(encoding="utf-8") == HEADER
+    log = train.Log(path, lambda: 1e6)
     log.add({"step": 1, "epoch": "0.50", "loss": "3.0000", "lr": "1e-3", "norm": "2.00"}, 64, 1e6, 0.5)
+    assert not path.exists()  # whether the first step was good shows after it
     log.add({"step": 2, "loss": "2.0000", "train_loss": "2.1", "val_loss": "2.2"}, 32.0, 1e5, 2)
     first, second = "1,0.50,3.0000,1e-3,2.00,64,0.5000,2.000,,,\n", "2,,2.0000,,,32,2.0000,0.050,2.1,2.2,\n"
     assert path.read_text(encoding="utf-8") == HEADER + first + second
-    train.Log(path, train.Progress(step=1), lambda: None).add({"step": 2}, 1, 1, 1)
-    assert path.read_text(encoding="utf-8") == HEADER + first + "2,,,,,1,1.0000,n/a,,,\n"
-    with open(path, "a", encoding="utf-8") as f:
-        f.write("3,0.7")  # as a kill leaves it
-    train.Log(path, train.Progress(step=3), lambda: None)
-    assert path.read_text(encoding="utf-8").endswith("2,,,,,1,1.0000,n/a,,,\n")
-    train.Log(path, train.Progress(), lambda: None)
-    assert path.read_text(encoding="utf-8") == HEADER
+    def add(step):
+        train.Log(path, lambda: None).add({"step": step}, 1, 1, 1, now=True)
+        return path.read_text(encoding="utf-8")
+    assert add(2) == HEADER + first + (second := "2,,,,,1,1.0000,n/a,,,\n")
+    with open(path, "ab") as f:
+        f.write(b"\xff,damaged\n3;0,7;a spreadsheet's\n3,0.7")  # the last as a kill leaves it
+    assert add(4) == HEADER + first + second + "4,,,,,1,1.0000,n/a,,,\n"
+    path.unlink()  # while it runs, or before
+    assert add(5) == HEADER + "5,,,,,1,1.0000,n/a,,,\n"
+    assert add(1) == HEADER + "1,,,,,1,1.0000,n/a,,,\n"
 
 
 def test_without_resume_a_run_begins_anew(folders, tmp_path):
@@ -649,11 +667,13 @@ def test_a_learning_rate_far_too_high_never_replaces_a_good_checkpoint(folders, 
                                                       (1, 1), (1, 6)])
 def test_out_of_memory_names_a_smaller_batch_of_the_same_tokens(error, batch_size, accumulation):
     s = train.Settings(batch_size=batch_size, gradient_accumulation=accumulation)
-    raised = train.out_of_memory(error, s)
-    assert type(raised) is ValueError and str(raised).startswith("out of memory") and "\n" not in str(raised)
-    found = re.search(r"--batch_size=(\d+) --gradient_accumulation=(\d+)\b", str(raised))
+    with pytest.raises(ValueError, match="^out of memory; ") as raised, \
+            train.enough_memory(train.smaller_batches(s)):
+        raise error
+    line = str(raised.value)
+    found = re.search(r"--batch_size=(\d+) --gradient_accumulation=(\d+)\b", line)
     if batch_size == 1:
-        assert not found and "block_size" in str(raised)
+        assert not found and "block_size" in line
     else:
         smaller, more = map(int, found.groups())
         assert 1 <= smaller < batch_size and smaller * more == batch_size * accumulation
@@ -662,8 +682,8 @@ def test_out_of_memory_names_a_smaller_batch_of_the_same_tokens(error, batch_siz
 
 def test_out_of_memory_leaves_other_errors_as_they_are():
     for said in ("shapes cannot be multiplied", "", "unsupported memory format option"):
-        error = RuntimeError(said)
-        assert train.out_of_memory(error, train.Settings()) is None
+        with pytest.raises(RuntimeError, match=f"^{said}$"), train.enough_memory("advice"):
+            raise RuntimeError(said)
 
 
 def error_of(monkeypatch, arguments):
