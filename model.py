@@ -514,8 +514,9 @@ def fetch_gpt2(name):
     """
     folder = Path(os.environ.get("GPT2_CACHE_DIR") or "~/.cache/gpt2").expanduser() / name
     path = folder / "model.safetensors"
-    if not path.exists():
-        print(f"downloading {name} into {folder}", file=sys.stderr)
+    if path.exists():  # from whatever mirror
+        return path
+    print(f"downloading {name} into {folder}", file=sys.stderr)
     mirror = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         return download(GPT2_URL.format(mirror=mirror.rstrip("/"), name=name), path)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import config
-from data.download import download, name_in
+from data.download import delete, download, name_in
 from data.tokenizer import GPT2_VOCAB_SIZE, ROLE_TOKENS
 from data.tokens import SPLITS, shards, write_meta
 
@@ -49,7 +49,7 @@ def unpack(raw, path):
         with open(part, "wb") as out:
             shutil.copyfileobj(f, out, 1 << 20)
     os.replace(part, path)
-    raw.unlink()
+    delete(raw)
 
 
 def main(argv):

@@ -712,7 +712,7 @@ class Hub(BaseHTTPRequestHandler):
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and reply != "ignores Range" else 0
         body = server.body[start:]
         self.answer(206 if start else 200, body[:reply] if isinstance(reply, int) else body,
-                    {"Content-Length": len(body),
+                    {"Content-Length": len(body), "ETag": '"4567"',
                      "Content-Range": f"bytes {start}-{len(server.body) - 1}/{len(server.body)}"})
 
     def answer(self, status, body, headers=None):
@@ -757,11 +757,21 @@ def test_gpt2_by_name_comes_from_the_hub_once_and_says_where_it_goes(hub, tiny, 
     hub.replies = ["whole"]
     same_logits(load_gpt2("gpt2"), tiny)
     assert str(hub.path.parent) in capsys.readouterr().err
-    assert hub.path.read_bytes() == hub.body and os.listdir(hub.path.parent) == [hub.path.name]
+    assert hub.path.read_bytes() == hub.body
+    assert sorted(os.listdir(hub.path.parent)) == [hub.path.name, hub.path.name + ".from"]
     assert len(hub.requests) == 2
     same_logits(load_gpt2("gpt2"), tiny)
     assert len(hub.requests) == 2 and m.fetch_gpt2("gpt2") == hub.path
     assert capsys.readouterr().err == ""
+
+
+def test_weights_of_another_mirror_or_of_an_earlier_version_are_used_as_they_are(hub, monkeypatch):
+    hub.replies = ["whole"]
+    path = m.fetch_gpt2("gpt2")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
+    assert m.fetch_gpt2("gpt2") == path
+    path.with_name(path.name + ".from").unlink()  # earlier versions wrote none
+    assert m.fetch_gpt2("gpt2") == path and len(hub.requests) == 2
 
 
 def test_a_broken_download_goes_on_where_it_stopped(hub):
@@ -769,7 +779,7 @@ def test_a_broken_download_goes_on_where_it_stopped(hub):
     assert m.fetch_gpt2("gpt2").read_bytes() == hub.body
     first, second, third = starts(hub)
     assert first == 0 < second <= 50_000 and second < third <= second + 30_000
-    assert os.listdir(hub.path.parent) == [hub.path.name]
+    assert sorted(os.listdir(hub.path.parent)) == [hub.path.name, hub.path.name + ".from"]
 
 
 def test_a_busy_hub_is_asked_again_after_a_wait(hub):
