@@ -11,6 +11,7 @@
 It writes out_dir/best.pt, which chat.py talks to, out_dir/last.pt, which --resume goes on from,
 log.csv and (where matplotlib is installed) loss.png.
 """
+import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import contextlib
 import math
 import os
@@ -26,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-import config
 import model as gpt
 from data.conversation import decode_conversation, encode_prompt, special_ids
 from data.files import write_atomically
@@ -461,11 +461,18 @@ class Log:
             write_atomically(path, lambda f: f.write(kept.encode("utf-8")))
 
     def rows_until(self, step):
-        """The rows of an earlier file up to a step; a last one that is torn is none."""
+        """The rows of an earlier file up to a step; a last one that is torn is none. Raises
+        ValueError."""
         if not step or not self.path.exists():
             return []
-        rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-        return [row for row in rows if row.endswith("\n") and int(row.partition(",")[0]) <= step]
+        try:
+            rows = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+            return [row for row in rows
+                    if row.endswith("\n") and int(row.partition(",")[0]) <= step]
+        except ValueError as error:
+            raise ValueError(f"{self.path}: not every row begins with a step and a comma, so "
+                             "another program has changed it; move it away, and --resume=True "
+                             "again") from error
 
     def add(self, row, tokens, flops, seconds):
         """Write a row, a dict of COLUMNS; what a full disk refuses is kept for the next time."""
@@ -622,11 +629,17 @@ def rng_states(device):
 def restore(resumed, optimizers, device):
     """Put the optimizers and random generators where last.pt left them; returns its Progress. (Its
     place in the data is the step: see train_step.)"""
-    for optimizer, state in zip(optimizers, resumed["optimizers"]):
-        restore_optimizer(optimizer, state)
-    restore_rng(resumed["rng"], device)
-    return Progress(resumed["step"], resumed["seconds"], resumed["best"], resumed["told"],
-                    [tuple(entry) for entry in resumed["history"]])
+    try:
+        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
+            restore_optimizer(optimizer, state)
+        restore_rng(resumed["rng"], device)
+        history = [(int(step), float(train_loss), float(val_loss))
+                   for step, train_loss, val_loss in resumed["history"]]
+        return Progress(resumed["step"], float(resumed["seconds"]), float(resumed["best"]),
+                        resumed["told"], history)
+    except Exception as error:  # whatever is missing or does not fit
+        raise ValueError(f"last.pt: its optimizers, random numbers or history do not fit this run "
+                         f"({type(error).__name__}); start without --resume=True") from error
 
 
 def restore_optimizer(optimizer, state):
@@ -636,6 +649,11 @@ def restore_optimizer(optimizer, state):
     optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, mine):
         group.update(values)
+        sizes = [p.numel() for p in group["params"]]
+        for p, size in zip(group["params"], sizes):
+            for momenta in optimizer.state.get(p, {}).values():  # Muon has one stack for all
+                if momenta.numel() not in (1, size, sum(sizes)):
+                    raise ValueError("momenta of another shape")
 
 
 def restore_rng(states, device):
@@ -787,7 +805,7 @@ def load_resumed(s):
     model, batch or seed."""
     path = s.out_dir / "last.pt"
     resumed = gpt.load_checkpoint(path, "Start without --resume=True.")
-    if "optimizers" not in resumed:
+    if not {"optimizers", "rng", "history", "settings", "data"} <= resumed.keys():
         raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may "
                          "be a best.pt")
     for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",

@@ -89,7 +89,7 @@ def read_config(path):
     """The names that a config file assigns, as a dict."""
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:  # it is the user's Python, so any error is possible
+    except (Exception, SystemExit) as error:  # the user's Python: any error is possible, and exit()
         line = error.lineno if isinstance(error, SyntaxError) else \
             next((t.lineno for t in reversed(inspect.getinnerframes(error.__traceback__))
                   if t.filename == str(path)), "?")
@@ -159,6 +159,16 @@ def describe(settings_class, doc=""):
         default = f"--{field.name}={field.default}"
         lines.append(f"  {default:<38} {comments[field.name]}".rstrip())
     return "\n".join(lines)
+
+
+def tell(kind, error, traceback):
+    """Python's sys.excepthook, but silent about Ctrl-C: what a script imports takes a second, and
+    `run` comes after it. (The one thing that importing this module does.)"""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = tell
 
 
 def run(main):

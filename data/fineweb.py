@@ -7,6 +7,7 @@ A shard that is there already is not fetched again. The variable HF_ENDPOINT nam
 hub. FineWeb: Penedo et al. 2024; these shards: the hub's kjj0/fineweb10B-gpt2, in the format of
 Karpathy's llm.c.
 """
+import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import os
 import shutil
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-import config
 from data.download import delete, download, name_in
 from data.tokenizer import GPT2_VOCAB_SIZE, ROLE_TOKENS
 from data.tokens import SPLITS, shards, write_meta

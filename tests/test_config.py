@@ -132,6 +132,7 @@ def test_a_wrong_type_in_a_file_names_the_file_too(tmp_path, line, parts):
     ("steps = 3\nrate = = 2\n", 2, "SyntaxError"), ("steps = 3\n\nrate = 1 / 0\n", 3, "ZeroDivisionError"),
     ("_f = lambda: missing\n_x = 1\nsteps = _f()\n", 1, "NameError"),
     ("rate = 1\nimport no_such_module_here\n", 2, "ModuleNotFoundError"),
+    ("rate = 1\nexit()\n", 2, "SystemExit"), ("import sys\nsys.exit(0)\n", 2, "SystemExit"),
 ])
 def test_an_error_in_a_config_file_is_one_line_with_file_and_line_number(tmp_path, text, number, kind):
     path = write(tmp_path, text)

@@ -1,6 +1,7 @@
 """GPT-2's weights in and out, against transformers, safetensors and a small model hub on this computer."""
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -692,6 +693,18 @@ def test_a_tensor_that_cannot_be_written_leaves_the_earlier_file(tmp_path):
     with pytest.raises(OSError, match=r"a\.safetensors"):
         write_safetensors(path, {"a": torch.zeros(1000), "b": torch.empty(5, device="meta")})
     assert safetensors.load_file(path)["a"].equal(torch.ones(3)) and os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["wte.weight", "h.1.mlp.c_fc.weight"])
+def test_weights_that_are_not_finite_are_named(tiny, tmp_path, name, number):
+    tensors = tensors_of(tiny)
+    full = next(key for key in tensors if key.endswith(name))
+    tensors[full] = tensors[full].clone()
+    tensors[full].view(-1)[-1] = number
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{re.escape(name)} holds numbers that are not finite"):
+        load_gpt2(tmp_path)
 
 
 # ---- the download ----

@@ -1,5 +1,7 @@
 """Token files and batches: every batch is recounted in plain Python from the ids of the file."""
+import errno
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -14,6 +16,7 @@ from data.tokens import (
     count_targets,
     new_files,
     open_dataset,
+    row_categories,
     write_meta,
     write_tokens,
 )
@@ -457,9 +460,9 @@ def test_a_broken_meta_is_refused_with_its_path(tmp_path, content):
 
 
 def test_a_tokenizer_file_is_looked_for_in_the_folder(tmp_path):
-    spec = '{"pattern": "a+|b", "merges": [[97, 97]]}'
+    spec = r'{"pattern": "a+|[\s\S]", "merges": [[97, 97]]}'.replace("\\", "\\\\")
     (tmp_path / "tokenizer.json").write_text(spec, encoding="utf-8")
-    dataset = TokenDataset(text_folder(tmp_path, random_ids(50), tokenizer="tokenizer.json"), 8, 2)
+    dataset = TokenDataset(text_folder(tmp_path, random_ids(50), tokenizer="tokenizer.json", vocab_size=261), 8, 2)
     assert get_tokenizer(dataset.tokenizer).encode_ordinary("aab") == [256, 98]
 
 
@@ -487,3 +490,49 @@ def test_what_a_killed_run_left_is_not_mixed_in(tmp_path):
     with new_files(tmp_path) as part:
         (part / "train.bin").write_text("new", encoding="utf-8")
     assert [p.name for p in tmp_path.iterdir()] == ["train.bin"]
+
+
+A, B = [USER, 65, END], [ASSISTANT, 66, END]
+
+
+@pytest.mark.parametrize("wrong", [
+    [[START, *B]], [[START, *A]], [[START, *A, *A, *B]], [[START, *A, *B, *B]], [[START, *A, *B, *A]],
+    [[START, USER, 65, *B]], [[START, 65, *A, *B]], [[START, *A, 65, *B]], [[START, *A, *B, 65]], [[65], [START, *A, *B]],
+    [[START, *A, ASSISTANT, 66]], [[START], [START, *A, *B]], [[START, *A, *B, END]], [[START, *A, ASSISTANT, USER, END]]])
+def test_chats_without_turns_are_refused(tmp_path, wrong):
+    right = [START, *A, *B, *A, *B]
+    for n, chats in enumerate((wrong, [right, *wrong], [*wrong, right], [right, *wrong, right])):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        with pytest.raises(ValueError, match=r"train\.bin: .*turns"):
+            ChatDataset(chat_folder(folder, chats, [right]), 16, 2)
+
+
+def test_a_vocabulary_of_another_size_than_the_tokenizers_is_refused_with_both(tmp_path):
+    for kind in (text_folder, chat_folder):
+        kind(tmp_path, [[65] * 50], vocab_size=300)
+        with pytest.raises(ValueError, match="vocab_size=300.*bytes has 260"):
+            open_dataset(tmp_path, 8, 2)
+
+
+@pytest.mark.parametrize("meta", [{}, {"categories": ["a"]}, {"categories": ["a"], "val_categories": [0]},
+                                  {"categories": ["a"], "val_categories": [0, 1]}, {"val_categories": [0, 0]},
+                                  {"categories": [3], "val_categories": [0, 0]}, {"categories": 5, "val_categories": [0, 0]}])
+def test_categories_that_do_not_fit_are_one_line(tmp_path, meta):
+    chat_folder(tmp_path, [[START, *A, *B]] * 2, **meta)
+    with pytest.raises(ValueError, match=r"meta\.json: .*val_categories.*val\.bin; prepare"):
+        row_categories(tmp_path, "val", 2)
+
+
+def test_the_categories_of_rows(tmp_path):
+    chat_folder(tmp_path, [[START, *A, *B]] * 2, categories=["a", "b"], val_categories=[1, 0], train_categories=[])
+    assert row_categories(tmp_path, "val", 2) == ["b", "a"] and row_categories(tmp_path, "train", 2) == ["", ""]
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a").write_text("old", encoding="utf-8")
+    with pytest.raises(OSError, match=f"^{re.escape(str(tmp_path))}: could not be written.*No space.*free"):
+        with new_files(tmp_path) as part:
+            (part / "a").write_text("new", encoding="utf-8")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
