@@ -248,3 +248,17 @@ def test_run_lets_an_error_of_our_own_through():
         raise TypeError("ours")
     with pytest.raises(TypeError, match="ours"):
         config.run(main)
+
+
+@pytest.mark.parametrize("flag, told", [("--steps=1000000000000000000000", "steps is too large"),
+                                        ("--steps=-1e30", "steps is too large"), ("--rate=1" + "0" * 400, "rate is too large"),
+                                        ("--data_dir=a\0b", "data_dir='a\\x00b': no path")])
+def test_values_that_no_machine_can_use_are_refused_by_name(flag, told):
+    assert told in refused(flag)
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch):
+    def main(argv):
+        raise MemoryError
+    with pytest.raises(SystemExit, match="^error: out of memory; use"):
+        config.run(main)
