@@ -635,8 +635,10 @@ def restore(resumed, optimizers, device):
         restore_rng(resumed["rng"], device)
         history = [(int(step), float(train_loss), float(val_loss))
                    for step, train_loss, val_loss in resumed["history"]]
-        return Progress(resumed["step"], float(resumed["seconds"]), float(resumed["best"]),
-                        resumed["told"], history)
+        step, seconds = resumed["step"], float(resumed["seconds"])
+        if not 0 <= step <= resumed["max_iters"] or not math.isfinite(seconds):
+            raise ValueError("no such place in a run")
+        return Progress(step, seconds, float(resumed["best"]), resumed["told"], history)
     except Exception as error:  # whatever is missing or does not fit
         raise ValueError(f"last.pt: its optimizers, random numbers or history do not fit this run "
                          f"({type(error).__name__}); start without --resume=True") from error

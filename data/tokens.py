@@ -73,7 +73,7 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if not (type(meta["kind"]) is type(meta["tokenizer"]) is str and
-                type(meta["vocab_size"]) is int):
+                type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] <= 2**16):
             raise TypeError
     except FileNotFoundError:
         raise ValueError(f"{folder}: no meta.json there; prepare the data first: "

@@ -262,3 +262,17 @@ def test_memory_that_runs_out_is_one_line(monkeypatch):
         raise MemoryError
     with pytest.raises(SystemExit, match="^error: out of memory; use"):
         config.run(main)
+
+
+@pytest.mark.parametrize("script", ["train", "finetune", "chat", "prepare_alpaca", "data/text", "data/fineweb", "data/rules"])
+def test_config_is_the_first_that_a_script_imports(script):
+    text = (REPO / f"{script}.py").read_text(encoding="utf-8")
+    first = next(line for line in text.split('"""')[2].splitlines() if line)
+    assert first.startswith("import config ")
+
+
+@pytest.mark.parametrize("problem, silent", [("_thread.interrupt_main(); time.sleep(9)", True), ("1 / 0", False)])
+def test_ctrl_c_while_importing_leaves_no_traceback(problem, silent):
+    program = [sys.executable, "-c", f"import config, _thread, time\n{problem}"]
+    done = subprocess.run(program, cwd=REPO, capture_output=True, text=True, restore_signals=True)
+    assert (done.stderr == "") == silent and done.returncode, done

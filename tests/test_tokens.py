@@ -450,7 +450,9 @@ def test_a_folder_without_meta_says_how_to_prepare_one(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b"{}",
                                      b'{"kind": "text", "tokenizer": "bytes"}',
                                      b'{"kind": "text", "vocab_size": 260}',
-                                     b'{"tokenizer": "bytes", "vocab_size": 260}'])
+                                     b'{"tokenizer": "bytes", "vocab_size": 260}',
+                                     b'{"kind": "text", "tokenizer": "bytes", "vocab_size": 0}',
+                                     b'{"kind": "text", "tokenizer": "bytes", "vocab_size": 2147483648}'])
 def test_a_broken_meta_is_refused_with_its_path(tmp_path, content):
     text_folder(tmp_path, random_ids(50))
     (tmp_path / "meta.json").write_bytes(content)
