@@ -264,7 +264,8 @@ def test_memory_that_runs_out_is_one_line(monkeypatch):
         config.run(main)
 
 
-@pytest.mark.parametrize("script", ["train", "finetune", "chat", "prepare_alpaca", "data/text", "data/fineweb", "data/rules"])
+@pytest.mark.parametrize("script", ["train", "finetune", "chat", "prepare_alpaca", "data/text", "data/fineweb", "data/hellaswag",
+                                    "data/rules"])
 def test_config_is_the_first_that_a_script_imports(script):
     text = (REPO / f"{script}.py").read_text(encoding="utf-8")
     first = next(line for line in text.split('"""')[2].splitlines() if line)
