@@ -12,6 +12,7 @@
 Only replies go to standard output; all else goes to standard error. A model trained on plain text
 has no turns: it goes on writing what you began.
 """
+import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import codecs
 import contextlib
 import difflib
@@ -29,14 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-import config
 import model as gpt
 from data import conversation as chats
 from data.conversation import special_ids
 from data.files import write_atomically, write_json
 from data.hellaswag import read_choices
 from data.tokenizer import get_tokenizer, token_pieces
-from data.tokens import folder_tokenizer, open_dataset, read_meta
+from data.tokens import folder_tokenizer, open_dataset, read_meta, row_categories
 from pictures.look import look, write_page
 
 
@@ -511,9 +511,7 @@ def rows_to_score(source, wanted):
         dataset, groups = open_dataset(source, 2**20, 1), {}
         for split, name in (("val", "held out"), ("train", "trained on")):
             rows = dataset.conversations(split)
-            categories = [meta["categories"][i] for i in meta[f"{split}_categories"]]
-            categories = categories or [""] * len(rows)
-            groups[name] = [(row, category) for row, category in zip(rows, categories)]
+            groups[name] = list(zip(rows, row_categories(source, split, len(rows))))
     else:
         groups = {"rows": chats.read_conversations(source)}
     wanted = wanted or len(next(iter(groups.values())))

@@ -9,11 +9,11 @@ The loop, the checkpoints, --resume and the signals are train.py's; what differs
 weights come from, and that it counts epochs. Only the assistant's words and its <|end|> are
 learned (data/conversation.py, `supervised`).
 """
+import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
-import config
 import train
 from data.tokens import read_meta
 from model import pick_device

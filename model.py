@@ -17,7 +17,8 @@ import json
 import math
 import os
 import sys
-from dataclasses import asdict, dataclass
+import zipfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from data.download import download
 from data.files import read_safetensors, write_atomically
-from data.tokenizer import GPT2_VOCAB_SIZE
+from data.tokenizer import GPT2_VOCAB_SIZE, count_ids
 
 
 @dataclass
@@ -513,8 +514,9 @@ def fetch_gpt2(name):
     """
     folder = Path(os.environ.get("GPT2_CACHE_DIR") or "~/.cache/gpt2").expanduser() / name
     path = folder / "model.safetensors"
-    if not path.exists():
-        print(f"downloading {name} into {folder}", file=sys.stderr)
+    if path.exists():  # from whatever mirror
+        return path
+    print(f"downloading {name} into {folder}", file=sys.stderr)
     mirror = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
         return download(GPT2_URL.format(mirror=mirror.rstrip("/"), name=name), path)
@@ -542,6 +544,8 @@ def read_gpt2_weights(path, vocab_size):
                                  "more")
             tensor = grow_rows(tensor, vocab_size, GPTConfig(vocab_size).padded_vocab_size)
         weights[name] = tensor.float().contiguous()
+        if not weights[name].sum().isfinite():
+            raise ValueError(f"{file}: {name} holds numbers that are not finite; fetch it again")
         del tensor
     for name in ("wte.weight", "wpe.weight"):
         if name not in weights or weights[name].dim() != 2:
@@ -634,19 +638,54 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path, hint=""):
     """The dict that save_checkpoint wrote, its tensors mapped from the file (read when first used).
 
-    Raises FileNotFoundError, or ValueError for a file that is no checkpoint or is cut short; `hint`
-    ends the first message, and should say how to make one.
+    Raises FileNotFoundError, or ValueError for a file that is no checkpoint, is cut short or has
+    changed since it was written: its checksums are verified, which takes 0.15 s for GPT-2's 124M.
+    `hint` ends the first message, and should say how to make one.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint. {hint}".strip())
     try:
+        with zipfile.ZipFile(path) as members:
+            if changed := members.testzip():
+                raise ValueError(f"the checksum of {changed} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["model"], checkpoint["config"], checkpoint["tokenizer"], checkpoint["kind"]
+        check_checkpoint(checkpoint)
     except Exception as error:  # whatever torch says of them, the user's next step is the same
-        raise ValueError(f"{path}: not a checkpoint of this project, or cut short "
-                         f"({type(error).__name__}); make a new one or name another") from error
+        why = error if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path}: not a checkpoint of this project, or damaged ({why}); "
+                         "make a new one or name another") from error
     return checkpoint
+
+
+def check_checkpoint(checkpoint):
+    """Raise ValueError for what cannot be right in a checkpoint, as far as chat.py needs it."""
+    for name, kind in (("config", dict), ("model", dict), ("step", int), ("max_iters", int)):
+        if type(checkpoint.get(name)) is not kind:
+            raise ValueError(f"its {name} is missing or broken")
+    for name in checkpoint["config"].keys() - {field.name for field in fields(GPTConfig)}:
+        raise ValueError(f"its config has an unknown {name!r}")
+    config, weights = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+    for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name}={value!r} in its config")
+    if (ids := count_ids(checkpoint["tokenizer"])) != config.vocab_size:
+        raise ValueError(f"its tokenizer has {ids} ids, its model {config.vocab_size}")
+    is_chat = checkpoint["kind"] == "chat"
+    if checkpoint["kind"] not in ("chat", "text") or checkpoint.get("turns", 1) < is_chat:
+        raise ValueError(f"kind {checkpoint['kind']!r} of {checkpoint.get('turns')} turns")
+    for name, tensor in weights.items():
+        if tensor.dtype != torch.float32 or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is of type {tensor.dtype}")
+        if not tensor.sum().isfinite():  # in a tenth of the time that tensor.isfinite() takes
+            raise ValueError(f"{name} holds numbers that are not finite")
+    # Before a model of an impossible size is made; load_weights compares the rest.
+    n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
+    shapes = (n_layer, weights["wte.weight"].shape, weights["wpe.weight"].shape)
+    if shapes != (config.n_layer, (config.padded_vocab_size, config.n_embd),
+                  (config.block_size, config.n_embd)):
+        raise ValueError("its weights do not fit its config")
 
 
 def model_checkpoint(model, tokenizer_spec, kind, **extra):

@@ -9,6 +9,7 @@ A source is a JSON list, or JSON lines, of {"instruction", "input", "output"}, o
 chat_corpus.txt (the same chats for people to read), train.bin, val.bin and meta.json, and reports
 what it kept.
 """
+import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import random
 import re
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-import config
 from data import conversation as chats
 from data import tokenizer as tokenizers
 from data.download import download, name_in, sha256_of

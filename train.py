@@ -11,6 +11,7 @@
 It writes out_dir/best.pt, which chat.py talks to, out_dir/last.pt, which --resume goes on from,
 log.csv and (where matplotlib is installed) loss.png.
 """
+import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import contextlib
 import math
 import os
@@ -26,7 +27,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-import config
 import model as gpt
 from data.conversation import decode_conversation, encode_prompt, special_ids
 from data.files import locked, write_atomically
@@ -531,17 +531,21 @@ class Log:
 
     def begin(self):
         """The file anew: of an earlier one it keeps what was before this run's first row. Rows of
-        a run that was stopped later than it was saved, torn and damaged ones are left out."""
-        text, kept = "", []
+        a run that was stopped later than it was saved are left out, and a torn last one."""
+        rows = []
         if self.first_step > 1 and self.path.exists():
             text = self.path.read_text(encoding="utf-8", errors="replace")
-        for row in text.splitlines(keepends=True):
-            step = row.partition(",")[0]
-            if row.endswith("\n") and step.isdecimal() and int(step) < self.first_step:
-                kept.append(row)
+            rows = text.splitlines(keepends=True)[1:]
+        steps = [row.partition(",")[0] for row in rows]
+        kept = [row for row, step in zip(rows, steps)
+                if row.endswith("\n") and step.isdecimal() and int(step) < self.first_step]
+        if not all(step.isdecimal() for step in steps):  # a spreadsheet saved it
+            os.replace(self.path, f"{self.path}.old")
+            print(f"log.csv: not every row begins with a step and a comma, so another program has "
+                  f"changed it; kept as {self.path}.old")
         header = ",".join(self.COLUMNS) + "\n"
-        rows = (header + "".join(kept)).encode("utf-8") + self.unwritten
-        write_atomically(self.path, lambda f: f.write(rows))
+        whole = (header + "".join(kept)).encode("utf-8") + self.unwritten
+        write_atomically(self.path, lambda f: f.write(whole))
         self.begun, self.unwritten = True, b""
 
     def add(self, row, tokens, flops, seconds, now=False):
@@ -725,11 +729,21 @@ def rng_states(device):
 def restore(resumed, optimizers, device):
     """Put the optimizers and random generators where last.pt left them; returns its Progress. (Its
     place in the data is the step: see train_step.)"""
-    for optimizer, state in zip(optimizers, resumed["optimizers"]):
-        restore_optimizer(optimizer, state)
-    restore_rng(resumed["rng"], device)
-    progress = {name: resumed[name] for name in Progress.__annotations__ if name in resumed}
-    return Progress(**progress | {"history": [tuple(entry) for entry in resumed["history"]]})
+    try:
+        for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
+            restore_optimizer(optimizer, state)
+        restore_rng(resumed["rng"], device)
+        progress = Progress(**{name: resumed[name] for name in Progress.__annotations__
+                               if name in resumed})
+        progress.history = [(int(step), float(train_loss), float(val_loss))
+                            for step, train_loss, val_loss in resumed["history"]]
+        progress.seconds, progress.best = float(progress.seconds), float(progress.best)
+        if not 0 <= progress.step <= resumed["max_iters"] or not math.isfinite(progress.seconds):
+            raise ValueError("no such place in a run")
+        return progress
+    except Exception as error:  # whatever is missing or does not fit
+        raise ValueError(f"last.pt: its optimizers, random numbers or history do not fit this run "
+                         f"({type(error).__name__}); start without --resume=True") from error
 
 
 def restore_optimizer(optimizer, state):
@@ -740,6 +754,11 @@ def restore_optimizer(optimizer, state):
     optimizer.load_state_dict(state)
     for group, values in zip(optimizer.param_groups, mine):
         group.update(values)
+        sizes = [p.numel() for p in group["params"]]
+        for p, size in zip(group["params"], sizes):
+            for momenta in optimizer.state.get(p, {}).values():  # Muon has one stack for all
+                if momenta.numel() not in (1, size, sum(sizes)):
+                    raise ValueError("momenta of another shape")
 
 
 def restore_rng(states, device):
@@ -911,7 +930,7 @@ def load_resumed(s):
     model, batch or seed."""
     path = s.out_dir / "last.pt"
     resumed = gpt.load_checkpoint(path, "Start without --resume=True.")
-    if "optimizers" not in resumed:
+    if not {"optimizers", "rng", "history", "settings", "data"} <= resumed.keys():
         raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may "
                          "be a best.pt")
     for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",

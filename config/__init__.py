@@ -89,7 +89,7 @@ def read_config(path):
     """The names that a config file assigns, as a dict."""
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:  # it is the user's Python, so any error is possible
+    except (Exception, SystemExit) as error:  # the user's Python: any error is possible, and exit()
         line = error.lineno if isinstance(error, SyntaxError) else \
             next((t.lineno for t in reversed(inspect.getinnerframes(error.__traceback__))
                   if t.filename == str(path)), "?")
@@ -131,11 +131,15 @@ def cast(name, value, wanted, source, base):
         return None
     for option in options:
         if option is Path and isinstance(value, (str, Path)) and str(value):
+            if "\0" in str(value):
+                raise ValueError(f"{source}: {name}={value!r}: no path can have this character")
             return base / os.path.expanduser(value)
-        if option is float and type(value) is int:
-            return float(value)
         if option is int and type(value) is float and value.is_integer():
-            return int(value)
+            value = int(value)
+        if option in (int, float) and type(value) is int:
+            if abs(value) >= 2**63:  # more than any machine counts
+                raise ValueError(f"{source}: {name} is too large a number; use one below 2**63")
+            return option(value)
         if option is tuple and isinstance(value, list):
             return tuple(value)
         if option is not type(None) and type(value) is (typing.get_origin(option) or option):
@@ -161,6 +165,19 @@ def describe(settings_class, doc=""):
     return "\n".join(lines)
 
 
+def tell(kind, error, traceback):
+    """Python's sys.excepthook, but silent about Ctrl-C: what a script imports takes a second, and
+    `run` comes after it. (The one thing that importing this module does.)"""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = tell
+
+
+NO_MEMORY = "out of memory; use less data or smaller settings"
+
+
 def run(main):
     """Call main(sys.argv[1:]) as a script's last line: a user's mistake (ValueError, OSError) ends
     as one line on standard error and exit code 1, Ctrl-C as 130."""
@@ -171,5 +188,7 @@ def run(main):
         sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except MemoryError:
+        sys.exit(f"error: {NO_MEMORY}")
     except KeyboardInterrupt:
         sys.exit(130)

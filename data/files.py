@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, folders that one process writes at a time, JSON, and
 the safetensors format."""
 import contextlib
+import errno
 import json
 import math
 import os
@@ -131,6 +132,11 @@ def new_files(folder, deciding="meta.json"):
             Path(os.path.realpath(folder / deciding)).unlink(missing_ok=True)
             for path in sorted(part.iterdir(), key=lambda p: p.name == deciding):
                 move_up(path, folder / path.name)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            raise OSError(f"{folder}: could not be written ({error.strerror}); free some space "
+                          "and run it again") from error
         finally:
             shutil.rmtree(part, ignore_errors=True)
 

@@ -7,6 +7,7 @@ A shard that is there already is not fetched again. The variable HF_ENDPOINT nam
 hub. FineWeb: Penedo et al. 2024; these shards: the hub's kjj0/fineweb10B-gpt2, in the format of
 Karpathy's llm.c.
 """
+import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import os
 import shutil
 from dataclasses import dataclass
@@ -14,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-import config
-from data.download import download, name_in
+from data.download import delete, download, name_in
 from data.files import locked
 from data.tokenizer import GPT2_VOCAB_SIZE, ROLE_TOKENS
 from data.tokens import SPLITS, shards, write_meta
@@ -50,7 +50,7 @@ def unpack(raw, path):
         with open(part, "wb") as out:
             shutil.copyfileobj(f, out, 1 << 20)
     os.replace(part, path)
-    raw.unlink()
+    delete(raw)
 
 
 def main(argv):

@@ -20,10 +20,10 @@ EleutherAI's lm-evaluation-harness prepares the text otherwise (the activity's n
 brackets) and divides by characters instead of tokens. It finds 28.92 and 31.14 % for gpt2, 40.04
 and 50.89 % for gpt2-xl, as hellaswag.py quotes it.
 """
+import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import config
 from data.conversation import check_characters, read_rows
 from data.download import download, name_in
 

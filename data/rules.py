@@ -11,6 +11,7 @@ invented, since the rules hold for "florp" too; questions are worded as in data/
 operand of the hand-written rows is of the tenth, and none of their questions is asked again, though
 the same may be asked in other words.
 """
+import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import json
 import random
 import re
@@ -18,7 +19,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import config
 from data.conversation import read_conversations
 from data.files import write_atomically
 

@@ -3,13 +3,13 @@
     python -m data.text config/prepare_shakespeare.py    # downloads tiny Shakespeare
     python -m data.text --source=my.txt --out_dir=data/mine --tokenizer=bpe
 """
+import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import codecs
 import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import config
 from data.download import download, name_in
 from data.files import new_files
 from data.tokenizer import get_tokenizer, train_bpe, write_spec
@@ -79,6 +79,8 @@ def main(argv):
     if not 0 < settings.val_fraction < 1:
         raise ValueError(f"val_fraction={settings.val_fraction}: "
                          "use a value between 0 and 1, such as 0.1")
+    if settings.bpe_bytes < 1:
+        raise ValueError(f"bpe_bytes={settings.bpe_bytes}: must be 1 or more")
     path = config.local_path(settings.source)
     if settings.source.startswith(("http://", "https://")):
         path = download(settings.source, settings.out_dir / name_in(settings.source))

@@ -125,16 +125,56 @@ def read_spec(spec):
         raise ValueError(f"tokenizer {str(spec)!r}: no such file; use gpt2, bytes or the path of a "
                          "tokenizer.json")
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        spec = {"pattern": str(loaded["pattern"]),
-                "merges": [[int(a), int(b)] for a, b in loaded["merges"]]}
-        re.compile(spec["pattern"])
-        if not all(0 <= min(pair) <= max(pair) < 256 + i for i, pair in enumerate(spec["merges"])):
-            raise ValueError("a merge of ids that do not exist yet")
-    except (ValueError, KeyError, TypeError, re.error) as error:
-        raise ValueError(f"{path}: not a tokenizer.json of this project; "
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        count_ids(spec)
+    except (ValueError, RecursionError) as error:
+        why = f" ({error})" if type(error) is ValueError else ""  # of JSON and UTF-8: no reason
+        raise ValueError(f"{path}: not a tokenizer.json of this project{why}; "
                          "prepare the data again to make a new one") from error
-    return spec
+    return {"pattern": spec["pattern"], "merges": spec["merges"]}
+
+
+def count_ids(spec):
+    """How many ids the tokenizer of a spec has, which is checked on the way. Raises ValueError."""
+    if spec in ("gpt2", "bytes"):
+        return (GPT2_VOCAB_SIZE if spec == "gpt2" else 256 + 1) + len(ROLE_TOKENS)
+    if not isinstance(spec, dict) or not isinstance(spec.get("merges"), list):
+        raise ValueError("no pattern and merges in it")
+    check_pattern(spec.get("pattern"))
+    tokens = [bytes([i]) for i in range(256)]
+    for pair in spec["merges"]:
+        if not isinstance(pair, list) or len(pair) != 2 or \
+                not all(type(i) is int and 0 <= i < len(tokens) for i in pair):
+            raise ValueError(f"{str(pair)[:40]} is no merge of two ids that exist already")
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        if len(tokens[-1]) > LONGEST_TOKEN:
+            raise ValueError(f"a token of more than {LONGEST_TOKEN:,} bytes")
+    if len(set(tokens)) < len(tokens):
+        raise ValueError("two merges make the same token")
+    return len(tokens) + 1 + len(ROLE_TOKENS)
+
+
+LONGEST_TOKEN = 100_000  # bytes; merges that double each time would soon fill the memory
+# Letters, digits, punctuation, white space and characters made of several: a pattern must find all.
+ALL_KINDS = "It's 30°, naïve_x.\r\n\n\t\u3000क्षि你好 \u200c\u200d👩\u200d🚀\x00\u00ad  "
+# What lets a pattern match nothing, or for ever: anchors, references, groups that look around. The
+# first version's patterns had (?!\S), which is safe.
+UNSAFE = re.compile(r"\\[1-9bBAZzGKk]|[\^$]|\(\?(?!:|!\\S\))|[*+?}]\+")
+
+
+def check_pattern(pattern):
+    """Raise ValueError for a pattern that would lose text, make tiktoken panic or never end."""
+    if not isinstance(pattern, str):
+        raise ValueError("its pattern is no text")
+    # Without classes and escaped characters, in which ^ and $ mean something else.
+    plain = re.sub(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[^1-9bBAZzGKkS]", "x", pattern)
+    try:
+        safe = not UNSAFE.search(plain) and not re.match(pattern.replace("(?!\\S)", ""), "")
+        enc = build("pattern", pattern, [bytes([i]) for i in range(256)]) if safe else None
+    except (ValueError, re.error, OverflowError, RecursionError):
+        enc = None
+    if not enc or enc.decode(enc.encode_ordinary(ALL_KINDS)) != ALL_KINDS:
+        raise ValueError(f"its pattern {pattern[:60]!r} does not cut every text into pieces")
 
 
 def write_spec(path, spec):

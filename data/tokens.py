@@ -13,7 +13,7 @@ import numpy as np
 
 from data.conversation import special_ids, supervised
 from data.files import write_atomically
-from data.tokenizer import bytes_per_id, get_tokenizer, read_spec
+from data.tokenizer import bytes_per_id, count_ids, get_tokenizer, read_spec
 
 SPLITS = ("train", "val")
 # Ids that are checked when a file is opened; of the others each batch checks its own.
@@ -49,7 +49,7 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if not (type(meta["kind"]) is type(meta["tokenizer"]) is str and
-                type(meta["vocab_size"]) is int):
+                type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] <= 2**16):
             raise TypeError
     except FileNotFoundError:
         raise ValueError(f"{folder}: no meta.json there; prepare the data first: "
@@ -64,8 +64,27 @@ def read_meta(folder):
 def folder_tokenizer(folder):
     """What a checkpoint keeps of the tokenizer of a prepared folder (see data/tokenizer.py's
     read_spec)."""
-    name = read_meta(folder)["tokenizer"]
-    return read_spec(Path(folder) / name if name.endswith(".json") else name)
+    meta = read_meta(folder)
+    name = meta["tokenizer"]
+    spec = read_spec(Path(folder) / name if name.endswith(".json") else name)
+    if (ids := count_ids(spec)) != meta["vocab_size"]:
+        raise ValueError(f"{folder}/meta.json: vocab_size={meta['vocab_size']}, but its tokenizer "
+                         f"{name} has {ids} ids; prepare the folder again")
+    return spec
+
+
+def row_categories(folder, split, count):
+    """The category of each of a split's `count` conversations, in their order; "" where the folder
+    knows none. Raises ValueError."""
+    meta = read_meta(folder)
+    try:
+        names = [meta["categories"][number] for number in meta[f"{split}_categories"]]
+    except (KeyError, IndexError, TypeError):
+        names = None
+    if names is None or names and (len(names) != count or not all(type(n) is str for n in names)):
+        raise ValueError(f"{folder}/meta.json: its categories or {split}_categories are missing or "
+                         f"do not fit {split}.bin; prepare the folder again")
+    return names or [""] * count
 
 
 def open_dataset(folder, block_size, batch_size, seed=0, read_batches=0):
@@ -120,6 +139,21 @@ def check_ids(ids, vocab_size, path):
         raise ValueError(f"{path}: holds token id {ids.max()}, but the vocabulary has "
                          f"{vocab_size}; it was made with another tokenizer, "
                          "prepare the folder again")
+
+
+def check_turns(ids, enc, path):
+    """Raise ValueError where ids (n,) are not conversations one after the other: <|endoftext|>,
+    then turns of <|user|> ... <|end|> <|assistant|> ... <|end|>."""
+    first = special_ids(enc)[0]  # <|endoftext|>; then come <|user|>, <|assistant|> and <|end|>
+    places = np.flatnonzero(ids >= first)
+    kinds = np.minimum(ids[places] - first, 4).astype(np.uint8)  # 4: no id at all
+    turns = kinds.tobytes().replace(b"\1\3\2\3", b"T")  # then only b"\0" and b"T" may be left
+    # What follows <|endoftext|> or <|end|> follows it at once.
+    at_once = np.diff(places, append=len(ids))[np.isin(kinds, (0, 3))] == 1
+    if not turns.startswith(b"\0T") or turns.endswith(b"\0") or b"\0\0" in turns or \
+            turns.translate(None, b"\0T") or not at_once.all() or places[0]:
+        raise ValueError(f"{path}: holds no conversation, or not only conversations in turns of "
+                         "user and assistant; prepare the folder again")
 
 
 def fingerprint(folder):
@@ -248,11 +282,9 @@ class ChatDataset:
         for split in SPLITS:
             parts = open_split(folder, split)
             tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            check_turns(tokens, enc, f"{folder}/{split}.bin")
             # Every conversation opens with <|endoftext|>.
             starts = np.flatnonzero(tokens == self.pad_id)
-            if not len(starts):
-                raise ValueError(f"{folder}/{split}.bin: no conversation in it; "
-                                 "prepare the folder again")
             lengths = np.minimum(np.diff(starts, append=len(tokens)), block_size + 1)
             is_target = supervised(tokens, enc)
             before = np.concatenate([[0], np.cumsum(is_target)])  # targets before each position

@@ -132,6 +132,7 @@ def test_a_wrong_type_in_a_file_names_the_file_too(tmp_path, line, parts):
     ("steps = 3\nrate = = 2\n", 2, "SyntaxError"), ("steps = 3\n\nrate = 1 / 0\n", 3, "ZeroDivisionError"),
     ("_f = lambda: missing\n_x = 1\nsteps = _f()\n", 1, "NameError"),
     ("rate = 1\nimport no_such_module_here\n", 2, "ModuleNotFoundError"),
+    ("rate = 1\nexit()\n", 2, "SystemExit"), ("import sys\nsys.exit(0)\n", 2, "SystemExit"),
 ])
 def test_an_error_in_a_config_file_is_one_line_with_file_and_line_number(tmp_path, text, number, kind):
     path = write(tmp_path, text)
@@ -247,3 +248,32 @@ def test_run_lets_an_error_of_our_own_through():
         raise TypeError("ours")
     with pytest.raises(TypeError, match="ours"):
         config.run(main)
+
+
+@pytest.mark.parametrize("flag, told", [("--steps=1000000000000000000000", "steps is too large"),
+                                        ("--steps=-1e30", "steps is too large"), ("--rate=1" + "0" * 400, "rate is too large"),
+                                        ("--data_dir=a\0b", "data_dir='a\\x00b': no path")])
+def test_values_that_no_machine_can_use_are_refused_by_name(flag, told):
+    assert told in refused(flag)
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch):
+    def main(argv):
+        raise MemoryError
+    with pytest.raises(SystemExit, match="^error: out of memory; use"):
+        config.run(main)
+
+
+@pytest.mark.parametrize("script", ["train", "finetune", "chat", "prepare_alpaca", "data/text", "data/fineweb", "data/hellaswag",
+                                    "data/rules"])
+def test_config_is_the_first_that_a_script_imports(script):
+    text = (REPO / f"{script}.py").read_text(encoding="utf-8")
+    first = next(line for line in text.split('"""')[2].splitlines() if line)
+    assert first.startswith("import config ")
+
+
+@pytest.mark.parametrize("problem, silent", [("_thread.interrupt_main(); time.sleep(9)", True), ("1 / 0", False)])
+def test_ctrl_c_while_importing_leaves_no_traceback(problem, silent):
+    program = [sys.executable, "-c", f"import config, _thread, time\n{problem}"]
+    done = subprocess.run(program, cwd=REPO, capture_output=True, text=True, restore_signals=True)
+    assert (done.stderr == "") == silent and done.returncode, done

@@ -1,4 +1,5 @@
 """Writing files: whole or not at all, to where a name leads, and by one process at a time."""
+import errno
 import os
 import re
 import stat
@@ -149,3 +150,12 @@ def test_links_in_a_folder_stay_when_new_files_come(tmp_path):
             (part / name).write_text("new", encoding="utf-8")
     for name in ("train.bin", "meta.json"):
         assert (folder / name).is_symlink() and (disk / name).read_text(encoding="utf-8") == "new"
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a").write_text("old", encoding="utf-8")
+    with pytest.raises(OSError, match=f"^{re.escape(str(tmp_path))}: could not be written.*No space.*free"):
+        with new_files(tmp_path) as part:
+            (part / "a").write_text("new", encoding="utf-8")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"

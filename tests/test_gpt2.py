@@ -1,6 +1,7 @@
 """GPT-2's weights in and out, against transformers, safetensors and a small model hub on this computer."""
 import hashlib
 import json
+import math
 import os
 import re
 import struct
@@ -694,6 +695,18 @@ def test_a_tensor_that_cannot_be_written_leaves_the_earlier_file(tmp_path):
     assert safetensors.load_file(path)["a"].equal(torch.ones(3)) and os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["wte.weight", "h.1.mlp.c_fc.weight"])
+def test_weights_that_are_not_finite_are_named(tiny, tmp_path, name, number):
+    tensors = tensors_of(tiny)
+    full = next(key for key in tensors if key.endswith(name))
+    tensors[full] = tensors[full].clone()
+    tensors[full].view(-1)[-1] = number
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{re.escape(name)} holds numbers that are not finite"):
+        load_gpt2(tmp_path)
+
+
 # ---- the download ----
 
 class Hub(BaseHTTPRequestHandler):
@@ -712,7 +725,7 @@ class Hub(BaseHTTPRequestHandler):
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and reply != "ignores Range" else 0
         body = server.body[start:]
         self.answer(206 if start else 200, body[:reply] if isinstance(reply, int) else body,
-                    {"Content-Length": len(body),
+                    {"Content-Length": len(body), "ETag": '"4567"',
                      "Content-Range": f"bytes {start}-{len(server.body) - 1}/{len(server.body)}"})
 
     def answer(self, status, body, headers=None):
@@ -757,11 +770,21 @@ def test_gpt2_by_name_comes_from_the_hub_once_and_says_where_it_goes(hub, tiny, 
     hub.replies = ["whole"]
     same_logits(load_gpt2("gpt2"), tiny)
     assert str(hub.path.parent) in capsys.readouterr().err
-    assert hub.path.read_bytes() == hub.body and os.listdir(hub.path.parent) == [hub.path.name]
+    assert hub.path.read_bytes() == hub.body
+    assert sorted(os.listdir(hub.path.parent)) == [hub.path.name, hub.path.name + ".from"]
     assert len(hub.requests) == 2
     same_logits(load_gpt2("gpt2"), tiny)
     assert len(hub.requests) == 2 and m.fetch_gpt2("gpt2") == hub.path
     assert capsys.readouterr().err == ""
+
+
+def test_weights_of_another_mirror_or_of_an_earlier_version_are_used_as_they_are(hub, monkeypatch):
+    hub.replies = ["whole"]
+    path = m.fetch_gpt2("gpt2")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
+    assert m.fetch_gpt2("gpt2") == path
+    path.with_name(path.name + ".from").unlink()  # earlier versions wrote none
+    assert m.fetch_gpt2("gpt2") == path and len(hub.requests) == 2
 
 
 def test_a_broken_download_goes_on_where_it_stopped(hub):
@@ -769,7 +792,7 @@ def test_a_broken_download_goes_on_where_it_stopped(hub):
     assert m.fetch_gpt2("gpt2").read_bytes() == hub.body
     first, second, third = starts(hub)
     assert first == 0 < second <= 50_000 and second < third <= second + 30_000
-    assert os.listdir(hub.path.parent) == [hub.path.name]
+    assert sorted(os.listdir(hub.path.parent)) == [hub.path.name, hub.path.name + ".from"]
 
 
 def test_a_busy_hub_is_asked_again_after_a_wait(hub):

@@ -832,9 +832,10 @@ def test_muon_has_the_blocks_matrices_and_adamw_the_rest_each_at_its_rate():
 
 # Checkpoints
 
-def save_toy(path, seed=0):
-    gpt = toy(seed=seed)
-    m.save_checkpoint(path, m.model_checkpoint(gpt, "bytes", kind="text", step=3))
+def save_toy(path, seed=0, **changes):
+    gpt = toy(seed=seed, vocab_size=260)  # that many ids has the tokenizer "bytes"
+    made = m.model_checkpoint(gpt, "bytes", kind="text", step=3, max_iters=5)
+    m.save_checkpoint(path, {**made, **changes})
     return gpt
 
 
@@ -848,7 +849,7 @@ def test_a_checkpoint_gives_back_the_same_logits(tmp_path):
 
 def test_a_checkpoint_of_before_there_was_an_lm_head_is_read(tmp_path):
     """Names and shapes as the first versions wrote them."""
-    shapes = {"wte.weight": (128, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    shapes = {"wte.weight": (320, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
     for i in range(2):
         shapes |= {f"h.{i}.ln_1.weight": (C,), f"h.{i}.ln_1.bias": (C,), f"h.{i}.ln_2.weight": (C,),
                    f"h.{i}.ln_2.bias": (C,), f"h.{i}.attn.c_attn.weight": (3 * C, C),
@@ -858,12 +859,12 @@ def test_a_checkpoint_of_before_there_was_an_lm_head_is_read(tmp_path):
                    f"h.{i}.mlp.c_proj.bias": (C,)}
     generator = torch.Generator().manual_seed(0)
     weights = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    config = dict(vocab_size=V, block_size=T, n_layer=2, n_head=NH, n_embd=C, dropout=0.1, bias=True)
-    torch.save({"config": config, "model": weights, "tokenizer": "bytes", "kind": "text", "step": 3},
-               tmp_path / "best.pt")
+    config = dict(vocab_size=260, block_size=T, n_layer=2, n_head=NH, n_embd=C, dropout=0.1, bias=True)
+    torch.save({"config": config, "model": weights, "tokenizer": "bytes", "kind": "text", "step": 3,
+                "max_iters": 5}, tmp_path / "best.pt")
     gpt, ids = m.model_from_checkpoint(m.load_checkpoint(tmp_path / "best.pt")).eval(), random_ids(1, T)
     named = {name: weight.double().numpy() for name, weight in weights.items()}
-    close(gpt(ids)[0, :, :V], np_gpt(ids[0], named)[:, :V])
+    close(gpt(ids)[0, :, :260], np_gpt(ids[0], named)[:, :260])
     assert m.model_checkpoint(gpt, "bytes", "text")["model"].keys() == weights.keys(), "and is written so"
 
 
@@ -989,3 +990,43 @@ def test_the_second_gpu_of_a_machine_with_one_is_refused(monkeypatch):
 def test_a_precision_that_is_not_offered_is_refused(only_cpu, dtype):
     with pytest.raises(ValueError, match=f"dtype='{dtype}'.*float32"):
         m.pick_device("cpu", dtype)
+
+
+def test_one_flipped_bit_anywhere_in_the_weights_is_noticed(tmp_path):
+    path = tmp_path / "best.pt"
+    gpt = save_toy(path)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for p in gpt.parameters():
+        raw = p.detach().numpy().tobytes()[:32]
+        at = whole.index(raw) + rng.integers(len(raw))
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << rng.integers(8)]) + whole[at + 1:])
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*damaged.*checksum"):
+            m.load_checkpoint(path)
+
+
+def nan_weight(weights):
+    weights["h.1.mlp.c_fc.bias"][3] = math.nan
+
+
+@pytest.mark.parametrize("broken, told", [
+    (lambda c: c.pop("step"), "step"), (lambda c: c.update(max_iters="5"), "max_iters"),
+    (lambda c: c.update(model=[1]), "model"), (lambda c: c.update(kind="image"), "image"),
+    (lambda c: c.update(kind="chat", turns=0), "turns"), (lambda c: c["config"].update(n_hedd=2), "n_hedd"),
+    (lambda c: c["config"].update(n_layer=10**9), "fit"), (lambda c: c["config"].update(n_embd=32.0), "n_embd=32.0"),
+    (lambda c: c["config"].update(n_head=0), "n_head=0"), (lambda c: c["config"].update(block_size=10**12), "fit"),
+    (lambda c: c["config"].update(vocab_size=261), "261"), (lambda c: c.update(tokenizer="gpt2"), "50260"),
+    (lambda c: c.update(tokenizer={"pattern": "x*", "merges": []}), "pattern"),
+    (lambda c: c.update(tokenizer=7), "pattern and merges"), (lambda c: c["model"].pop("wpe.weight"), "KeyError"),
+    (lambda c: nan_weight(c["model"]), r"h\.1\.mlp\.c_fc\.bias.*not finite"),
+    (lambda c: c["model"].update({"ln_f.bias": c["model"]["ln_f.bias"].double()}), r"ln_f\.bias.*float64"),
+    (lambda c: c["model"].update({"ln_f.bias": 3}), "AttributeError")])
+def test_contents_that_cannot_be_right_are_one_line(tmp_path, broken, told):
+    path = tmp_path / "best.pt"
+    save_toy(path)
+    checkpoint = torch.load(path)
+    broken(checkpoint)
+    m.save_checkpoint(path, checkpoint)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{told}.*make a new one") as caught:
+        m.load_checkpoint(path)
+    assert "\n" not in str(caught.value)

@@ -433,6 +433,12 @@ def test_the_tokenizer_learns_from_the_training_text_only(tmp_path):
     assert enc.encode_ordinary("zzzz") == list(b"zzzz") and len(enc.encode_ordinary("aaaa")) == 1
 
 
+@pytest.mark.parametrize("bpe_bytes", [0, -1])
+def test_a_beginning_of_no_bytes_is_refused_by_name(tmp_path, bpe_bytes):
+    with pytest.raises(ValueError, match=f"bpe_bytes={bpe_bytes}: must be 1 or more"):
+        prepare_text(tmp_path, b"some text", f"--bpe_bytes={bpe_bytes}", tokenizer="bpe")
+
+
 @pytest.mark.parametrize("bpe_bytes", range(1, 9))
 def test_the_tokenizer_may_learn_from_a_beginning_that_ends_inside_a_character(tmp_path, bpe_bytes):
     content = "é👋".encode() * 30

@@ -294,6 +294,35 @@ def test_resuming_with_other_text_is_refused_by_name(made, tmp_path):
 
 # Killed
 
+@pytest.mark.parametrize("broken", [
+    lambda last: last.pop("history"), lambda last: last.update(history=[(1, 2.0)]), lambda last: last.pop("rng"),
+    lambda last: last.update(seconds=math.nan), lambda last: last.update(step=-1), lambda last: last.update(step=10**15),
+    lambda last: last.update(rng=[[torch.zeros(3)]]), lambda last: last["optimizers"].pop(),
+    lambda last: last["optimizers"][0]["state"][0].update(momentum_buffer=torch.zeros(7)),
+    lambda last: last["optimizers"][1]["param_groups"].pop()])
+def test_a_last_pt_that_cannot_be_gone_on_with_is_one_line(made, tmp_path, broken):
+    run(made, train, tmp_path, max_iters=2)
+    last = torch.load(tmp_path / "last.pt")
+    broken(last)
+    torch.save(last, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="^.*last.pt: ") as caught:
+        train.main(flags(made, train, tmp_path, resume=True))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace(",", ";"), lambda text: text.replace("\n1,", "\n1.0,"),
+                                    lambda text: text.encode("utf-16"), lambda text: text.replace("\n2", '\n"2"')])
+def test_a_log_that_a_spreadsheet_changed_is_kept_beside_the_new_one(made, tmp_path, capsys, change):
+    run(made, train, tmp_path, max_iters=3)
+    log, changed = tmp_path / "log.csv", change((tmp_path / "log.csv").read_text(encoding="utf-8"))
+    log.write_bytes(changed if isinstance(changed, bytes) else changed.encode("utf-8"))
+    before = log.read_bytes()
+    assert run(made, train, tmp_path, resume=True, max_iters=5)["step"] == 5
+    assert (tmp_path / "log.csv.old").read_bytes() == before
+    assert f"kept as {log}.old" in capsys.readouterr().out
+    assert log.read_text(encoding="utf-8").splitlines()[-1].startswith("5,")
+
+
 def assert_whole(out_dir):
     """Assert that the checkpoints there can be read to the last byte; returns how many there are."""
     found = [load_checkpoint(path) for path in (out_dir / "last.pt", out_dir / "best.pt") if path.exists()]

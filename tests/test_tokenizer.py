@@ -15,6 +15,7 @@ from data.tokenizer import (
     SPACE_BEHIND_PATTERN,
     SPLIT_PATTERN,
     apply_merges,
+    count_ids,
     get_tokenizer,
     learn_merges,
     merge,
@@ -311,3 +312,31 @@ def test_the_lesson_merges_the_longest_word_step_by_step_to_one_or_more_pieces()
 def test_a_spec_is_plain_json(tmp_path):
     write_spec(tmp_path / "t.json", train_bpe(["aab aab"], 300))
     assert json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))["merges"] == [[97, 97], [256, 98]]
+
+
+FIRST_VERSIONS = r" ?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
+
+
+@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, SPACE_BEHIND_PATTERN, FIRST_VERSIONS, r"[\s\S]", r"\w+|\W"])
+def test_a_pattern_that_cuts_every_text_is_taken(tmp_path, pattern):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"pattern": pattern, "merges": [[97, 98], [256, 99]]}), encoding="utf-8")
+    enc = get_tokenizer(path)
+    assert enc.n_vocab == count_ids(read_spec(path)) == 262
+    assert enc.decode(enc.encode_ordinary("abc  é\n")) == "abc  é\n"
+
+
+@pytest.mark.parametrize("pattern, merges, told", [
+    ("x*", [], "pattern"), ("", [], "pattern"), (r"\b|[\s\S]", [], "pattern"), ("a", [], "pattern"),
+    (r"(?=(a+))b|[\s\S]", [], "pattern"), (r"(\w)\1|[\s\S]", [], "pattern"), ("(" * 1000, [], "pattern"),
+    ("a{4294967296}|.", [], "pattern"), (r"(?:[\s\S]{1000}){1000}{1000}|[\s\S]", [], "pattern"), (7, [], "no text"),
+    (r"$|[\s\S]", [], "pattern"), (SPLIT_PATTERN, [[97, 98], [97, 98]], "same token"),
+    (SPLIT_PATTERN, [[97, 98], [256, 99], [98, 99], [97, 258]], "same token"), (SPLIT_PATTERN, [[97, 256]], "97, 256"),
+    (SPLIT_PATTERN, [[97, -1]], "-1"), (SPLIT_PATTERN, [[97, 98.0]], "98.0"), (SPLIT_PATTERN, {"97": 98}, "merges"),
+    (SPLIT_PATTERN, [[97, 97], *[[i, i] for i in range(256, 300)]], "bytes")])
+def test_a_hostile_tokenizer_is_refused_before_tiktoken_panics(tmp_path, capfd, pattern, merges, told):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"pattern": pattern, "merges": merges}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{re.escape(told)}.*prepare") as caught:
+        read_spec(path)
+    assert "\n" not in str(caught.value) and capfd.readouterr().err == ""

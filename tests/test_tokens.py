@@ -13,6 +13,7 @@ from data.tokens import (
     TokenDataset,
     count_targets,
     open_dataset,
+    row_categories,
     write_meta,
     write_tokens,
 )
@@ -238,13 +239,13 @@ def test_an_evaluation_of_all_has_each_token_but_a_shards_first_as_a_target_once
 
 def test_the_bytes_of_targets_are_those_of_their_tokens_and_special_tokens_have_none(tmp_path):
     merges = [[97, 97], [256, 98], [0xc3, 0xa9]]  # 256: aa, 257: aab, 258: é; 259 is <|endoftext|>
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"pattern": "\\S+", "merges": merges}), encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"pattern": "\\S+|\\s+", "merges": merges}), encoding="utf-8")
     ids = [257, 256, 98, 258, 259, 257, 0xc3, 32, 256]  # windows of 4, and no rest
-    folder = text_folder(tmp_path, ids, tokenizer="tokenizer.json", vocab_size=320)  # some are padding
+    folder = text_folder(tmp_path, ids, tokenizer="tokenizer.json", vocab_size=263)
     dataset = TokenDataset(folder, 4, 1)
     assert count_targets(dataset, "train", None) == (8, 2 + 1 + 2 + 0 + 3 + 1 + 1 + 2)
     assert count_targets(dataset, "train", 4) == (4, 2 + 1 + 2 + 0), "of the first window"
-    write_tokens(folder / "val.bin", [[257, 319, 319, 319, 257]])
+    write_tokens(folder / "val.bin", [[257, 262, 262, 262, 257]])
     assert count_targets(TokenDataset(folder, 4, 1), "val", None) == (4, 3)
 
 
@@ -446,7 +447,9 @@ def test_a_folder_without_meta_says_how_to_prepare_one(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b"{}",
                                      b'{"kind": "text", "tokenizer": "bytes"}',
                                      b'{"kind": "text", "vocab_size": 260}',
-                                     b'{"tokenizer": "bytes", "vocab_size": 260}'])
+                                     b'{"tokenizer": "bytes", "vocab_size": 260}',
+                                     b'{"kind": "text", "tokenizer": "bytes", "vocab_size": 0}',
+                                     b'{"kind": "text", "tokenizer": "bytes", "vocab_size": 2147483648}'])
 def test_a_broken_meta_is_refused_with_its_path(tmp_path, content):
     text_folder(tmp_path, random_ids(50))
     (tmp_path / "meta.json").write_bytes(content)
@@ -456,9 +459,9 @@ def test_a_broken_meta_is_refused_with_its_path(tmp_path, content):
 
 
 def test_a_tokenizer_file_is_looked_for_in_the_folder(tmp_path):
-    spec = '{"pattern": "a+|b", "merges": [[97, 97]]}'
+    spec = r'{"pattern": "a+|[\s\S]", "merges": [[97, 97]]}'.replace("\\", "\\\\")
     (tmp_path / "tokenizer.json").write_text(spec, encoding="utf-8")
-    dataset = TokenDataset(text_folder(tmp_path, random_ids(50), tokenizer="tokenizer.json"), 8, 2)
+    dataset = TokenDataset(text_folder(tmp_path, random_ids(50), tokenizer="tokenizer.json", vocab_size=261), 8, 2)
     assert get_tokenizer(dataset.tokenizer).encode_ordinary("aab") == [256, 98]
 
 
@@ -474,3 +477,40 @@ def test_a_token_file_that_is_not_as_long_as_meta_json_says_is_refused(tmp_path,
     (tmp_path / "train.bin").write_bytes(whole[:42])  # a kill, a full disk, a copy that broke off
     with pytest.raises(ValueError, match=r"train.bin: holds 21 tokens, but meta.json says 70; .*prepare"):
         open_dataset(tmp_path, 8, 2)
+
+
+A, B = [USER, 65, END], [ASSISTANT, 66, END]
+
+
+@pytest.mark.parametrize("wrong", [
+    [[START, *B]], [[START, *A]], [[START, *A, *A, *B]], [[START, *A, *B, *B]], [[START, *A, *B, *A]],
+    [[START, USER, 65, *B]], [[START, 65, *A, *B]], [[START, *A, 65, *B]], [[START, *A, *B, 65]], [[65], [START, *A, *B]],
+    [[START, *A, ASSISTANT, 66]], [[START], [START, *A, *B]], [[START, *A, *B, END]], [[START, *A, ASSISTANT, USER, END]]])
+def test_chats_without_turns_are_refused(tmp_path, wrong):
+    right = [START, *A, *B, *A, *B]
+    for n, chats in enumerate((wrong, [right, *wrong], [*wrong, right], [right, *wrong, right])):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        with pytest.raises(ValueError, match=r"train\.bin: .*turns"):
+            ChatDataset(chat_folder(folder, chats, [right]), 16, 2)
+
+
+def test_a_vocabulary_of_another_size_than_the_tokenizers_is_refused_with_both(tmp_path):
+    for kind in (text_folder, chat_folder):
+        kind(tmp_path, [[65] * 50], vocab_size=300)
+        with pytest.raises(ValueError, match="vocab_size=300.*bytes has 260"):
+            open_dataset(tmp_path, 8, 2)
+
+
+@pytest.mark.parametrize("meta", [{}, {"categories": ["a"]}, {"categories": ["a"], "val_categories": [0]},
+                                  {"categories": ["a"], "val_categories": [0, 1]}, {"val_categories": [0, 0]},
+                                  {"categories": [3], "val_categories": [0, 0]}, {"categories": 5, "val_categories": [0, 0]}])
+def test_categories_that_do_not_fit_are_one_line(tmp_path, meta):
+    chat_folder(tmp_path, [[START, *A, *B]] * 2, **meta)
+    with pytest.raises(ValueError, match=r"meta\.json: .*val_categories.*val\.bin; prepare"):
+        row_categories(tmp_path, "val", 2)
+
+
+def test_the_categories_of_rows(tmp_path):
+    chat_folder(tmp_path, [[START, *A, *B]] * 2, categories=["a", "b"], val_categories=[1, 0], train_categories=[])
+    assert row_categories(tmp_path, "val", 2) == ["b", "a"] and row_categories(tmp_path, "train", 2) == ["", ""]

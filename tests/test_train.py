@@ -303,7 +303,7 @@ def to_measure(tmp_path_factory):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    save_checkpoint(root / "model.pt", model_checkpoint(model, dataset.tokenizer, "text"))
+    save_checkpoint(root / "model.pt", model_checkpoint(model, dataset.tokenizer, "text", step=1, max_iters=1))
     (root / "hf").mkdir()
     write_hf_model(root / "hf", model.config, to_gpt2_names(model))
     return root
