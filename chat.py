@@ -782,6 +782,7 @@ def load_model(s, device, dtype):
         enc = get_tokenizer(checkpoint["tokenizer"])
         name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
         turns = gpt.trained_turns(checkpoint)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
     model = model.to(device, dtype).eval()
     if s.dtype == "int8":
         gpt.quantize_int8(model)
