@@ -780,6 +780,7 @@ def load_model(s, device, dtype):
         enc = get_tokenizer(checkpoint["tokenizer"])
         name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
         turns = gpt.trained_turns(checkpoint)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
     model = model.to(device, dtype).eval()
     gpt.make_fast(model, int8=s.dtype == "int8")
     return model, enc, turns, name

@@ -205,6 +205,8 @@ class GPT(nn.Module):
         T, block_size = idx.shape[1], self.config.block_size
         assert start + T <= block_size, f"{start + T} tokens, block_size {block_size}"
         x = self.wte(idx) + self.wpe.weight[start:start + T]  # (B, T, C) + (T, C)
+        if cache is None and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the stream too: half the bytes
         x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, cache.layers[i] if cache else None, start)
@@ -349,7 +351,7 @@ NEWTON_SCHULZ_ROUNDS = ((8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184),
                         (3.9096, -2.8234, 0.5250), (3.2856, -2.4153, 0.4853))
 
 
-def newton_schulz(x):
+def newton_schulz(x, dtype=torch.float32):
     """Nearest semi-orthogonal matrices, roughly: (n, rows, cols), singular values of about 1.
 
     Each round turns every singular value v into a v + b v^3 + c v^5, by matrix products alone
@@ -358,7 +360,7 @@ def newton_schulz(x):
     """
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x  # the smaller side first, so that x @ x.mT is small
-    x = x.bfloat16() if x.is_cuda else x.float()  # bfloat16 is slow on most CPUs
+    x = x.to(dtype)  # of all products: bfloat16 is exact enough, where it is fast
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in NEWTON_SCHULZ_ROUNDS:
         xx = x @ x.mT
@@ -381,7 +383,8 @@ class Muon(torch.optim.Optimizer):
     Updates are scaled to the root mean square that AdamW's have (Liu et al. 2025, "Muon is
     Scalable"), so learning rates and weight decay mean much the same in both."""
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0):
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, dtype=torch.float32):
+        self.dtype = dtype  # of its matrix products
         by_shape = {}  # matrices of one shape are stacked and made orthogonal in one batch
         for p in params:
             by_shape.setdefault(wide_matrices(p)[0].shape, []).append(p)
@@ -400,15 +403,16 @@ class Muon(torch.optim.Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(grads)
             buffer = state["momentum_buffer"].lerp_(grads, 1 - momentum)
             ahead = grads.lerp_(buffer, momentum)  # Nesterov's look ahead
-            update = newton_schulz(ahead).to(grads.dtype)
+            update = newton_schulz(ahead, self.dtype).to(grads.dtype)
             scale = 0.2 * math.sqrt(grads.shape[2])  # root mean square: from 1 / sqrt(cols) to 0.2
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             torch._foreach_add_(matrices, update.unbind(), alpha=-lr * scale)
 
 
-def configure_optimizers(model, s):
-    """The optimizers of a training run, a list: AdamW (Loshchilov & Hutter 2019) for all, or
-    Muon for the blocks' matrices and AdamW for the rest. A group keeps its peak as "peak_lr"."""
+def configure_optimizers(model, s, dtype=torch.float32):
+    """The optimizers of a run, a list: AdamW (Loshchilov & Hutter 2019) for all, or Muon, its
+    products in `dtype`, for the blocks' matrices and AdamW for the rest. A group keeps its peak as
+    "peak_lr"."""
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     tables = [model.wte.weight, model.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() == 1]  # norms and biases: no weight decay
@@ -416,10 +420,10 @@ def configure_optimizers(model, s):
     decayed = matrices + tables if s.optimizer == "adamw" else tables
     groups = [{"params": decayed, "weight_decay": s.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    fused = model.wte.weight.device.type in ("cuda", "cpu")
+    fused = model.wte.weight.device.type in ("cuda", "cpu", "mps")
     optimizers = [torch.optim.AdamW(groups, lr=adamw_lr, betas=(s.beta1, s.beta2), fused=fused)]
     if s.optimizer == "muon":
-        optimizers.insert(0, Muon(matrices, s.learning_rate, s.momentum, s.weight_decay))
+        optimizers.insert(0, Muon(matrices, s.learning_rate, s.momentum, s.weight_decay, dtype))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -636,7 +640,8 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path, hint=""):
-    """The dict that save_checkpoint wrote, its tensors mapped from the file (read when first used).
+    """The dict that save_checkpoint wrote, its tensors mapped from the file (read when first used;
+    on Windows at once, where a file that is mapped could not be replaced).
 
     Raises FileNotFoundError, or ValueError for a file that is no checkpoint, is cut short or has
     changed since it was written: its checksums are verified, which takes 0.15 s for GPT-2's 124M.
@@ -649,7 +654,8 @@ def load_checkpoint(path, hint=""):
         with zipfile.ZipFile(path) as members:
             if changed := members.testzip():
                 raise ValueError(f"the checksum of {changed} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True,
+                                mmap=sys.platform != "win32")
         check_checkpoint(checkpoint)
     except Exception as error:  # whatever torch says of them, the user's next step is the same
         why = error if type(error) is ValueError else type(error).__name__
@@ -855,12 +861,20 @@ def pick_device(device="auto", dtype="auto"):
     missing = picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count()
     if picked.type not in ("cpu", best) or missing:
         raise ValueError(f"device={device!r} is not available on this machine: use auto or {best}")
-    fast = "bfloat16" if picked.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    fast, why_dtype = "float32", "fast here"
+    if picked.type == "cuda":
+        # Emulated, as on a T4 or V100, bfloat16 is slower than float32, and does not compile.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            fast = "bfloat16"
+        elif dtype == "bfloat16":
+            raise ValueError(f"dtype=bfloat16: {picked} has none of its own; use float32")
+        else:
+            why_dtype = "this GPU has no bfloat16"
     name = fast if dtype == "auto" else dtype
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: use auto, float32 or bfloat16 (chat.py: or int8)")
     why = "as set" if device != "auto" else "the only one here" if best == "cpu" else "found"
-    why_dtype = "as set" if dtype != "auto" else "fast here"
+    why_dtype = why_dtype if dtype == "auto" else "as set"
     return picked, getattr(torch, name), f"{picked} ({why}), {name} ({why_dtype})"
 
 

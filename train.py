@@ -16,22 +16,25 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.utils._triton import has_triton
 
 import model as gpt
 from data.conversation import decode_conversation, encode_prompt, special_ids
 from data.files import locked, write_atomically
 from data.tokenizer import get_tokenizer
-from data.tokens import SPLITS, count_targets, folder_tokenizer, open_dataset, read_meta
+from data.tokens import SPLITS, ReadAhead, count_targets, folder_tokenizer, open_dataset, read_meta
 from pictures import draw_losses
 
 
@@ -63,8 +66,8 @@ class LoopSettings:
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # looking, saving
     log_interval: int = 50  # steps between progress lines
-    eval_interval: int = 250  # steps between evaluations; each saves last.pt too
-    save_interval: int | str = "10m"  # last.pt between those: 500 means steps, 10m minutes
+    eval_interval: int = 250  # steps between evaluations
+    save_interval: int | str = "5m"  # between saves of last.pt: 500 means steps, 10m minutes
     sample_interval: int = 500  # steps between samples of what the model writes; 0: none
     sample_prompt: str | None = None  # what they go on from; None: something held out
     eval_tokens: int = 20_000  # tokens of an evaluation, of each split; with eval_only: all
@@ -94,13 +97,10 @@ def train(s, model, dataset, device, dtype, resumed=None):
     s: LoopSettings. model: a GPT on `device`. dataset: see data/tokens.py. resumed: the dict of a
     last.pt to go on from. Returns the number of the signal that stopped it, or 0.
     """
-    optimizers = gpt.configure_optimizers(model, s)
+    optimizers = gpt.configure_optimizers(model, s, dtype)
     progress = restore(resumed, optimizers, device) if resumed else Progress()
     autocast = mixed_precision(device, dtype)  # matrix products in bfloat16, all else in float32
-    # The replica: the same weights, compiled and shared out to many processes where that is on.
-    replica = torch.compile(model) if s.compile == "on" else model
-    if dist.is_initialized():
-        replica = torch.nn.parallel.DistributedDataParallel(replica)
+    replica = make_replica(model, dataset, s)  # the same weights, where it is on compiled, shared
     log = Log(s.out_dir / "log.csv", lambda: peak_flops(device, dtype))
     saved, saved_at, stopped_by = True, time.monotonic(), 0  # saved: no save has failed yet
     model.train()
@@ -138,7 +138,7 @@ def train(s, model, dataset, device, dtype, resumed=None):
 
             # Once in a while: save all that an exact resume needs.
             is_due = log.proven and save_is_due(s, progress.step, saved_at)
-            if losses or stopped_by or is_over(s, progress) or largest_over_ranks(device, is_due):
+            if stopped_by or is_over(s, progress) or largest_over_ranks(device, is_due):
                 saved = save_last(s, model, dataset, progress, optimizers, device)
                 saved_at = time.monotonic()
     report(s, dataset, progress, saved)
@@ -228,10 +228,13 @@ def evaluate(model, dataset, split, s, device, autocast):
 def processes(device):
     """Within it, the processes that torchrun started, if it did, are joined by torch.distributed;
     yields this one's device. Only the first of them prints. Raises ValueError where a process has
-    no GPU."""
+    no GPU, or a device cannot be shared out."""
     if "WORLD_SIZE" not in os.environ:
         yield device
         return
+    if device.type == "mps":
+        raise ValueError("device=mps: cannot be used by several processes; leave torchrun out, or "
+                         "use --device=cpu")
     if device.type == "cuda":
         number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= count:
@@ -243,17 +246,29 @@ def processes(device):
     store, rank, world_size = next(rendezvous("env://"))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"restart {restart}", store)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                            world_size=world_size)
-    try:
-        if rank == 0:
-            yield device
-        else:
-            with open(os.devnull, "w", encoding="utf-8") as nowhere:
-                with contextlib.redirect_stdout(nowhere):
-                    yield device
-    finally:
-        dist.destroy_process_group()
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
+        device_id=device if on_gpu else None,
+        timeout=timedelta(hours=2))  # the others wait while the first downloads gpt2-xl
+    if rank == 0:
+        yield device
+    else:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            with contextlib.redirect_stdout(nowhere):
+                yield device
+    dist.destroy_process_group()  # not where this one failed: the others may be waiting for it
+
+
+def make_replica(model, dataset, s):
+    """What the loop calls: the model itself, or its weights compiled, and shared out to many
+    processes."""
+    if s.compile == "on":
+        # Text has one or two shapes, and gets a graph for each; chats have hundreds, which share.
+        model = torch.compile(model, dynamic=False if dataset.kind == "text" else None)
+    if dist.is_initialized():  # gradients are sent from where they are made, not from a copy
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
 
 
 def ranks():
@@ -299,7 +314,10 @@ def mixed_precision(device, dtype):
 
 def to_device(batch, device):
     """A dataset's (idx, targets, where), NumPy arrays or None, as tensors on the device."""
-    return [None if a is None else torch.from_numpy(a).to(device, non_blocking=True) for a in batch]
+    tensors = [None if a is None else torch.from_numpy(a) for a in batch]
+    if device.type == "cuda":  # from pinned memory a GPU copies while it computes
+        tensors = [None if t is None else t.pin_memory() for t in tensors]
+    return [None if t is None else t.to(device, non_blocking=True) for t in tensors]
 
 
 # ---- what only tells: it must not end a run ----
@@ -477,10 +495,11 @@ def duration(seconds):
 
 # ---- the log ----
 
-# Dense bfloat16 FLOP/s that makers state, by a part of the device's name.
-PEAKS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
-         "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12,
-         "RTX 3090": 71e12, "B200": 2250e12}
+# Dense bfloat16 FLOP/s that makers state, by a part of the device's name; the first that fits.
+PEAKS = {"H100 PCIe": 756e12, "H800 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,
+         "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
+         "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 5090": 209e12,
+         "RTX 4090": 165e12, "RTX 3090": 71e12, "B200": 2250e12}
 
 
 def peak_flops(device, dtype):
@@ -720,6 +739,8 @@ def rng_states(device):
     mine = [torch.get_rng_state()]
     if device.type == "cuda":
         mine.append(torch.cuda.get_rng_state(device))
+    elif device.type == "mps":
+        mine.append(torch.mps.get_rng_state())
     states = [mine] * ranks()[1]
     if len(states) > 1:
         dist.all_gather_object(states, mine)
@@ -767,9 +788,11 @@ def restore_rng(states, device):
         torch.set_rng_state(mine[0])
         if device.type == "cuda" and len(mine) > 1:
             torch.cuda.set_rng_state(mine[1], device)
+        elif device.type == "mps" and len(mine) > 1:
+            torch.mps.set_rng_state(mine[1])
 
 
-# ---- signals, and memory that runs out ----
+# ---- signals, and what the machine cannot do ----
 
 @contextlib.contextmanager
 def stop_signals():
@@ -821,6 +844,37 @@ def smaller_batches(s):
     factor = next(factors, s.batch_size)
     return (f"--batch_size={s.batch_size // factor} --gradient_accumulation="
             f"{s.gradient_accumulation * factor}, the same tokens per step")
+
+
+EARNS_COMPILING = 1e16  # floating-point operations of a run: a minute or two on an A100
+
+
+def pick_compile(s, model, dataset, device):
+    """What compile=auto comes to: ("on" or "off", why)."""
+    if device.type != "cuda" or dataset.kind != "text":
+        return "off", "it pays on a GPU with batches of one shape"
+    if not has_triton():
+        return "off", "it needs Triton"
+    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]  # Triton for Windows brings one
+    if sys.platform != "win32" and not any(map(shutil.which, compilers)):
+        return "off", "it needs a C compiler"
+    tokens = s.max_iters * s.gradient_accumulation * s.batch_size * dataset.block_size
+    if model.flops(tokens, tokens, tokens * dataset.block_size) < EARNS_COMPILING:
+        return "off", "so short a run does not earn the minute that it takes"
+    return "on", "it pays on a GPU with batches of one shape"
+
+
+@contextlib.contextmanager
+def compiling(s):
+    """Within it, an error of torch.compile becomes a ValueError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if s.compile != "on" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
+        cause, *_ = str(getattr(error, "inner_exception", error)).split("\n")
+        raise ValueError(f"compile=on: this machine cannot compile the model ({cause}); use "
+                         "--compile=off") from error
 
 
 # ---- starting ----
@@ -1002,10 +1056,11 @@ def run(s, model, dataset, device, dtype, why, resumed):
     too."""
     torch.set_float32_matmul_precision("high")
     get_tokenizer(dataset.tokenizer)  # it is needed later; where it cannot be had, say so now
+    # cuDNN's attention plans anew for every shape, and chats have hundreds.
+    torch.backends.cuda.enable_cudnn_sdp(dataset.kind == "text")
     reason = "as set"
     if s.compile == "auto":
-        s.compile = "on" if device.type == "cuda" and dataset.kind == "text" else "off"
-        reason = "it pays on a GPU with batches of one shape"
+        s.compile, reason = pick_compile(s, model, dataset, device)
     print(f"{s.data_dir}: {dataset.n_tokens('train'):,} training tokens, {dataset.vocab_size} ids")
     world_size = ranks()[1]
     together = f"; {world_size} processes" if world_size > 1 else ""
@@ -1019,8 +1074,10 @@ def run(s, model, dataset, device, dtype, why, resumed):
         if resumed["step"] >= s.max_iters:
             rest = f", and nothing is left to do: max_iters={s.max_iters}; a larger one trains on"
         print(f"resumed at step {resumed['step']}{rest}", flush=True)
+    if device.type == "cuda" and dataset.kind == "text":
+        dataset = ReadAhead(dataset, world_size, s.gradient_accumulation // world_size)
     advice = f"the last checkpoint is kept. Try {smaller_batches(s)}"
-    with enough_memory(advice):
+    with enough_memory(advice), compiling(s):
         if s.eval_only:
             return measure(s, model, dataset, device, dtype)
         with alone_in(s):

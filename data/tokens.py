@@ -7,6 +7,7 @@ pure function of the seed and the index, so a run that is resumed, or spread ove
 same batches.
 """
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,25 @@ class TokenDataset:
             row[:] = self.tokens[split][shard][start:start + self.block_size + 1]
         check_ids(ids, self.vocab_size, self.folder / f"{split}.bin")
         return ids[:, :-1], ids[:, 1:].reshape(-1), None
+
+
+class ReadAhead:
+    """A TokenDataset that reads its next batches while a GPU computes: windows of a file that is
+    not in memory yet take longer to read than a step to compute. Of batches `stride` apart, as one
+    of so many processes asks for them, `ahead` are read before they are asked for."""
+
+    def __init__(self, dataset, stride, ahead):
+        self.dataset, self.stride, self.ahead = dataset, stride, ahead
+        self.reader, self.reading = ThreadPoolExecutor(1), {}
+
+    def __getattr__(self, name):  # all else is the dataset's
+        return getattr(self.dataset, name)
+
+    def batch(self, split, index):
+        for number in range(index, index + (self.ahead + 1) * self.stride, self.stride):
+            if (split, number) not in self.reading:
+                self.reading[split, number] = self.reader.submit(self.dataset.batch, split, number)
+        return self.reading.pop((split, index)).result()
 
 
 class ChatDataset:

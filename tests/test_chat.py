@@ -839,6 +839,12 @@ def test_bfloat16_answers_too(talk):
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_a_chat_leaves_cudnns_attention_alone(talk):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    talk("--prompt=Say hi.")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def test_with_one_turn_each_message_is_answered_by_itself(talk):
     question, expected = next(iter(KNOWN.items()))
     out, _ = talk("--temperature=0", "--turns=1", typed=f"{question}\n" * 3)

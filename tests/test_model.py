@@ -4,11 +4,14 @@ import copy
 import math
 import os
 import re
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
 from model import GPT, GPTConfig, KVCache, Muon, newton_schulz, sample
@@ -625,6 +628,18 @@ def test_compiled_the_loss_and_the_gradients_are_those_of_plain_python(picked):
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-4)
 
 
+def test_under_autocast_the_residual_stream_is_in_bfloat16_compiled_or_not():
+    gpt, ids, targets, seen = toy(n_layer=1), random_ids(2, T), random_ids(2, T, seed=3).flatten(), []
+    for module in (*gpt.h, gpt.ln_f):
+        module.register_forward_hook(lambda module, args, out: seen.append(args[0].dtype))
+    wanted = gpt(ids, targets).item()
+    assert seen == [torch.float32] * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gpt(ids, targets).item() == pytest.approx(wanted, rel=0.01)
+        assert seen[2:] == [torch.bfloat16] * 2
+        assert compiled(toy(n_layer=1))(ids, targets).item() == pytest.approx(wanted, rel=0.01)
+
+
 # Faster products, in a model that only answers
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -830,6 +845,41 @@ def test_muon_has_the_blocks_matrices_and_adamw_the_rest_each_at_its_rate():
         assert rates[id(p)] == (("Muon", 0.01) if of_a_block else ("AdamW", 0.003)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muons_products_are_of_the_dtype_that_was_chosen(dtype):
+    gpt = toy()
+    muon, _ = m.configure_optimizers(gpt, SimpleNamespace(optimizer="muon", **RATES), dtype)
+    before, seen = gpt.h[0].mlp.c_fc.weight.detach().clone(), []
+    gpt(random_ids(2, T), random_ids(2, T).flatten()).backward()
+    with SeeProducts(seen):
+        muon.step()
+    assert set(seen) == {dtype} and len(seen) == 3 * 4 * len(muon.param_groups)  # three a round, of four
+    assert gpt.h[0].mlp.c_fc.weight.dtype == torch.float32 and not gpt.h[0].mlp.c_fc.weight.equal(before)
+
+
+class SeeProducts(TorchDispatchMode):
+    """Within it, the dtype of each batch of matrix products goes into a list."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default):
+            self.seen.append(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_adamw_is_fused_wherever_torch_can(monkeypatch, kind):
+    gpt, asked = toy(), []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused, **_: asked.append(fused) or
+                        SimpleNamespace(param_groups=[]))
+    monkeypatch.setattr(torch.nn.Parameter, "device", torch.device(kind))
+    m.configure_optimizers(gpt, SimpleNamespace(optimizer="adamw", **RATES))
+    assert asked == [kind in _get_fused_kernels_supported_devices()] == [True]
+
+
 # Checkpoints
 
 def save_toy(path, seed=0, **changes):
@@ -958,6 +1008,17 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
 
 
+def test_on_windows_a_checkpoint_is_read_whole_so_that_it_can_be_replaced(tmp_path, monkeypatch):
+    gpt = save_toy(tmp_path / "last.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "win32")
+        loaded = m.load_checkpoint(tmp_path / "last.pt")["model"]
+    with open(tmp_path / "last.pt", "r+b") as f:
+        f.write(bytes(os.path.getsize(tmp_path / "last.pt")))  # what is mapped changes with the file
+    for name, weight in m.stored_weights(gpt).items():
+        assert weight.equal(loaded[name]), name
+
+
 # Devices
 
 @pytest.fixture
@@ -984,6 +1045,17 @@ def test_the_second_gpu_of_a_machine_with_one_is_refused(monkeypatch):
     assert m.pick_device("cuda:0")[:2] == (torch.device("cuda:0"), torch.bfloat16)
     with pytest.raises(ValueError, match="device='cuda:1'"):
         m.pick_device("cuda:1")
+
+
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float32_and_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    device, dtype, why = m.pick_device()
+    assert (device, dtype) == (torch.device("cuda"), torch.float32) and "this GPU has no bfloat16" in why
+    assert m.pick_device("cuda", "float32")[2] == "cuda (as set), float32 (as set)"
+    with pytest.raises(ValueError, match="dtype=bfloat16: cuda.*float32"):
+        m.pick_device("cuda", "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "half", "float16", "load", ""])

@@ -208,7 +208,7 @@ def test_a_run_that_crashes_often_goes_on_from_the_newest_save_and_ends_the_same
             before_step(wanted, crash)
             run(made, script, out_dir, resume=saved > 0, **knobs)
         assert [row["step"] for row in read_log(out_dir)] == [str(i) for i in range(1, wanted)]
-        saved = max(step for step in (0, 3, 5, 6, 9, 10) if step < wanted)
+        saved = max(step for step in (0, 3, 6, 9) if step < wanted)  # not at evaluations, 5 and 10
         if saved:
             assert load_checkpoint(out_dir / "last.pt")["step"] == saved
         torch.manual_seed(99)

@@ -3,6 +3,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from data.tokenizer import get_tokenizer
 from data.tokens import (
     ChatDataset,
+    ReadAhead,
     TokenDataset,
     count_targets,
     open_dataset,
@@ -135,6 +137,32 @@ def test_batches_of_text_reach_every_window_from_the_first_to_the_last(tmp_path)
     seen = {(*row.tolist(), last) for index in range(20) for x, y, _ in [dataset.batch("train", index)]
             for row, last in zip(x, y.reshape(30, 8)[:, -1].tolist(), strict=True)}
     assert seen == {tuple(ids[i:i + 9]) for i in range(12)}
+
+
+def test_read_ahead_the_batches_are_the_same_and_are_read_before_they_are_asked_for(tmp_path):
+    plain, read = TokenDataset(text_folder(tmp_path, random_ids(300)), block_size=8, batch_size=5), []
+
+    class Noted(TokenDataset):
+        def batch(self, split, index):
+            read.append(index)
+            return super().batch(split, index)
+
+    dataset = ReadAhead(Noted(tmp_path, block_size=8, batch_size=5), stride=2, ahead=3)
+    assert (dataset.kind, dataset.n_tokens("train"), dataset.block_size) == ("text", 300, 8)
+    for index in range(1, 21, 2):  # the second of two processes, a run that is resumed, and gone on with
+        for found, wanted in zip(dataset.batch("train", index), plain.batch("train", index)):
+            assert np.array_equal(found, wanted)
+    dataset.reader.shutdown()
+    assert read == list(range(1, 27, 2)), "each once, in turn, and three more than asked for"
+
+
+def test_what_goes_wrong_ahead_is_told_when_its_turn_comes(tmp_path):
+    def batch(split, index):
+        return 10 // (2 - index)
+    dataset = ReadAhead(SimpleNamespace(batch=batch), stride=1, ahead=4)
+    assert [dataset.batch("train", index) for index in (0, 1)] == [5, 10]
+    with pytest.raises(ZeroDivisionError):
+        dataset.batch("train", 2)
 
 
 def test_one_token_more_than_block_size_is_enough(tmp_path):
