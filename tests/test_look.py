@@ -17,7 +17,7 @@ import chat
 import model as code
 from data.conversation import encode_conversation, special_ids
 from data.tokenizer import build, get_tokenizer
-from model import GPT, GPTConfig, quantize_int8, sample
+from model import GPT, GPTConfig, make_fast, sample
 from pictures import look as pictures_look
 from pictures.look import habits, head_scores, look, write_page
 
@@ -108,7 +108,7 @@ def test_looking_leaves_nothing_behind():
 def test_other_kinds_of_weights(kind, tmp_path):
     model = tiny(bias=kind != "no biases")
     if kind == "int8":
-        quantize_int8(model)
+        make_fast(model, int8=True)
     elif kind == "bfloat16":
         model = model.to(torch.bfloat16)
     page = look(model, BYTES, CHAT)
