@@ -52,6 +52,8 @@ def read_meta(folder):
         if not (type(meta["kind"]) is type(meta["tokenizer"]) is str and
                 type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] <= 2**16):
             raise TypeError
+        if any(type(meta.get(f"{split}_tokens", 0)) is not int for split in SPLITS):
+            raise TypeError
     except FileNotFoundError:
         raise ValueError(f"{folder}: no meta.json there; prepare the data first: "
                          "python prepare_alpaca.py config/prepare_instruction.py (chats), "

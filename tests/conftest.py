@@ -1,4 +1,4 @@
-"""What the tests share: one thread, and training that neither draws nor measures."""
+"""What the tests share: one thread, GPT-2's vocabulary, and training that neither draws nor measures."""
 import os
 
 import pytest
@@ -15,3 +15,13 @@ def neither_drawn_nor_measured():
         patch.setattr(train, "draw_losses", lambda *args: None)
         patch.setattr(train, "peak_flops", lambda *args: 1e12)
         yield
+
+
+@pytest.fixture(scope="session")
+def gpt2_vocabulary():
+    """tiktoken's GPT-2; a test that needs it is skipped where it is not on this computer."""
+    from data.tokenizer import get_tokenizer
+    try:
+        return get_tokenizer("gpt2")
+    except ValueError as error:
+        pytest.skip(str(error))

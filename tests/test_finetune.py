@@ -334,12 +334,8 @@ def test_a_checkpoint_gives_its_weights_and_nothing_else(made, tmp_path, begun, 
 
 
 @pytest.fixture(scope="module")
-def gpt2_chat(tmp_path_factory):
+def gpt2_chat(tmp_path_factory, gpt2_vocabulary):
     """Chats in GPT-2's ids."""
-    try:
-        get_tokenizer("gpt2")
-    except ValueError as error:
-        pytest.skip(f"GPT-2's vocabulary is not on this computer: {error}")
     return prepare(tmp_path_factory.mktemp("gpt2") / "chat", ROWS, tokenizer="gpt2")
 
 

@@ -231,7 +231,8 @@ def test_score_rows_takes_so_many_spread_over_the_file(unigram, score, tmp_path)
     assert [a["row"] for a in saved["answers"]] == [1, 3] and saved["summary"][0]["n"] == 2
 
 
-def test_gpt2s_weights_are_scored_from_their_folder(score, tmp_path, monkeypatch, capsys):
+def test_gpt2s_weights_are_scored_from_their_folder(
+        score, gpt2_vocabulary, tmp_path, monkeypatch, capsys):
     torch.manual_seed(1)
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         n_positions=32, n_embd=8, n_layer=1, n_head=1, initializer_range=0.5))

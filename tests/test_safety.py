@@ -487,7 +487,7 @@ def test_a_bad_setting_costs_nothing_of_an_earlier_run(made, tmp_path, script, b
 
 
 @pytest.mark.parametrize("absurd", ["n_embd=100000", "n_layer=1000000000", f"block_size={10**12}",
-                                    f"block_size={10**18}", f"n_embd={10**30}"])
+                                    f"block_size={10**18}"])
 def test_a_model_beyond_memory_is_one_line(made, tmp_path, absurd):
     name, value = absurd.split("=")
     with pytest.raises(ValueError, match="^out of memory; .*smaller model: n_layer, n_embd, block_size$"):
