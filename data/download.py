@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-import requests
-
 RETRIES = 5
 CHUNK = 1 << 16  # bytes read at a time; what a broken connection loses
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
@@ -48,6 +46,7 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
             raise OSError(f"{path}: came from {came_from}, not from {url}; move it away, or use "
                           "another folder")
         return path
+    import requests  # here, so that a chat need not wait for it
     path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(retries + 1):
         try:
@@ -114,6 +113,7 @@ def delete(path):
 def _fetch(url, part, note):
     """One attempt: append to `part` what it lacks. Returns the whole size and the sha256 as the
     server states them, each None where it does not."""
+    import requests
     have = part.stat().st_size if part.exists() else 0
     came_from, version = read_note(note)
     headers = {"Accept-Encoding": "identity"}

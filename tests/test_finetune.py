@@ -23,7 +23,6 @@ import finetune
 import prepare_alpaca
 import train
 from data.export import write_hf_model
-from data.tokenizer import get_tokenizer
 from data.tokens import ChatDataset, open_dataset
 from model import GPT, GPT2_NAMES, GPTConfig, load_checkpoint, model_from_checkpoint, to_gpt2_names
 from tests.test_safety import FORK, ended
@@ -241,6 +240,7 @@ def one_of_two(rank, folder, out):
         model = toy(dataset)
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         torch.save(three_steps(model, wrapped, dataset), out / f"{rank}.pt")
+        dist.barrier()  # whoever leaves first would break the other's connection
     finally:
         dist.destroy_process_group()
 
