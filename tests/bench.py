@@ -17,12 +17,14 @@ import functools
 import io
 import json
 import math
+import multiprocessing
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -319,30 +321,40 @@ def gpu_steps(shape, windows, batch_size, nanogpt_batch_size, device, peak, runs
 
 
 class Llama:
-    """llama.cpp, in this process, with our own GGUF of a model and a thread for each of ours; None where it is
-    not installed."""
+    """llama.cpp with our own GGUF of a model and a thread for each of ours; None where it is not installed. It
+    has a process of its own: in one, its threads and PyTorch's would slow each other down."""
 
     def __new__(cls, model, dtype):
         return super().__new__(cls) if find_spec("xllamacpp") else None
 
     def __init__(self, model, dtype):
-        import xllamacpp
-        params = xllamacpp.CommonParams()
         with tempfile.TemporaryDirectory() as folder:
-            params.model.path = f"{folder}/it.gguf"
-            write_gguf(params.model.path, model.config, stored_weights(model), "gpt2", dtype)
-            params.n_ctx, params.n_parallel, params.verbosity = model.config.block_size, 1, 0
-            params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-            params.warmup, params.ui, params.fit_params = True, False, False
-            self.server = xllamacpp.Server(params)
+            path = f"{folder}/it.gguf"
+            write_gguf(path, model.config, stored_weights(model), "gpt2", dtype)
+            self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_llama,
+                                            (path, model.config.block_size, torch.get_num_threads()))
             self.seconds([0], 1)
 
     def seconds(self, ids, new):
         """(Seconds to read a prompt, seconds for `new` tokens behind it), as it measures itself."""
-        answer = self.server.handle_completions({"prompt": ids, "n_predict": new, "temperature": 0,
-                                                 "ignore_eos": True, "cache_prompt": False})
-        time.sleep(0.1)  # its threads go on waiting for a moment
-        return answer["timings"]["prompt_ms"] / 1000, answer["timings"]["predicted_ms"] / 1000
+        return self.pool.submit(ask_llama, ids, new).result()
+
+
+def start_llama(path, context, threads):
+    """In a process of its own: llama.cpp's server, with a file."""
+    import xllamacpp
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.verbosity = path, context, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.warmup, params.ui, params.fit_params = True, False, False
+    globals()["llama"] = xllamacpp.Server(params)
+
+
+def ask_llama(ids, new):
+    """There: (seconds to read a prompt, seconds for `new` tokens)."""
+    timings = globals()["llama"].handle_completions({
+        "prompt": ids, "n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False})["timings"]
+    return timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
 
 
 def fast(model, int8=False):
