@@ -750,14 +750,27 @@ def main(argv):
         return score(model, enc, s)
     talk = Talk(model, enc, turns)
     show_turns(talk, s.turns)
-    if s.prompt is not None:
-        say(talk, enc.encode_ordinary(s.prompt), s, False)
-        if s.look or s.attention:
-            show_look(talk, s.look or s.attention)
-        return
-    if sys.stdin.isatty():
+    if s.prompt is None and sys.stdin.isatty():
         greet(talk, name, why)
-    chat(talk, s)
+    with only_finite(name):
+        if s.prompt is None:
+            return chat(talk, s)
+        say(talk, enc.encode_ordinary(s.prompt), s, False)
+    if s.look or s.attention:
+        show_look(talk, s.look or s.attention)
+
+
+@contextlib.contextmanager
+def only_finite(name):
+    """Within it, a token that cannot be drawn because the model's numbers overflow is a
+    ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise ValueError(f"{name}: its numbers overflow, as no trained model's do; the file is "
+                         "damaged, use another") from error
 
 
 def load_model(s, device, dtype):

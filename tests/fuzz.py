@@ -51,7 +51,7 @@ JUNK = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, -1.5, 1e30, math.nan, m
 SETTINGS = [-1, 0, 1, 2, 3, 7, "", "x", "None", "True", "[1]", "x/y", "a\0b", "~", "é", ".", "0m", "5m", "{", "é" * 300]
 LARGE = [0.5, -0.5, 1e-30, 1e30, "nan", "inf", "-inf", "1e9999", 10**6, 2**31, 2**63, 10**12, 10**30]
 # Settings whose large values only say how long to work.
-ENDLESS = {"max_iters", "epochs", "gradient_accumulation", "n_layer", "max_new_tokens"}
+ENDLESS = {"max_iters", "repeat", "epochs", "gradient_accumulation", "n_layer", "max_new_tokens"}
 
 
 @dataclass

@@ -853,3 +853,14 @@ def test_with_one_turn_each_message_is_answered_by_itself(talk):
 
 def test_a_checkpoint_knows_how_many_turns_its_chats_had(made):
     assert load_checkpoint(made / "out" / "best.pt")["turns"] == len(TWO_TURNS)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_model_whose_numbers_overflow_is_one_line(tmp_path, capsys, dtype):
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(vocab_size=260, block_size=32, n_layer=1, n_head=1, n_embd=16))
+    gpt.h[0].mlp.c_proj.weight.data[3, 3] = 1e38  # finite, but no trained model has it
+    gpt.h[0].mlp.c_fc.bias.data[3] = 1e38
+    save_checkpoint(tmp_path / "best.pt", model_checkpoint(gpt, "bytes", "chat", step=1, max_iters=1, turns=1))
+    with pytest.raises(ValueError, match="best.pt.*: its numbers overflow.*use another$"):
+        chat.main([f"--checkpoint={tmp_path / 'best.pt'}", "--prompt=hi", "--device=cpu", f"--dtype={dtype}"])
