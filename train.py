@@ -759,7 +759,7 @@ def restore(resumed, optimizers, device):
         progress.history = [(int(step), float(train_loss), float(val_loss))
                             for step, train_loss, val_loss in resumed["history"]]
         progress.seconds, progress.best = float(progress.seconds), float(progress.best)
-        if not 0 <= progress.step <= resumed["max_iters"] or not math.isfinite(progress.seconds):
+        if not 0 < progress.step <= resumed["max_iters"] or not math.isfinite(progress.seconds):
             raise ValueError("no such place in a run")
         return progress
     except Exception as error:  # whatever is missing or does not fit

@@ -296,7 +296,7 @@ def test_resuming_with_other_text_is_refused_by_name(made, tmp_path):
 
 @pytest.mark.parametrize("broken", [
     lambda last: last.pop("history"), lambda last: last.update(history=[(1, 2.0)]), lambda last: last.pop("rng"),
-    lambda last: last.update(seconds=math.nan), lambda last: last.update(step=-1), lambda last: last.update(step=10**15),
+    lambda last: last.update(seconds=math.nan), lambda last: last.update(step=-1), lambda last: last.update(step=0), lambda last: last.update(step=10**15),
     lambda last: last.update(rng=[[torch.zeros(3)]]), lambda last: last["optimizers"].pop(),
     lambda last: last["optimizers"][0]["state"][0].update(momentum_buffer=torch.zeros(7)),
     lambda last: last["optimizers"][1]["param_groups"].pop()])
