@@ -984,7 +984,8 @@ def load_resumed(s):
     model, batch or seed."""
     path = s.out_dir / "last.pt"
     resumed = gpt.load_checkpoint(path, "Start without --resume=True.")
-    if not {"optimizers", "rng", "history", "settings", "data"} <= resumed.keys():
+    needed = {"optimizers", "rng", "history", "settings", "data"}
+    if not needed <= resumed.keys() or not isinstance(resumed["settings"], dict):
         raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may "
                          "be a best.pt")
     for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",

@@ -121,6 +121,7 @@ LISTS = ("messages", "conversations", "conversation")  # OpenAI, ShareGPT, LMSYS
 # ... and in each message its role and its text.
 MESSAGE = (("role", "content"), ("from", "value"))
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+         "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
          "system": "system", "developer": "system"}
 # Others have a question, what may follow it on a new line (or be missing), and the answer.
 PAIRS = {"Alpaca": ("instruction", "input", "output"),
@@ -172,7 +173,7 @@ def to_messages(row, where, report=None):
         messages = [{"role": "user", "content": "\n".join(filter(None, (asked, more)))},
                     {"role": "assistant", "content": answer}]
     question = messages[0]["content"]
-    systems = list(filter(str.strip, systems))
+    systems = list(dict.fromkeys(filter(str.strip, systems)))  # some rows have it twice
     if systems and question.strip():
         messages[0]["content"] = "\n".join([*systems, question])
         report["system text before the question"] += 1
@@ -252,8 +253,8 @@ def read_messages(listed, where, report):
             raise BadRow("unknown role", f"{place}: unknown role {short(role)}; expected one of "
                          f"{', '.join(map(repr, ROLES))}")
         if ROLES[role] == "assistant" and m.get("weight") == 0:  # OpenAI's
-            raise BadRow("marked as a bad answer", f"{place}: 'weight' is 0, which marks a bad "
-                         "answer; expected answers to learn from")
+            raise BadRow("not to be learned from", f"{place}: 'weight' is 0, so it is not to be "
+                         "learned from; here every answer is")
         if ROLES[role] == "system" and number == 1:
             systems.append(content)
         elif ROLES[role] != expected:

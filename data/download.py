@@ -40,10 +40,16 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
     """
     path = Path(path)
     part, note = (path.with_name(path.name + ending) for ending in (".part", ".from"))
+    if path.exists() and sha256:  # wherever it came from
+        if sha256_of(path) != sha256:
+            raise OSError(f"{path}: is not the file that is known (its sha256 is another); move it "
+                          "away")
+        return path
     if path.exists():
         came_from, _ = read_note(note)
         if came_from not in ("", without_password(url)):  # "": fetched before there were notes
-            raise OSError(f"{path}: came from {came_from}, not from {url}; move it away, or use "
+            raise OSError(f"{path}: came from {came_from}, not from {without_password(url)}; move "
+                          "it away, or use "
                           "another folder")
         return path
     import requests  # here, so that a chat need not wait for it

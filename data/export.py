@@ -215,14 +215,27 @@ def can_be_made(token, enc):
 
 def ids_may_differ(spec):
     """Which texts llama.cpp may cut into other ids than this tokenizer does, or None."""
-    if spec in ("gpt2", "bytes") or spec["pattern"] == SPLIT_PATTERN:
+    if spec in ("gpt2", "bytes"):
         return None
-    if spec["pattern"] != SPACE_BEHIND_PATTERN:
-        return "any text: this tokenizer's pattern is an older one"
     tokens = get_tokenizer(spec)._mergeable_ranks
-    if any(token.isspace() and token[:1] == b" " and len(token) > 1 for token in tokens):
+    if spec["pattern"] not in (SPLIT_PATTERN, SPACE_BEHIND_PATTERN):
+        return "any text: this tokenizer's pattern is an older one"
+    if any(map(reaches_over, tokens)):
+        return "texts with punctuation beside letters of several bytes"
+    spaces = [token for token in tokens if token.isspace() and token[:1] == b" " and len(token) > 1]
+    if spaces and spec["pattern"] == SPACE_BEHIND_PATTERN:
         return "texts with several spaces behind a word"
     return None
+
+
+def reaches_over(token):
+    """Whether a token has the edge of a character in it, and half a character. (llama.cpp's pattern
+    cuts coarser than ours, so such merges may join there what we keep apart.)"""
+    try:
+        token.decode("utf-8")
+        return False
+    except UnicodeDecodeError:
+        return any(byte & 0xC0 != 0x80 for byte in token[1:])
 
 
 def gguf_tensors(config, weights, dtype):
@@ -278,7 +291,7 @@ def gguf_bytes(tensor, dtype):
 
 def write_modelfile(path, gguf, config, turns):
     """Write what `ollama create NAME -f FILE` needs beside a GGUF file: the chat format once more,
-    as a template of Go's."""
+    as a template of Go's, but without system messages."""
     shown = 2 * turns - 1  # messages
     chat = (END_OF_TEXT + "{{ range $i, $m := .Messages }}"
             f'{{{{ if and (ne $m.Role "system") (le (len (slice $.Messages $i)) {shown}) }}}}'

@@ -67,11 +67,13 @@ def main(argv):
                 url = s.url.format(mirror=mirror, split=split, number=number)
                 unpack(download(url, s.out_dir / name_in(url)), path)
                 print(f"{path}: {path.stat().st_size // 2:,} tokens", flush=True)
-        counts = {f"{split}_tokens": sum(path.stat().st_size // 2
-                                         for path in shards(s.out_dir, split)) for split in SPLITS}
-        write_meta(s.out_dir, {"kind": "text", "tokenizer": "gpt2",
-                               "vocab_size": GPT2_VOCAB_SIZE + len(ROLE_TOKENS), **counts,
-                               "source": "fineweb10B-gpt2"})
+            if split == "train":  # the folder can be trained on from here on
+                counts = {f"{part}_tokens": sum(path.stat().st_size // 2
+                                                for path in shards(s.out_dir, part))
+                          for part in SPLITS}
+                write_meta(s.out_dir, {"kind": "text", "tokenizer": "gpt2",
+                                       "vocab_size": GPT2_VOCAB_SIZE + len(ROLE_TOKENS), **counts,
+                                       "source": "fineweb10B-gpt2"})
     print(f"{s.out_dir}: {counts['train_tokens']:,} training tokens, "
           f"{counts['val_tokens']:,} for validation")
 

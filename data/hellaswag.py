@@ -89,6 +89,8 @@ def to_choices(row, where):
     check_characters([question, *choices], where)
     if isinstance(right, str) and choices.count(right) == 1:
         right = choices.index(right)
+    elif isinstance(right, str) and right.isascii() and right.isdecimal():  # as the hub's rows
+        right = int(right)
     if type(right) is not int or not 0 <= right < len(choices):
         raise ValueError(f"{where}: field {names[2]!r} must be a number from 0 to "
                          f"{len(choices) - 1}, or the text of just one of the {names[1]}; found "

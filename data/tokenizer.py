@@ -221,13 +221,16 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN, min_count=2):
     # anew, and entries whose count is no longer true are skipped when they come up.
     heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
-    merges = []
+    merges, sizes = [], [1] * 256  # sizes: bytes of each id
     while heap and len(merges) < vocab_size - 256:
         count, pair = heapq.heappop(heap)
         if -count != pair_counts[pair]:
             continue
         if -count < min_count:
             break
+        if sizes[pair[0]] + sizes[pair[1]] > LONGEST_TOKEN:  # of a text that is all one letter
+            continue
+        sizes.append(sizes[pair[0]] + sizes[pair[1]])
         new_id = 256 + len(merges)
         merges.append(list(pair))
         changed = Counter()  # how the counts of pairs change, in the words that hold this one

@@ -321,11 +321,8 @@ def gpu_steps(shape, windows, batch_size, nanogpt_batch_size, device, peak, runs
 
 
 class Llama:
-    """llama.cpp with our own GGUF of a model and a thread for each of ours; None where it is not installed. It
-    has a process of its own: in one, its threads and PyTorch's would slow each other down."""
-
-    def __new__(cls, model, dtype):
-        return super().__new__(cls) if find_spec("xllamacpp") else None
+    """llama.cpp with our own GGUF of a model and a thread for each of ours. It has a process of its own: in one,
+    its threads and PyTorch's would slow each other down."""
 
     def __init__(self, model, dtype):
         with tempfile.TemporaryDirectory() as folder:
@@ -333,11 +330,27 @@ class Llama:
             write_gguf(path, model.config, stored_weights(model), "gpt2", dtype)
             self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_llama,
                                             (path, model.config.block_size, torch.get_num_threads()))
-            self.seconds([0], 1)
+            self.reading([0])  # the file is open by then
 
-    def seconds(self, ids, new):
-        """(Seconds to read a prompt, seconds for `new` tokens behind it), as it measures itself."""
-        return self.pool.submit(ask_llama, ids, new).result()
+    def reading(self, ids):
+        """Seconds to read a prompt, as it measures itself."""
+        return self.pool.submit(ask_llama, ids, 1).result()["prompt_ms"] / 1000
+
+    def writing(self, ids, new):
+        """Seconds for `new` tokens behind the first, as it measures itself."""
+        return self.pool.submit(ask_llama, ids, new + 1).result()["predicted_ms"] / 1000
+
+
+@contextlib.contextmanager
+def llamas(model):
+    """{"float32": a Llama, "int8": one}, or None for each where llama.cpp is not installed."""
+    dtypes = {"float32": "float32", "int8": "q8_0"}
+    peers = {name: Llama(model, dtype) if find_spec("xllamacpp") else None for name, dtype in dtypes.items()}
+    try:
+        yield peers
+    finally:
+        for peer in filter(None, peers.values()):
+            peer.pool.shutdown()
 
 
 def start_llama(path, context, threads):
@@ -347,14 +360,21 @@ def start_llama(path, context, threads):
     params.model.path, params.n_ctx, params.n_parallel, params.verbosity = path, context, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.warmup, params.ui, params.fit_params = True, False, False
-    globals()["llama"] = xllamacpp.Server(params)
+    start_llama.server = xllamacpp.Server(params)
 
 
 def ask_llama(ids, new):
-    """There: (seconds to read a prompt, seconds for `new` tokens)."""
-    timings = globals()["llama"].handle_completions({
+    """There: what it says of its time for a prompt and `new` tokens."""
+    return start_llama.server.handle_completions({
         "prompt": ids, "n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False})["timings"]
-    return timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000
+
+
+def beside_llama(what, name, speed, target):
+    """The line of a table that has llama.cpp as the peer, if it is installed."""
+    if peer := speed.get(f"{name}; llama.cpp"):
+        yield line(f"{what}; llama.cpp", speed[name], peer, "tokens/s", target)
+    else:
+        print(f"{what}; llama.cpp: pip install xllamacpp, and it is compared", flush=True)
 
 
 def fast(model, int8=False):
@@ -379,7 +399,6 @@ def decode(s):
     model = gpt2_shape().eval()
     peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (900,)).tolist()
     ours = {"float32": fast(model), "int8": fast(model, int8=True)}
-    llama = {"float32": Llama(model, "float32"), "int8": Llama(model, "q8_0")}
 
     @torch.no_grad()
     def transformers():
@@ -391,30 +410,25 @@ def decode(s):
             seconds.append(time.perf_counter() - began)
         return seconds[1] - seconds[0]
 
-    functions = {"transformers": transformers, "read": large_read()}
-    for name in ours:
-        for context, new in ((64, 128), (900, 64)):
-            key = f"{name}, {new} tokens behind {context}"
-            functions[key] = functools.partial(writing, ours[name], ids[:context], new)
-            if llama[name]:
-                functions[f"{key}; llama.cpp"] = lambda at=llama[name], new=new, context=context: (
-                    at.seconds(ids[:context], new)[1])
-    seconds = in_turn(max(s.runs, 5), **functions)
+    functions, cases = {"transformers": transformers, "read": large_read()}, {}
+    with llamas(model) as llama:
+        for name in ours:
+            for context, new in ((64, 128), (900, 64)):
+                case = f"{name}, {new} tokens behind {context}"
+                cases[case] = (name, context, new)
+                functions[case] = functools.partial(writing, ours[name], ids[:context], new)
+                if llama[name]:
+                    functions[f"{case}; llama.cpp"] = functools.partial(llama[name].writing, ids[:context], new)
+        seconds = in_turn(max(s.runs, 5), **functions)
     bandwidth = READ / statistics.median(seconds["read"])
     weights = model.num_params() - model.wpe.weight.numel()  # all are read for each token
-    for name, size, target in (("float32", 4, "1 or more; 85% or more"), ("int8", 1, "1 or more, aim 1.1")):
-        for context, new in ((64, 128), (900, 64)):
-            key = f"{name}, {new} tokens behind {context}"
-            speed = {which: [new / second for second in values] for which, values in seconds.items()}
-            share = size * weights * statistics.median(speed[key]) / bandwidth
-            if context == 64:
-                yield line(f"decode, 124M, {key}; transformers", speed[key],
-                           [128 / second for second in seconds["transformers"]], "tokens/s", share=share)
-            if llama[name]:
-                yield line(f"decode, 124M, {key}; llama.cpp", speed[key], speed[f"{key}; llama.cpp"],
-                           "tokens/s", target if context == 64 else "")
-            else:
-                print(f"decode, 124M, {key}; llama.cpp: pip install xllamacpp to compare", flush=True)
+    for case, (name, context, new) in cases.items():
+        speed = {which: [new / second for second in values] for which, values in seconds.items()}
+        share = weights * {"float32": 4, "int8": 1}[name] * statistics.median(speed[case]) / bandwidth
+        if context == 64:
+            yield line(f"decode, 124M, {case}; transformers", speed[case], speed["transformers"], "tokens/s",
+                       share=share)
+        yield from beside_llama(f"decode, 124M, {case}", case, speed, "1 or more, aim of int8 1.1")
     small = chat_shape()
     seconds = in_turn(max(s.runs, 5), plain=lambda: writing(small, list(range(64)), 128),
                       fast=functools.partial(writing, fast(small), list(range(64)), 128))
@@ -427,7 +441,6 @@ def prefill(s):
     model = gpt2_shape().eval()
     peer, ids = as_transformers(model).eval(), torch.randint(0, 50257, (932,)).tolist()
     ours = {"float32": fast(model), "int8": fast(model, int8=True)}
-    llama = {"float32": Llama(model, "float32"), "int8": Llama(model, "q8_0")}
     cache = KVCache(ours["float32"])
 
     def first(which, n, **more):
@@ -446,17 +459,16 @@ def prefill(s):
                  "product": large_product()}
     for name in ours:
         functions[name] = functools.partial(first, name, 512)
-        if llama[name]:
-            functions[f"{name}; llama.cpp"] = lambda at=llama[name]: at.seconds(ids[:512], 1)[0]
-    seconds = in_turn(max(s.runs, 5), **functions)
+    with llamas(model) as llama:
+        for name in filter(llama.get, ours):
+            functions[f"{name}; llama.cpp"] = functools.partial(llama[name].reading, ids[:512])
+        seconds = in_turn(max(s.runs, 5), **functions)
     speed = {name: [512 / second for second in values] for name, values in seconds.items()}
     flops = model.flops(1, 512, 512**2) / 3  # forward only
     yield line("prefill, 124M, 512 tokens; transformers", speed["float32"], speed["transformers"], "tokens/s",
                "1.2 or more", share=share_of_peak(flops, seconds["float32"], seconds["product"]))
     for name, target in (("float32", "2 or more"), ("int8", "1.5 or more")):
-        if llama[name]:
-            yield line(f"prefill, 124M, 512 tokens, {name}; llama.cpp", speed[name], speed[f"{name}; llama.cpp"],
-                       "tokens/s", target)
+        yield from beside_llama(f"prefill, 124M, 512 tokens, {name}", name, speed, target)
     yield line("second turn, 900 + 32 tokens; from the start", seconds["second"], seconds["whole"], "s",
                "10 or more", smaller=True)
 

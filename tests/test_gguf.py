@@ -26,6 +26,7 @@ CODE = (REPO / "data/export.py").read_text(encoding="utf-8")
 PARAGRAPH = ("Où est le café?  Ça, c'est à 3.14 km; naïve Ærøskøbing, Straße, 東京都, здравствуйте, नमस्ते. e\u0301'"
              "\n\n\tif x_1 == 10**6:\n        return '👋🏽 👨\u200d👩\u200d👧 🇫🇷'   \r\n \n\n  I'll we've they'D  "
              " 1,234,567   ...!?  __init__ \u00a0\u2003 “end”…  ² Ⅷ x² م٣٤؟ สวัสดี 안녕하세요 ")
+JAPANESE = "今日はとてもよい日です。「東京」へ行きました。きのうは雨でしたが、あしたは晴れるでしょう！本を読みますか？はい、読みます。"
 HINDI = "नमस्ते। आप कैसे हैं? यह एक छोटी-सी फ़ाइल है. फ़ाइलें (दो) नहीं मिलीं: 'हिंदी', 'में' और \"कुछ\"... "
 
 
@@ -101,6 +102,16 @@ def tokenizer(name, request):
             "bpe": lambda: train_bpe(CHATS, 1024),
             "bpe of code": lambda: train_bpe([CODE], 1024),
             "space behind": lambda: train_bpe(CHATS, 512, SPACE_BEHIND_PATTERN)}[name]()
+
+
+def test_the_export_says_where_llama_may_cut_other_ids(tmp_path, capsys):
+    spec = train_bpe([JAPANESE] * 2, 400)  # its merges reach from half a letter over a comma
+    save(tmp_path / "best.pt", random_model(spec), spec)
+    llama = Server(export(tmp_path / "best.pt", tmp_path / "it.gguf"))
+    assert "punctuation beside letters of several bytes" in capsys.readouterr().out
+    draw = random.Random(1)
+    cuts = ["".join(draw.choices(JAPANESE, k=20)) for _ in range(100)]
+    assert any(llama.ids(text) != get_tokenizer(spec).encode_ordinary(text) for text in cuts), "else why say it?"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes", "bpe", "bpe of code", "space behind"])

@@ -340,3 +340,7 @@ def test_a_hostile_tokenizer_is_refused_before_tiktoken_panics(tmp_path, capfd, 
     with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: .*{re.escape(told)}.*prepare") as caught:
         read_spec(path)
     assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
+
+
+def test_a_text_that_is_all_one_letter_makes_a_tokenizer_that_opens():
+    assert count_ids(train_bpe(["=" * 600_000], 1024)) <= 1024 + 4
