@@ -40,7 +40,7 @@ def main(argv):
     s = train.load_settings(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = pick_device(s.device, s.dtype)
-    with train.processes(device) as device:
+    with train.processes(device) as device, train.alone_in(s):
         model, dataset, resumed = train.set_up(s, device, train.load_base)
         count_steps(s, dataset)
         say_what_is_read(s, dataset)

@@ -76,7 +76,7 @@ class LoopSettings:
     # the machine
     seed: int = 1337  # of the first weights, the batches and the dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    dtype: str = "auto"  # auto, float32 or bfloat16 (matrix products; weights stay float32)
+    dtype: str = "auto"  # auto, float32 or bfloat16 (products; weights, losses stay float32)
     compile: str = "auto"  # torch.compile: auto, on or off
 
 
@@ -99,21 +99,22 @@ def train(s, model, dataset, device, dtype, resumed=None):
     """
     optimizers = gpt.configure_optimizers(model, s, dtype)
     progress = restore(resumed, optimizers, device) if resumed else Progress()
-    autocast = mixed_precision(device, dtype)  # matrix products in bfloat16, all else in float32
+    autocast = mixed_precision(device, dtype)  # products in bfloat16, weights and losses float32
     replica = make_replica(model, dataset, s)  # the same weights, where it is on compiled, shared
-    log = Log(s.out_dir / "log.csv", lambda: peak_flops(device, dtype))
-    saved, saved_at, stopped_by = True, time.monotonic(), 0  # saved: no save has failed yet
+    log = Log(s.out_dir / "log.csv", device, dtype)
+    saved, stopped_by = True, 0  # saved: whether the newest save worked
+    saved_at = time.monotonic() if resumed else -math.inf  # so that an earlier run's file goes soon
     model.train()
     with stop_signals() as signals:
         while not (stopped_by or is_over(s, progress)):
             began = time.perf_counter()
-            if not evaluation_is_due(s, progress):  # else a signal stopped the run before that
+            if not evaluation_is_due(s, progress):  # a resumed run may owe one, and does it first
                 progress.newest = train_step(
                     replica, optimizers, dataset, progress.step, s, device, autocast)
                 progress.step += 1
                 progress.step_seconds = time.perf_counter() - began
             # A signal to one process stops all of them, after the same step: they save, and end.
-            stopped_by = largest_over_ranks(device, max(signals, default=0))
+            stopped_by = signal_to_any(device, signals)
 
             # Once in a while: how well does it do on what it has not seen?
             losses = None
@@ -121,13 +122,12 @@ def train(s, model, dataset, device, dtype, resumed=None):
                 losses = [evaluate(replica, dataset, part, s, device, autocast) for part in SPLITS]
                 stop_if_not_finite(sum(losses), f"the losses are {losses}", progress.step, s, model)
                 progress.history.append((progress.step, *losses))
-                stopped_by = largest_over_ranks(device, max(signals, default=0))
+                stopped_by = signal_to_any(device, signals)
             progress.seconds += time.perf_counter() - began
 
             # Once in a while: say how it goes, and what the model writes by now.
-            loss, norm, counts = progress.newest  # counts[1]: tokens read
-            row = log_row(s, dataset, progress, loss, norm, losses)
-            log.add(row, counts[1], model.flops(*counts), progress.step_seconds, stopped_by)
+            row = log_row(s, dataset, progress, losses)
+            log.add(row, model, progress, now=stopped_by)
             if losses or progress.step % s.log_interval == 0 or progress.step == 1:
                 log.print_line(progress, row, s)
             if s.sample_interval and progress.step % s.sample_interval == 0 and not stopped_by:
@@ -137,8 +137,8 @@ def train(s, model, dataset, device, dtype, resumed=None):
                 keep_best(s, model, dataset, progress)
 
             # Once in a while: save all that an exact resume needs.
-            is_due = log.proven and save_is_due(s, progress.step, saved_at)
-            if stopped_by or is_over(s, progress) or largest_over_ranks(device, is_due):
+            is_due = largest_over_ranks(device, save_is_due(s, log, progress.step, saved_at))
+            if stopped_by or is_over(s, progress) or is_due:
                 saved = save_last(s, model, dataset, progress, optimizers, device)
                 saved_at = time.monotonic()
     report(s, dataset, progress, saved)
@@ -284,6 +284,11 @@ def is_first():
 def sum_over_ranks(device, *numbers):
     """The sum of each number over all processes, as a list."""
     return reduce_over_ranks(device, numbers, dist.ReduceOp.SUM)
+
+
+def signal_to_any(device, signals):
+    """The largest number of a signal that came to any process, or 0. signals: this one's."""
+    return largest_over_ranks(device, max(signals, default=0))
 
 
 def largest_over_ranks(device, number):
@@ -521,9 +526,10 @@ def peak_flops(device, dtype):
     return None
 
 
-def log_row(s, dataset, progress, loss, norm, losses):
+def log_row(s, dataset, progress, losses):
     """What is logged of a step, as text: {column: value}. losses: [train, val] where it was
     evaluated. Another logger (wandb, TensorBoard) takes such a row in the loop, beside log.add."""
+    loss, norm, _ = progress.newest
     row = {"step": progress.step, "epoch": f"{epochs(dataset, progress.step, s):.2f}",
            "loss": f"{loss:.4f}", "norm": f"{norm:.2f}",
            "lr": f"{lr_factor(progress.step - 1, s) * s.learning_rate:.2e}"}
@@ -541,11 +547,11 @@ class Log:
     COLUMNS = ("step", "epoch", "loss", "lr", "norm", "tokens", "seconds", "peak_share",
                "train_loss", "val_loss", "val_bits_per_byte")
 
-    def __init__(self, path, measure_peak):
-        """measure_peak(): FLOP/s that the machine can do, or None."""
+    def __init__(self, path, device, dtype):
         self.path, self.warned, self.unwritten = path, False, b""
         self.first_step, self.begun, self.proven = None, False, False
-        self.measure_peak, self.peak = measure_peak, measure_peak() if is_first() else None
+        self.device, self.dtype = device, dtype
+        self.peak = peak_flops(device, dtype) if is_first() else None  # FLOP/s of the machine
         self.tokens = self.seconds = self.flops = 0.0  # since the last line
 
     def begin(self):
@@ -567,7 +573,7 @@ class Log:
         write_atomically(self.path, lambda f: f.write(whole))
         self.begun, self.unwritten = True, b""
 
-    def add(self, row, tokens, flops, seconds, now=False):
+    def add(self, row, model, progress, now=False):
         """Write a row, a dict of COLUMNS; what a full disk refuses is kept for the next time.
 
         An earlier run's file is replaced when this run's second step has shown that the first was
@@ -577,8 +583,10 @@ class Log:
         self.first_step = self.first_step or row["step"]
         if not is_first():
             return
+        _, _, counts = progress.newest
+        tokens, flops, seconds = counts[1], model.flops(*counts), progress.step_seconds
         if self.peak and flops / seconds > self.peak:  # it was measured while something else ran
-            self.peak = max(self.peak, self.measure_peak())
+            self.peak = max(self.peak, peak_flops(self.device, self.dtype))
         share = f"{flops / seconds / self.peak:.3f}" if self.peak else "n/a"
         row = {**row, "tokens": int(tokens), "seconds": f"{seconds:.4f}", "peak_share": share}
         text = ",".join(str(row.get(name, "")) for name in self.COLUMNS) + "\n"
@@ -700,9 +708,12 @@ def keep_best(s, model, dataset, progress):
             draw_losses(s.out_dir, progress.history)
 
 
-def save_is_due(s, step, saved_at):
-    """Whether save_interval has gone by: steps, or minutes since `saved_at`."""
+def save_is_due(s, log, step, saved_at):
+    """Whether last.pt may be replaced (see Log.add), and save_interval has gone by: steps, or
+    minutes since `saved_at`; or nothing was saved yet."""
     every = str(s.save_interval)
+    if not log.proven or saved_at == -math.inf:
+        return log.proven
     if every.endswith("m"):
         return time.monotonic() - saved_at >= 60 * float(every[:-1])
     return step % int(every) == 0
@@ -759,7 +770,7 @@ def restore(resumed, optimizers, device):
         progress.history = [(int(step), float(train_loss), float(val_loss))
                             for step, train_loss, val_loss in resumed["history"]]
         progress.seconds, progress.best = float(progress.seconds), float(progress.best)
-        if not 0 < progress.step <= resumed["max_iters"] or not math.isfinite(progress.seconds):
+        if progress.step < 1 or not math.isfinite(progress.seconds):
             raise ValueError("no such place in a run")
         return progress
     except Exception as error:  # whatever is missing or does not fit
@@ -772,9 +783,10 @@ def restore_optimizer(optimizer, state):
     and so on of this run's settings."""
     theirs = "params", "lr"  # lr: each step sets it
     mine = [{k: v for k, v in group.items() if k not in theirs} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, values in zip(optimizer.param_groups, mine):
-        group.update(values)
+    groups = [{**group, **values}
+              for group, values in zip(state["param_groups"], mine, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for group in optimizer.param_groups:
         sizes = [p.numel() for p in group["params"]]
         for p, size in zip(group["params"], sizes):
             for momenta in optimizer.state.get(p, {}).values():  # Muon has one stack for all
@@ -797,11 +809,12 @@ def restore_rng(states, device):
 @contextlib.contextmanager
 def stop_signals():
     """Within it, the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal) is noted in the list it
-    yields, for the loop to save and end; a later one ends the program at once."""
+    yields, for the loop to save and end; one more than a second later ends the program at once."""
     caught, first_at = [], 0.0
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)  # Windows has none, and nohup has it ignored
+    names = "SIGINT", "SIGTERM", "SIGHUP"  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # A shell has some ignored: nohup SIGHUP, and & in a script SIGINT.
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
 
     def handler(number, frame):
         nonlocal first_at
@@ -829,7 +842,8 @@ def enough_memory(advice):
         yield
     except Exception as error:
         words = "allocate memory", "out of memory", "verflow"  # a CPU's, MPS's, of absurd sizes
-        said = any(word in str(error) for word in words)
+        ours = isinstance(error, (ValueError, OSError))  # with any name of a file in it
+        said = not ours and any(word in str(error) for word in words)
         kinds = torch.OutOfMemoryError, MemoryError, OverflowError
         if not said and not isinstance(error, kinds):
             raise
@@ -870,7 +884,8 @@ def compiling(s):
     try:
         yield
     except RuntimeError as error:
-        if s.compile != "on" or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        compiler_said = isinstance(error, torch._dynamo.exc.TorchDynamoException)
+        if s.compile != "on" or not compiler_said or "out of memory" in str(error):
             raise
         cause, *_ = str(getattr(error, "inner_exception", error)).split("\n")
         raise ValueError(f"compile=on: this machine cannot compile the model ({cause}); use "
@@ -925,7 +940,7 @@ def main(argv):
     s = load_settings(Settings, argv, __doc__)
     check_settings(s)
     device, dtype, why = gpt.pick_device(s.device, s.dtype)
-    with processes(device) as device:
+    with processes(device) as device, alone_in(s):
         model, dataset, resumed = set_up(s, device, new_model)
         run(s, model, dataset, device, dtype, why, resumed)
 
@@ -1010,8 +1025,8 @@ def set_up(s, device, make_model):
                          f"the {world_size} processes, which share the batches of a step")
     last = s.out_dir / "last.pt"
     has_run = last.exists() and not s.eval_only  # which leaves out_dir alone
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and has_run:
-        s.resume = True  # torchrun --max-restarts started us again
+    if restarts() and has_run:
+        s.resume = True
     torch.manual_seed(s.seed)
     resumed = load_resumed(s) if s.resume else None
     if rank:
@@ -1033,21 +1048,24 @@ def set_up(s, device, make_model):
 
 @contextlib.contextmanager
 def alone_in(s):
-    """Within it no other run trains into out_dir; says what of an earlier one is replaced. Raises
-    OSError where one does already."""
-    if not is_first():
+    """Within it no other run trains into out_dir. Raises OSError where one does already."""
+    if not is_first() or s.eval_only:
         yield
         return
     with locked(s.out_dir):
-        for part in s.out_dir.glob(".*.part"):  # of runs that were killed
-            part.unlink(missing_ok=True)
+        for name in ("best.pt", "last.pt", "log.csv", "loss.png"):
+            for part in s.out_dir.glob(f".{name}.*.part"):  # of runs that were killed
+                part.unlink(missing_ok=True)
         last = s.out_dir / "last.pt"
-        if dist.is_initialized() and not s.resume and last.exists():
+        begins = dist.is_initialized() and not s.resume and not restarts()
+        if begins and last.exists():
             os.replace(last, s.out_dir / "last.pt.old")  # or torchrun's restart would go on from it
-        if not s.resume and (s.out_dir / "best.pt").exists():
-            print(f"{s.out_dir / 'best.pt'} of an earlier run will be replaced (--out_dir=FOLDER "
-                  "keeps it)", flush=True)
         yield
+
+
+def restarts():
+    """How often torchrun --max-restarts has started us again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 @unfailing_output()
@@ -1073,7 +1091,7 @@ def run(s, model, dataset, device, dtype, why, resumed):
     if resumed:
         rest = ""
         if resumed["step"] >= s.max_iters:
-            rest = f", and nothing is left to do: max_iters={s.max_iters}; a larger one trains on"
+            rest = f", and no step is left: max_iters={s.max_iters}; a larger one trains on"
         print(f"resumed at step {resumed['step']}{rest}", flush=True)
     if device.type == "cuda" and dataset.kind == "text":
         dataset = ReadAhead(dataset, world_size, s.gradient_accumulation // world_size)
@@ -1081,8 +1099,10 @@ def run(s, model, dataset, device, dtype, why, resumed):
     with enough_memory(advice), compiling(s):
         if s.eval_only:
             return measure(s, model, dataset, device, dtype)
-        with alone_in(s):
-            stopped_by = train(s, model, dataset, device, dtype, resumed)
+        if not s.resume and (s.out_dir / "best.pt").exists():
+            print(f"{s.out_dir / 'best.pt'} of an earlier run will be replaced (--out_dir=FOLDER "
+                  "keeps it)", flush=True)
+        stopped_by = train(s, model, dataset, device, dtype, resumed)
     if stopped_by:
         print(f"the same command with --resume=True goes on from {s.out_dir / 'last.pt'}")
         raise SystemExit(128 + int(stopped_by))

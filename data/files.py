@@ -68,6 +68,7 @@ def locked(folder):
     is a mixture. Raises OSError that names the one that is there. The lock is the system's, and
     goes with its process however that ends."""
     folder = Path(folder)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     f = open_locked(path)
@@ -81,6 +82,9 @@ def locked(folder):
         with contextlib.suppress(OSError):  # Windows removes no open file: it is used again then
             path.unlink()
         f.close()
+        if is_new:
+            with contextlib.suppress(OSError):  # something was written into it
+                folder.rmdir()
 
 
 def open_locked(path):

@@ -54,6 +54,10 @@ def test_a_command_passes_the_scripts_own_check(words, monkeypatch):
     if name == "tests.bench":
         assert {word for word in argv if not word.startswith("-")} <= bench.PARTS.keys()
         argv = [word for word in argv if word.startswith("-")]
+    if name == "tests.fuzz":
+        pytest.importorskip("resource", reason="it needs POSIX")
+        from tests import fuzz
+        return config.load(fuzz.Settings, argv)
     config.load(SETTINGS[name], argv)
 
 

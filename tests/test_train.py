@@ -668,11 +668,14 @@ def test_best_pt_has_the_lowest_loss_and_no_optimizer(folders, tmp_path, best_by
     assert best["kind"] == "chat" and best["tokenizer"] == "bytes"
 
 
+SAFE = SimpleNamespace(proven=True)  # a log whose run has had a good step
+
+
 @pytest.mark.parametrize("interval, due", [(1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), ("4", [4]), ("007", [])])
 def test_a_save_is_due_every_so_many_steps(interval, due):
     s = train.Settings(save_interval=interval)
     train.check_settings(s)
-    assert [step for step in range(1, 7) if train.save_is_due(s, step, -math.inf)] == due
+    assert [step for step in range(1, 7) if train.save_is_due(s, SAFE, step, 0.0)] == due
 
 
 @pytest.mark.parametrize("interval, seconds", [("10m", 600), ("0.5m", 30), (".1m", 6)])
@@ -680,8 +683,8 @@ def test_a_save_is_due_after_so_many_minutes(monkeypatch, interval, seconds):
     s = train.Settings(save_interval=interval)
     train.check_settings(s)
     monkeypatch.setattr(train.time, "monotonic", lambda: 5000.0)
-    assert train.save_is_due(s, 7, 5000.0 - seconds - 0.01)
-    assert not train.save_is_due(s, 7, 5000.0 - seconds + 0.01)
+    assert train.save_is_due(s, SAFE, 7, 5000.0 - seconds - 0.01)
+    assert not train.save_is_due(s, SAFE, 7, 5000.0 - seconds + 0.01)
 
 
 @pytest.mark.parametrize("interval", ["0", "-5", "m", "10s", "10 m", "1.5", "often", "", "1m2", "-1m"])
@@ -690,19 +693,35 @@ def test_a_save_interval_that_is_neither_steps_nor_minutes_is_refused(interval):
         train.check_settings(train.Settings(save_interval=interval))
 
 
+def test_an_earlier_last_pt_is_replaced_as_soon_as_the_run_is_known_to_be_good():
+    s = train.Settings(save_interval="5m")
+    assert train.save_is_due(s, SAFE, 2, -math.inf), "a kill would leave another run's file beside this one's log"
+    assert not train.save_is_due(s, SimpleNamespace(proven=False), 1, -math.inf)
+
+
 HEADER = "step,epoch,loss,lr,norm,tokens,seconds,peak_share,train_loss,val_loss,val_bits_per_byte\n"
 
 
-def test_a_log_of_a_new_run_begins_anew_and_that_of_a_resumed_one_loses_later_and_torn_rows(tmp_path):
+def test_a_log_of_a_new_run_begins_anew_and_that_of_a_resumed_one_loses_later_and_torn_rows(
+        tmp_path, monkeypatch):
     path = tmp_path / "new" / "log.csv"
-    log = train.Log(path, lambda: 1e6)
-    log.add({"step": 1, "epoch": "0.50", "loss": "3.0000", "lr": "1e-3", "norm": "2.00"}, 64, 1e6, 0.5)
+    monkeypatch.setattr(train, "peak_flops", lambda *_: 1e6)
+    model = SimpleNamespace(flops=lambda targets, tokens, pairs: targets)
+
+    def step(tokens, flops, seconds):
+        return train.Progress(newest=(0.0, 0.0, (flops, tokens, 0)), step_seconds=seconds)
+
+    log = train.Log(path, "cpu", "float32")
+    log.add({"step": 1, "epoch": "0.50", "loss": "3.0000", "lr": "1e-3", "norm": "2.00"}, model, step(64, 1e6, 0.5))
     assert not path.exists()  # whether the first step was good shows after it
-    log.add({"step": 2, "loss": "2.0000", "train_loss": "2.1", "val_loss": "2.2"}, 32.0, 1e5, 2)
+    log.add({"step": 2, "loss": "2.0000", "train_loss": "2.1", "val_loss": "2.2"}, model,
+            step(32.0, 1e5, 2))
     first, second = "1,0.50,3.0000,1e-3,2.00,64,0.5000,2.000,,,\n", "2,,2.0000,,,32,2.0000,0.050,2.1,2.2,\n"
     assert path.read_text(encoding="utf-8") == HEADER + first + second
-    def add(step):
-        train.Log(path, lambda: None).add({"step": step}, 1, 1, 1, now=True)
+    monkeypatch.setattr(train, "peak_flops", lambda *_: None)
+
+    def add(number):
+        train.Log(path, "cpu", "float32").add({"step": number}, model, step(1, 1, 1), now=True)
         return path.read_text(encoding="utf-8")
     assert add(2) == HEADER + first + (second := "2,,,,,1,1.0000,n/a,,,\n")
     with open(path, "ab") as f:
