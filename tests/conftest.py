@@ -1,5 +1,9 @@
-"""What the tests share: one thread, GPT-2's vocabulary, and training that neither draws nor measures."""
+"""What the tests share: one thread, GPT-2's vocabulary, short trainings, a line of an error, a server."""
+import contextlib
+import io
 import os
+import sys
+import threading
 
 import pytest
 
@@ -25,3 +29,28 @@ def gpt2_vocabulary():
         return get_tokenizer("gpt2")
     except ValueError as error:
         pytest.skip(str(error))
+
+
+def error_of(monkeypatch, *flags):
+    """The line that chat.py as a script ends with; a text as the exit code means that line, and code 1."""
+    import chat
+    import config
+    monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as ended:
+        config.run(chat.main)
+    assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
+    return ended.value.code
+
+
+@contextlib.contextmanager
+def serving(server):
+    """Within it an HTTP server answers, in a thread of its own."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

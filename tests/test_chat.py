@@ -33,6 +33,7 @@ from model import (
     model_from_checkpoint,
     save_checkpoint,
 )
+from tests.conftest import error_of
 
 REPO = Path(__file__).parent.parent
 BYTES = get_tokenizer("bytes")
@@ -78,16 +79,6 @@ def talk(made, capsys, monkeypatch):
         chat.main([f"--checkpoint={checkpoint}", "--device=cpu", *flags])
         return capsys.readouterr()
     return call
-
-
-def error_of(monkeypatch, *flags):
-    """The line that chat.py as a script ends with; a text as the exit code means that line, and code 1."""
-    monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(SystemExit) as ended:
-        config.run(chat.main)
-    assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
-    return ended.value.code
 
 
 def user(text):

@@ -1,7 +1,6 @@
 """data.fineweb against a small server on this computer that breaks off, and goes on where it is asked to."""
 import json
 import re
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import data.download
 from data.fineweb import main
 from data.tokens import open_dataset
+from tests.conftest import serving
 
 FOLDER = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 NAMES = {"val_000.bin": "fineweb_val_000000.bin", "train_000.bin": "fineweb_train_000001.bin",
@@ -57,12 +57,8 @@ def server(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setattr(data.download, "CHUNK", 1000)
     monkeypatch.setattr(data.download.time, "sleep", lambda seconds: None)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def fetch(folder, shards):

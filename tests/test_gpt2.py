@@ -6,7 +6,6 @@ import os
 import re
 import struct
 import sys
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +30,7 @@ from data.tokenizer import (
     train_bpe,
 )
 from model import GPT, GPTConfig, load_gpt2
+from tests.conftest import serving
 from tests.test_safety import FORK, ended
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: these tests need no hub
@@ -753,12 +753,8 @@ def hub(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(data.download, "CHUNK", 1000)
     monkeypatch.setattr(data.download.time, "sleep", server.waits.append)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def starts(hub):

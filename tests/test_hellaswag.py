@@ -1,12 +1,9 @@
 """Multiple choice: against float64 by transformers, hand-made models, spoiled files and a small server."""
 import hashlib
-import io
 import json
 import math
 import os
 import random
-import sys
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -18,6 +15,7 @@ import data.download
 from data import hellaswag
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, model_checkpoint, save_checkpoint, to_gpt2_names
+from tests.conftest import error_of, serving
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -46,16 +44,6 @@ def score(tmp_path, capsys):
         out, err = capsys.readouterr()
         return out, json.loads(path.read_text(encoding="utf-8")), err
     return call
-
-
-def error_of(monkeypatch, *flags):
-    """The one line that chat.py as a script ends with."""
-    monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(SystemExit) as ended:
-        config.run(chat.main)
-    assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
-    return ended.value.code
 
 
 # ---- likelihoods ----
@@ -345,12 +333,8 @@ def server(monkeypatch):
     monkeypatch.setattr(data.download.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(hellaswag, "SIZE", len(BODY))
     monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(BODY).hexdigest())
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(server):
+        yield server
 
 
 def test_the_file_is_fetched_whole_and_once(server, tmp_path, capsys):
