@@ -430,7 +430,7 @@ def configure_optimizers(model, s, dtype=torch.float32):
 
 
 # ==================================================================================================
-# The idea ends here. Below: GPT-2's weights, checkpoints, faster products for chats, the device.
+# The idea ends here. Below: GPT-2's weights, checkpoints, faster answers, the device, exporting.
 # ==================================================================================================
 
 # ---- GPT-2's weights ----
