@@ -722,6 +722,11 @@ def model_from_checkpoint(checkpoint, dropout=0.0):
 
 # ---- a model that only answers: faster ways take the place of its own ----
 
+def through_numpy(of_one, x):
+    """A layer's of_one, which is numpy's, for a tensor of one token: (..., in) -> (..., out)."""
+    return torch.from_numpy(of_one(x.flatten().numpy())).view(*x.shape[:-1], -1)
+
+
 class FastLinear(nn.Linear):
     """nn.Linear on a CPU, without gradients. Many tokens go through oneDNN, a tenth faster than
     PyTorch's BLAS; a single one through numpy's, which reads the weights with all cores, where
@@ -729,7 +734,7 @@ class FastLinear(nn.Linear):
 
     def forward(self, x):  # (..., in) -> (..., out)
         if x.numel() == self.in_features:
-            return torch.from_numpy(self.of_one(x.flatten().numpy())).view(*x.shape[:-1], -1)
+            return through_numpy(self.of_one, x)
         if not torch.backends.mkldnn.is_available():
             return super().forward(x)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -766,7 +771,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):  # (..., in) -> (..., out)
         if x.numel() == self.in_features:
-            return torch.from_numpy(self.of_one(x.flatten().numpy())).view(*x.shape[:-1], -1)
+            return through_numpy(self.of_one, x)
         weight = torch.ops.quantized.embedding_bag_byte_unpack(self.table)
         weight = weight.view(self.bags, self.in_features, self.width)
         y = x.reshape(-1, self.in_features) @ weight  # (bags, tokens, width)

@@ -6,6 +6,7 @@ ChatDataset keeps conversations whole; training calls both the same way: batch(s
 pure function of the seed and the index, so a run that is resumed, or spread over machines, sees the
 same batches.
 """
+import functools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,6 +168,7 @@ def fingerprint(folder):
             for name in ("kind", "sha256", "seed", "train_tokens", "val_tokens")]
 
 
+@functools.lru_cache(4)  # it is the same at each evaluation, and reads all of them
 def count_targets(dataset, split, max_tokens):
     """(how many targets eval_batches has, how many bytes of UTF-8 they stand for).
 
