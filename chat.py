@@ -43,23 +43,23 @@ from pictures.look import look, write_page
 @dataclass
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to talk to
-    init_from: str | None = None  # gpt2, gpt2-medium, ... or a folder with such weights, instead
+    init_from: str | None = None  # instead: gpt2, gpt2-medium, ... or a folder of such weights
     prompt: str | None = None  # one message: print the reply and leave
-    look: Path | None = None  # with prompt: write a page of all that the model did, HTML
-    attention: Path | None = None  # the same, under its old name
-    json: bool = False  # a JSON line for each reply: text, tokens, seconds, tokens_per_second, stop
-    turns: int = 0  # how many of your messages the model sees, the newest included; 0: as trained
+    look: Path | None = None  # with prompt: the file for a page of all that the model did
+    attention: Path | None = None  # look's old name
+    json: bool = False  # each reply as a JSON line: text, tokens, seconds, stop, ...
+    turns: int = 0  # how many of your newest messages it sees; 0: as trained
     max_new_tokens: int = 200  # longest reply, in tokens
     temperature: float = 0.5  # 0: always the likeliest token; 1: as the model learned
     top_k: int = 50  # choose among this many of the likeliest tokens; 0: all
-    top_p: float = 1.0  # choose among the likeliest that make up this probability; 1: all
+    top_p: float = 1.0  # choose among the likeliest of this probability; 1: all
     repetition_penalty: float = 1.0  # 1 to 10; above 1 what was said already becomes less likely
-    seed: int | None = None  # the same seed gives the same replies; None: new ones each time
-    score: Path | None = None  # a prepared folder, or rows of chats or choices: count what is right
-    score_rows: int = 0  # rows to score; 0: all of a file, or all held-out ones and as many others
+    seed: int | None = None  # the same seed, the same replies; None: new ones each time
+    score: Path | None = None  # count right answers: a prepared folder, or a file of rows
+    score_rows: int = 0  # of each group; 0: all of a file, or as many as are held out
     score_file: Path | None = None  # where all answers go; None: score.json, in the run's folder
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    dtype: str = "auto"  # auto, float32, bfloat16, or int8 (quantized weights, CPU only)
+    dtype: str = "auto"  # auto, float32, bfloat16, or int8 (8-bit weights, CPU only)
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # what model.py's `sample` takes
@@ -191,6 +191,7 @@ def messages(turns):
 # What a terminal would obey instead of showing: control characters as pictures of themselves.
 VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
 VISIBLE |= {c: 0x2426 for c in range(127, 160)}
+GREEN, MAGENTA, CYAN, GREY = 32, 35, 36, 90
 
 
 def visible(text):
@@ -198,10 +199,16 @@ def visible(text):
     return text.translate(VISIBLE)
 
 
+def coloured(code, text):
+    """A text in a colour (ANSI's code for it), if standard error is a terminal that shall have
+    any."""
+    plain = not sys.stderr.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+
+
 def note(text):
     """A line for the person, not for the next program: grey, on standard error."""
-    grey = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    print(f"\x1b[90m{text}\x1b[0m" if grey else text, file=sys.stderr, flush=True)
+    print(coloured(GREY, text), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -230,9 +237,9 @@ def mistakes_are_told(tty):
 # ---- reading messages ----
 
 def read_messages(tty):
-    """Yield what is typed, or piped in, a message a line, until it ends."""
+    """Yield what is typed, or piped in, a message a line, until it ends; empty lines are none."""
     if not tty:
-        yield from (line for line in map(str.strip, sys.stdin) if line)
+        yield from filter(None, map(str.strip, sys.stdin))
         return
     use_readline()
     while True:
@@ -286,16 +293,17 @@ CHANGEABLE = (*SAMPLING, "max_new_tokens", "seed", "turns")  # what /set changes
 
 
 def looks_like_command(line):
-    """Whether a line is for the program, not for the model: /word, or what leaves other
-    programs."""
+    """Whether a line is for the program, not for the model: /word, or "exit" and "quit", by which
+    one leaves other programs."""
     return re.match(r"/\w*(\s|$)", line) or line in ("exit", "quit")
 
 
 def command(talk, s, line):
     """Carry out a /command: returns the settings to go on with, or None to leave. Raises ValueError
     or OSError, and has then changed nothing."""
-    name, _, rest = line.strip().partition(" ")
+    name, _, rest = line.partition(" ")
     rest = rest.strip()
+    path = Path(os.path.expanduser(rest or "out/look.html"))  # /look's usual one
     needs_history = ("/undo", "/retry", "/save", "/tokens", "/look", "/attention")
     if name in needs_history and not talk.history:
         raise ValueError("nothing was said yet")
@@ -309,24 +317,24 @@ def command(talk, s, line):
         case "exit" | "quit":
             note("(/quit leaves)")
         case "/reset":
-            talk.history, talk.left_out = [], 0
+            go_on_from(talk, [])
         case "/undo":
-            talk.history, talk.left_out = talk.history[:-1], 0
+            go_on_from(talk, talk.history[:-1])
         case "/retry":
             question, _ = talk.history.pop()
             say(talk, question, replace(s, seed=None), True)
         case "/set":
             s = change(s, rest.split())
             note("  ".join(f"{field}={getattr(s, field)}" for field in CHANGEABLE))
-            show_turns(talk, s.turns)
+            set_turns(talk, s.turns)
         case "/save":
-            save(talk, user_path(rest))
+            save(talk, path)
         case "/load":
-            load(talk, user_path(rest))
+            load(talk, path)
         case "/tokens":
             show_tokens(talk)
         case "/look" | "/attention":
-            show_look(talk, user_path(rest or "out/look.html"))
+            show_look(talk, path)
         case _:
             close = difflib.get_close_matches(name, COMMANDS, 1)
             advice = f"did you mean {close[0]}?" if close else "/help lists the commands"
@@ -334,31 +342,29 @@ def command(talk, s, line):
     return s
 
 
-def show_turns(talk, turns):
-    """Show the model so many messages; 0: as many as it was trained on. One of text has no
+def go_on_from(talk, history):
+    """Put other turns in the place of those so far."""
+    talk.history, talk.left_out = history, 0
+    note(f"(messages so far: {2 * len(history)})")
+
+
+def set_turns(talk, turns):
+    """Let the model see so many messages; 0: as many as it was trained on. One of text has no
     turns."""
     if talk.trained_turns:
         talk.turns = turns or talk.trained_turns
     talk.left_out = 0
 
 
-def user_path(text):
-    """A path that a person typed, `~` and all. Raises ValueError."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{text}: there is no such user's folder") from None
-
-
 def change(s, flags):
     """The settings with name=value changes of those that may change while talking. Raises
     ValueError."""
-    flags = [flag.lstrip("-") for flag in flags]
+    flags = ["--" + flag.lstrip("-") for flag in flags]
     for flag in flags:
-        name = flag.partition("=")[0]
+        name = flag[2:].partition("=")[0]
         if name not in CHANGEABLE:
             raise ValueError(f"{name}: cannot be set here; {', '.join(CHANGEABLE)} can")
-    changed = config.load(Settings, [f"--{flag}" for flag in flags], start=s, typed="/set")
+    changed = config.load(Settings, flags, start=s, typed="/set")
     check_settings(changed)
     return changed
 
@@ -366,8 +372,6 @@ def change(s, flags):
 def save(talk, path):
     """Write the chat as a JSON line; a file that holds anything else stays."""
     said = [{"role": role, "content": talk.enc.decode(ids)} for role, ids in messages(talk.history)]
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name a file in it")
     if path.exists():
         mine = [[{"messages": said[:n]}] for n in range(len(said) + 1)]  # nothing but this chat
         if chats.read_rows(path) not in mine:
@@ -375,7 +379,7 @@ def save(talk, path):
                              "use another name")
     text = json.dumps({"messages": said}, ensure_ascii=False) + "\n"
     write_atomically(path, lambda f: f.write(text.encode("utf-8")))
-    note(f"{len(talk.history)} turns -> {path}")
+    note(f"{path}: saved")
 
 
 def load(talk, path):
@@ -387,8 +391,7 @@ def load(talk, path):
         raise ValueError(f"{path}: holds no chat")
     said, _ = conversations[-1]
     ids = [talk.enc.encode_ordinary(m["content"]) for m in said]
-    talk.history, talk.left_out = list(zip(ids[0::2], ids[1::2])), 0  # they alternate
-    note(f"{path} -> {len(talk.history)} turns")
+    go_on_from(talk, list(zip(ids[0::2], ids[1::2])))  # they alternate
 
 
 def seen_ids(talk):
@@ -401,35 +404,31 @@ def seen_ids(talk):
 
 def show_tokens(talk):
     """The ids of the chat as the model sees them, special ones and roles in colours of their own,
-    on standard error."""
+    on standard error, a line for each message."""
     ids, special = seen_ids(talk), special_ids(talk.enc)
     _, user, assistant, _ = special
-    coloured = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    colours, code = {user: 36, assistant: 32}, 0  # cyan: the person; green: the model
+    colours, colour = {user: CYAN, assistant: GREEN}, GREY
     for piece, i in zip(token_pieces(talk.enc, ids), ids):
-        code = colours.get(i, code)
-        shown = visible(piece.replace(" ", "·").replace("\n", "↵"))
         if i in colours:
+            colour = colours[i]
             print(file=sys.stderr)
-        if coloured:
-            shown = f"\x1b[{35 if i in special else code}m{shown}\x1b[90m{i}\x1b[0m"
-        else:
-            shown = f"{shown}[{i}]"
-        print(shown, end=" ", file=sys.stderr)
+        shown = visible(piece.replace(" ", "·").replace("\n", "↵"))
+        shown = coloured(MAGENTA if i in special else colour, shown)
+        print(shown + coloured(GREY, f"[{i}]"), end=" ", file=sys.stderr)
     print(file=sys.stderr, flush=True)
 
 
 def show_look(talk, path):
     """Write a page of all that the model did with what it saw last; say which heads have which
     habit."""
-    ids, block_size, start = seen_ids(talk), talk.model.config.block_size, None
+    ids, block_size = seen_ids(talk), talk.model.config.block_size
     if talk.turns:
-        ids = ids[:block_size]  # the last token of a full context is never read
-    else:  # a text: its newest part, and where the model's own words begin
-        ids = ids[-block_size:]
+        # The last token of a full context is never read.
+        page = look(talk.model, talk.enc, ids[:block_size])
+    else:  # a text: its newest part, which ends with the model's own words
         _, answer = talk.history[-1]
-        start = max(len(ids) - len(answer), 0)
-    page = look(talk.model, talk.enc, ids, start)
+        ids = ids[-block_size:]
+        page = look(talk.model, talk.enc, ids, max(len(ids) - len(answer), 0))
     for line in page["habits"]:
         note(line)
     write_page(path, page)
@@ -441,23 +440,22 @@ def show_look(talk, path):
 def score(model, enc, s):
     """Answer rows of a prepared folder or an instruction file greedily; print what is right, by
     category (and by what stands before a category's "/"), and write every answer to a JSON file."""
-    path = score_path(s)
-    results, groups = [], rows_to_score(s.score, s.score_rows)
+    path, answers = score_path(s), []
+    groups = rows_to_score(s.score, s.score_rows)
     for name, rows in groups.items():
         for n, (messages, category) in enumerate(rows, 1):
-            scored = score_row(model, enc, messages) or {}
-            results.append({"rows": name, "category": category, **scored})
+            if scored := score_row(model, enc, messages):
+                answers.append({"rows": name, "category": category, **scored})
             show_progress(name, n, len(rows))
-    answered = [r for r in results if "answer" in r]
-    check_lengths(len(results), len(answered), s)
+    check_lengths(sum(map(len, groups.values())), len(answers), s)
     cells = defaultdict(list)
-    for r in answered:
+    for r in answers:
         for key in {r["category"], r["category"].partition("/")[0], "all"} - {""}:
             cells[key, r["rows"]].append(r)
     table = {key: summary(rows) for key, rows in cells.items()}
     print_scores(table, list(groups))
     flat = [{"category": name, "rows": group, **t} for (name, group), t in table.items()]
-    write_scores(path, s, flat, answered)
+    write_scores(path, s, flat, answers)
 
 
 def score_path(s):
@@ -503,23 +501,21 @@ def rows_to_score(source, wanted):
     instruction file; rows are (messages, category) pairs, `wanted` of them, spread evenly. 0: all
     of a file or all that were held out, and as many that were trained on. Raises ValueError or
     OSError."""
-    if source.is_dir():
-        meta, enc = read_meta(source), get_tokenizer(folder_tokenizer(source))
-        if meta["kind"] != "chat":
-            raise ValueError(f"score={source}: holds plain text; score a folder of chats or a file "
-                             "of them")
-        dataset, groups = open_dataset(source, 2**20, 1), {}
-        for split, name in (("val", "held out"), ("train", "trained on")):
-            rows = dataset.conversations(split)
-            groups[name] = list(zip(rows, row_categories(source, split, len(rows))))
-    else:
-        groups = {"rows": chats.read_conversations(source)}
-    wanted = wanted or len(next(iter(groups.values())))
-    if not wanted:
-        raise ValueError(f"score={source}: holds no row")
-    for name, rows in groups.items():
-        groups[name] = [(row if source.is_file() else chats.decode_conversation(row, enc), category)
-                        for row, category in spread(rows, wanted)]
+    if not source.is_dir():
+        rows = chats.read_conversations(source)
+        if not rows:
+            raise ValueError(f"score={source}: holds no row")
+        return {"rows": spread(rows, wanted or len(rows))}
+    if read_meta(source)["kind"] != "chat":
+        raise ValueError(f"score={source}: holds plain text; score a folder of chats or a file of "
+                         "them")
+    dataset, enc = open_dataset(source, 2**20, 1), get_tokenizer(folder_tokenizer(source))
+    groups = {}
+    for split, name in (("val", "held out"), ("train", "trained on")):
+        rows = dataset.conversations(split)
+        wanted = wanted or len(rows)
+        rows = spread(list(zip(rows, row_categories(source, split, len(rows)))), wanted)
+        groups[name] = [(chats.decode_conversation(ids, enc), category) for ids, category in rows]
     return groups
 
 
@@ -529,7 +525,9 @@ def token_f1(answer, expected):
     et al. 2016)."""
     answer, expected = Counter(answer.split()), Counter(expected.split())
     common = (answer & expected).total()
-    return 2 * common / (answer.total() + expected.total()) if common else float(answer == expected)
+    if not common:
+        return float(answer == expected)  # 1 for no words where none are expected
+    return 2 * common / (answer.total() + expected.total())
 
 
 @torch.no_grad()
@@ -567,8 +565,11 @@ def print_scores(table, groups):
     groups."""
     print((" " * 22 + "".join(f"{name:^36}" for name in groups)).rstrip())
     print(" " * 22 + f"{'right':>16}{'F1':>12}{'loss':>8}" * len(groups))
-    names = {name for name, _ in table}
-    for name in sorted(names, key=lambda n: (n == "all", n.partition("/")[0], "/" not in n, n)):
+
+    def order(name):  # "a/b", "a/c", then "a" of both; "all" at the end
+        return name == "all", name.partition("/")[0], "/" not in name, name
+
+    for name in sorted({name for name, _ in table}, key=order):
         line = f"{'  ' * ('/' in name) + name:<24}"
         for group in groups:
             if t := table.get((name, group)):
@@ -609,13 +610,13 @@ def score_choices(model, enc, turns, rows, s):
                            "mean": means.index(max(means))}
         done += len(batch)
         show_progress("rows", done, len(answers))
-    summary = [choice_summary(answers, by) for by in ("sum", "mean")]
+    table = [choice_summary(answers, by) for by in ("sum", "mean")]
     print(f"{'likeliest by':<12}{'right':>18}  accuracy and its standard error")
-    for t in summary:
+    for t in table:
         part = f"{t['right']:,} of {t['n']:,}"
         print(f"{t['by']:<12}{part:>18}{t['accuracy']:>10.2%} ± {t['standard_error']:.2%}")
     print(f"{'chance':<30}{1 / len(answers[0]['choices']):>10.2%}")
-    write_scores(path, s, summary, answers)
+    write_scores(path, s, table, answers)
 
 
 def choice_ids(question, choices, enc, turns, block_size):
@@ -707,19 +708,16 @@ def choice_summary(answers, by):
 
 # ---- starting ----
 
-MAKE_ONE = ("Make it: make chat (README.md has the same as single commands), or name another with "
-            "--checkpoint=FILE")
-
-
 def check_settings(s):
     """Raise ValueError for the first setting out of its range."""
-    for name, low, high in (("turns", 0, None), ("max_new_tokens", 1, None), ("top_k", 0, None),
-                            ("temperature", 0, None), ("repetition_penalty", 1, 10),
-                            ("score_rows", 0, None), ("seed", 0, 2**63 - 1)):
+    least = {"turns": 0, "max_new_tokens": 1, "top_k": 0, "temperature": 0, "score_rows": 0,
+             "seed": 0}
+    for name, low in least.items():
         value = getattr(s, name)
-        if value is not None and not low <= value <= (high or float("inf")):
-            wanted = f"{low} or more" if high is None else f"from {low} to {high}"
-            raise ValueError(f"{name}={value}: must be {wanted}")
+        if value is not None and value < low:
+            raise ValueError(f"{name}={value}: must be {low} or more")
+    if not 1 <= s.repetition_penalty <= 10:
+        raise ValueError(f"repetition_penalty={s.repetition_penalty}: must be from 1 to 10")
     if not 0 < s.top_p <= 1:
         raise ValueError(f"top_p={s.top_p}: must be above 0, at most 1")
     for name in ("look", "attention"):
@@ -740,7 +738,9 @@ def main(argv):
                              "--device=cpu")
         why = f"{device}, int8 weights"
     model, enc, turns, name = load_model(s, device, dtype)
-    set_up_streams()
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # those of a notebook have it not
+            stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
     if s.score:
         if s.score.is_file() and (rows := read_choices(s.score)):
             return score_choices(model, enc, turns, rows, s)
@@ -749,7 +749,7 @@ def main(argv):
                              "to score; it can choose among given ones (see data/hellaswag.py)")
         return score(model, enc, s)
     talk = Talk(model, enc, turns)
-    show_turns(talk, s.turns)
+    set_turns(talk, s.turns)
     if s.prompt is None and sys.stdin.isatty():
         greet(talk, name, why)
     with only_finite(name):
@@ -784,10 +784,10 @@ def load_model(s, device, dtype):
             raise ValueError(f"init_from={s.init_from}: its {model.config.vocab_size} ids are not "
                              "GPT-2's; talk to the checkpoint it was made from: --checkpoint=FILE")
     else:
-        usual = s.checkpoint.absolute() == config.REPO / Settings.checkpoint
-        hint = MAKE_ONE
-        if not usual:
-            hint = "The config file with its out_dir makes it; that file's first line says how."
+        hint = "The config file with its out_dir makes it; that file's first line says how."
+        if s.checkpoint.absolute() == config.REPO / Settings.checkpoint:
+            hint = ("Make it: make chat (README.md has the same as single commands), or name "
+                    "another with --checkpoint=FILE")
         checkpoint = gpt.load_checkpoint(s.checkpoint, hint)
         model = gpt.model_from_checkpoint(checkpoint)
         enc = get_tokenizer(checkpoint["tokenizer"])
@@ -797,15 +797,6 @@ def load_model(s, device, dtype):
     model = model.to(device, dtype).eval()
     gpt.make_fast(model, int8=s.dtype == "int8")
     return model, enc, turns, name
-
-
-def set_up_streams():
-    """UTF-8 and plain line ends everywhere. Raises ValueError where a stream is closed."""
-    if None in (sys.stdin, sys.stdout):
-        raise ValueError("standard input or output is closed; open it, or give it /dev/null")
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
 
 
 def greet(talk, name, why):

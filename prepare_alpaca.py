@@ -30,20 +30,20 @@ ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/a
 
 @dataclass
 class Settings:
-    source: str = ALPACA_URL  # JSON or JSON-lines files or their http(s) addresses, comma-separated
+    source: str = ALPACA_URL  # JSON or JSON-lines files, or addresses of such; commas between
     bad_rows: str = "error"  # rows that give no chat: error, or drop (and count them)
     out_dir: Path = Path("data/alpaca")  # where train.bin, val.bin, meta.json, chat_corpus.txt go
-    tokenizer: str = "gpt2"  # gpt2, bytes, bpe (trained on this data) or a tokenizer.json's path
-    vocab_size: int = 1024  # ids that bpe makes
-    space_behind: bool = False  # whether bpe glues a space to the word before it: fewer tokens
+    tokenizer: str = "gpt2"  # gpt2, bytes, bpe (learned here) or a tokenizer.json's path
+    vocab_size: int = 1024  # how many ids bpe makes
+    space_behind: bool = False  # bpe glues a space to the word before it: fewer tokens
     val_fraction: float = 0.05  # rows held out for validation, of every category alike
     seed: int = 1337  # which rows are held out
     max_tokens: int = 1024  # longest conversation, in tokens
-    too_long: str = "cut"  # what happens to longer ones: cut (the end of the last answer) or drop
+    too_long: str = "cut"  # longer ones: cut (the end of the last answer) or drop
     drop_duplicates: bool = True  # keep only the first of identical rows
-    extra: Path | None = None  # more rows of the same form, all for training (see data/rules.py)
+    extra: Path | None = None  # a file of more rows, all for training (see data/rules.py)
     repeat: int = 1  # how often each training row of the source is there
-    join: int = 1  # join training rows at random into chats of up to this many turns; 1: do not
+    join: int = 1  # join up to this many training rows into a chat; 1: do not
 
 
 def main(argv):
@@ -161,16 +161,14 @@ def fetch(source, out_dir):
     actual = sha256_of(path)
     print(f"{path}: {path.stat().st_size:,} bytes, sha256 {actual}", file=sys.stderr)
     if source == ALPACA_URL and actual != ALPACA_SHA256:
-        print(f"  note: this is not the file that was known in 2023 (sha256 {ALPACA_SHA256}); "
-              "going on with it", file=sys.stderr)
+        print(f"  note: Alpaca has changed (its sha256 was {ALPACA_SHA256}); going on with it",
+              file=sys.stderr)
     return path
 
 
 def fetch_all(sources, out_dir):
     """The local paths of sources with commas between them; see fetch."""
-    # A file may have a comma in its name.
-    names = [sources] if config.local_path(sources).exists() else sources.split(",")
-    paths = [fetch(name.strip(), out_dir) for name in names]
+    paths = [fetch(name.strip(), out_dir) for name in sources.split(",")]
     if len(set(paths)) < len(paths):
         raise ValueError(f"source={sources}: two files are one, or have one name; name each once")
     return paths
@@ -200,7 +198,7 @@ def remove_placeholder(messages):
 
 def make_tokenizer(s, conversations, folder):
     """The tokenizer that the settings name, as data/tokenizer.py's read_spec has it; bpe is learned
-    from these conversations. One that is no name is written into the folder too."""
+    from these conversations. A dict is written into the folder too."""
     name = s.tokenizer
     if name == "bpe":
         texts = (m["content"] for messages, _ in conversations for m in messages)
@@ -220,11 +218,10 @@ def encode(conversations, enc):
         batch_ids = chats.encode_conversations([messages for messages, _ in batch], enc)
         for ids, (messages, category) in zip(batch_ids, batch):
             yield ids, messages, category
+        done = start + len(batch)
         if sys.stderr.isatty():
-            print(f"\rencoded {start + len(batch):,} of {len(conversations):,}", end="",
-                  file=sys.stderr)
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
+            print(f"\rencoded {done:,} of {len(conversations):,}",
+                  end="" if done < len(conversations) else "\n", file=sys.stderr)
 
 
 def join_rows(conversations, most, rng):
@@ -259,12 +256,11 @@ def write_corpus(path, rows):
 
 def describe(rows, spec, enc, s, paths, report):
     """What meta.json says of the folder."""
+    names = sorted({row.category for split in SPLITS for row in rows[split]})
     meta = {"kind": "chat", "tokenizer": "tokenizer.json" if isinstance(spec, dict) else spec,
             "vocab_size": enc.n_vocab, "seed": s.seed,
             "source": ",".join(path.name for path in paths),
-            "sha256": ",".join(map(sha256_of, paths))}
-    names = sorted({row.category for split in SPLITS for row in rows[split]})
-    meta["categories"] = names
+            "sha256": ",".join(map(sha256_of, paths)), "categories": names}
     for split in SPLITS:
         meta[f"{split}_rows"] = len(rows[split])
         meta[f"{split}_tokens"] = sum(len(row.ids) for row in rows[split])
@@ -277,16 +273,15 @@ def describe(rows, spec, enc, s, paths, report):
 
 def print_report(s, paths, report, meta):
     """Say what was kept, what was dropped and why, and what was not used."""
-    lines = [("rows read", report["rows read"])]
-    lines += [(f"  {what}", count) for what, count in sorted(report.items())
-              if what not in ("rows read", "longest")]
-    lines += [("training rows", meta["train_rows"]), ("held-out rows", meta["val_rows"]),
-              ("tokens", meta["train_tokens"] + meta["val_tokens"]),
-              ("  supervised", meta["supervised_tokens"]),
-              ("longest conversation read", meta["longest"]),
-              ("ids in the vocabulary", meta["vocab_size"])]
+    rest = sorted(report.keys() - {"rows read", "longest"})
+    lines = {"rows read": report["rows read"], **{f"  {what}": report[what] for what in rest},
+             "training rows": meta["train_rows"], "held-out rows": meta["val_rows"],
+             "tokens": meta["train_tokens"] + meta["val_tokens"],
+             "  supervised": meta["supervised_tokens"],
+             "longest conversation read": meta["longest"],
+             "ids in the vocabulary": meta["vocab_size"]}
     print(f"{', '.join(map(str, paths))} -> {s.out_dir}")
-    for name, count in lines:
+    for name, count in lines.items():
         print(f"  {name:<42}{count:>12,}")
 
 
@@ -297,21 +292,19 @@ def check_settings(s):
     if s.bad_rows not in ("error", "drop"):
         raise ValueError(f"bad_rows={s.bad_rows!r}: use error or drop")
     if not 0 < s.val_fraction < 1:
-        raise ValueError(f"val_fraction={s.val_fraction}: use a value between 0 and 1, such as "
-                         "0.05")
-    for name in ("repeat", "join"):
-        if getattr(s, name) < 1:
-            raise ValueError(f"{name}={getattr(s, name)}: must be 1 or more")
-    if s.max_tokens < 8:
-        raise ValueError(f"max_tokens={s.max_tokens}: no conversation fits; use 8 or more")
+        raise ValueError(f"val_fraction={s.val_fraction}: must be between 0 and 1, such as 0.05")
+    for name, low in (("repeat", 1), ("join", 1), ("max_tokens", 8)):
+        value = getattr(s, name)
+        if value < low:
+            raise ValueError(f"{name}={value}: must be {low} or more")
 
 
 def check_rows(rows, s):
     """Raise ValueError where a split has no row left."""
     for split in SPLITS:
         if not rows[split]:
-            raise ValueError(f"{s.source}: no {split} row is left at "
-                             f"max_tokens={s.max_tokens}; use more")
+            raise ValueError(f"{s.source}: no {split} row is left at max_tokens={s.max_tokens}; "
+                             "use more")
 
 
 if __name__ == "__main__":

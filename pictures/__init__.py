@@ -1,5 +1,5 @@
-"""What people look at: the losses of a run, and where the heads of a model look. matplotlib draws
-them where it is installed; the pictures of the README lie beside this file."""
+"""What people look at: the losses of a run, how many answers are right (both drawn by matplotlib,
+where it is installed), and in look.py the inside of a model. The README's pictures lie beside."""
 import csv
 import gc
 

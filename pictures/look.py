@@ -46,10 +46,11 @@ def look(model, enc, ids, start=None, longest=256):
     shown, hidden = ids[-longest:], len(ids[:-longest])
     if start is None:
         start = len(ids) - ids[::-1].index(special[2]) if special[2] in ids else 0
-    roles = ["special" if i in special else "assistant" if own or t >= start else "user"
-             for t, (i, own) in enumerate(zip(ids, supervised(ids, enc)))]
-    words = [len("".join(pieces[start:t + 2]).split()) for t in range(len(ids) - 1)]
-    chosen = next((t for t, count in enumerate(words) if count > 1), min(start, len(ids) - 1))
+    own = supervised(ids, enc)
+    own[start:] = True
+    roles = ["special" if i in special else "assistant" if is_own else "user"
+             for i, is_own in zip(ids, own)]
+    chosen = before_second_word(pieces, start)
     with torch.no_grad():
         stream, qkv = record(model, ids)
         came = torch.tensor([*shown[1:], shown[-1]])  # (T,)
@@ -64,6 +65,15 @@ def look(model, enc, ids, start=None, longest=256):
             "texts": dict(zip(used, token_pieces(enc, used))), "habits": habits(scores),
             "config": vars(model.config), "parameters": model.num_params(),
             "lines": {f.__qualname__: inspect.getsourcelines(f)[1] for f in BOXES}}
+
+
+def before_second_word(pieces, start):
+    """The last place of a text's first word, where the text begins at `start`; where no second
+    follows, its beginning."""
+    for t in range(start, len(pieces) - 1):
+        if len("".join(pieces[start:t + 2]).split()) > 1:
+            return t
+    return min(start, len(pieces) - 1)
 
 
 def record(model, ids):
@@ -132,11 +142,12 @@ def habits(layers):
     said = []
     for name in layers[0]:
         scores = torch.cat([layer[name] for layer in layers])  # (L, nh)
-        best = scores.flatten().argsort(descending=True)[:3].tolist()
-        said.append(f"{name:<20}" + "   ".join(
-            f"layer {i // scores.shape[1] + 1} head {i % scores.shape[1] + 1}: "
-            f"{scores.flatten()[i]:.2f}" for i in best))
-    return said
+        heads = []
+        for i in scores.flatten().argsort(descending=True)[:3].tolist():
+            layer, head = divmod(i, scores.shape[1])
+            heads.append(f"layer {layer + 1} head {head + 1}: {scores[layer, head]:.2f}")
+        said.append(f"{name:<20}" + "   ".join(heads))
+    return ["which heads look most where, by their mean weight:", *said] if said else []
 
 
 def write_page(path, page):

@@ -271,9 +271,9 @@ def talk_in_a_terminal(terminal, made, tmp_path):
             ("/set max_new_to\t9\n", "max_new_tokens=9"),
             ("/re\t\tt\t\n", second_reply[:9] + "\r\n"),  # Tab shows two, then completes one
             ("\x1b[200~Name a\nfruit.\x1b[201~\n", "\r\n"),  # pasted: one message
-            (f"/save {tmp_path / 'chat.jsonl'}\n", "3 turns -> "),
+            (f"/save {tmp_path / 'chat.jsonl'}\n", "chat.jsonl: saved"),
             ("/usr/bin/env is what?\n", "\r\n"),
-            ("/tok\t\n", "\x1b[36m/\x1b[90m47\x1b[0m")]:  # the ids, yours in cyan
+            ("/tok\t\n", "\x1b[36m/\x1b[0m\x1b[90m[47]")]:  # the ids, yours in cyan
         if typed:
             terminal.wait_for(b"> ")
             terminal.type(typed)
@@ -786,7 +786,7 @@ def test_a_spoiled_checkpoint_is_one_line(made, monkeypatch, tmp_path, spoil):
     ("top_p=-0.5", "above 0, at most 1"), ("top_k=-1", "0 or more"), ("max_new_tokens=0", "1 or more"),
     ("score_rows=-1", "0 or more"), ("temperature=warm", "must be float"), ("dtype=float16", "use auto"),
     ("device=toaster", "use auto"), ("turns=-1", "0 or more"), ("repetition_penalty=0.9", "from 1 to 10"),
-    ("seed=-1", f"from 0 to {2**63 - 1}"), (f"seed={2**63}", "use one below 2**63")])
+    ("seed=-1", "0 or more"), (f"seed={2**63}", "use one below 2**63")])
 def test_a_setting_out_of_range_is_refused_with_its_range(monkeypatch, flag, wanted):
     line = error_of(monkeypatch, f"--{flag}")
     assert flag.partition("=")[0] in line and wanted in line
@@ -802,7 +802,7 @@ def test_a_look_inside_needs_something_to_look_at(monkeypatch, name):
 def test_a_look_inside_is_a_page_of_the_reply(talk, tmp_path, flag):
     out, err = talk("--prompt=Say hi.", "--temperature=0", f"--{flag}={tmp_path / 'deep' / 'a.html'}")
     assert out == "Hello, you!\n"
-    assert err.startswith("previous token") and err.endswith("a.html: open it in a browser\n")
+    assert "\nprevious token" in err and err.endswith("a.html: open it in a browser\n")
     page = (tmp_path / "deep" / "a.html").read_text(encoding="utf-8")
     assert "first choice" in page and '"assistant"' in page
 

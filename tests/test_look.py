@@ -160,7 +160,7 @@ def test_habits_of_heads_by_hand():
     assert "same token earlier" not in head_scores(to_first[None, None], [1, 2, 3, 4])
     layers = [head_scores(torch.stack(heads)[None], [7, 8, 7, 8])
               for heads in ([to_first, to_first], [to_previous, to_same])]
-    assert habits(layers)[0] == ("previous token      layer 2 head 1: 1.00   "
+    assert habits(layers)[1] == ("previous token      layer 2 head 1: 1.00   "
                                  "layer 1 head 1: 0.33   layer 1 head 2: 0.33")
     assert habits([head_scores(torch.ones(1, 2, 1, 1), [5])]) == []
 

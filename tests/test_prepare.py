@@ -345,11 +345,6 @@ def test_files_of_several_layouts_are_prepared_together(tmp_path, capsys):
     assert meta["sha256"] == ",".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
 
 
-def test_a_source_with_a_comma_in_its_name_is_one_file(tmp_path):
-    (tmp_path / "a,b.json").write_text("[]", encoding="utf-8")
-    assert prepare_alpaca.fetch_all(str(tmp_path / "a,b.json"), tmp_path) == [tmp_path / "a,b.json"]
-
-
 @pytest.mark.parametrize("name, parts", [
     ("rows.json", ("name each once",)), ("none.json", ("none.json", "no such file")), ("", ("no such file",)),
     ("cut.jsonl.gz", ("cut.jsonl.gz", "gzip file that is cut short")), ("empty.json", ("empty.json", "holds no row")),

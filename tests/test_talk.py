@@ -377,7 +377,7 @@ def test_undo_takes_the_last_turn_back(capsys):
     obey(talk, "/undo")
     assert talk.history == before
     assert say(talk, "and more") == second
-    obey(talk, " /undo  ")
+    obey(talk, "/undo  ")
     obey(talk, "/undo")
     assert talk.history == []
 
@@ -432,7 +432,7 @@ def test_saved_chats_are_read_by_the_reader_of_instruction_files(tmp_path, capsy
     talk, path = new_talk(), tmp_path / "deep" / "chat.jsonl"
     talk.history = [(ids("hé\n🙂\u2028<|end|>"), ids('"a"\\')), (ids(""), [0xff, 0x41])]
     obey(talk, f"/save  {path} ")
-    assert "2 turns" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{path}: saved\n"
     assert read_conversations(path) == [([
         {"role": "user", "content": "hé\n🙂\u2028<|end|>"}, {"role": "assistant", "content": '"a"\\'},
         {"role": "user", "content": ""}, {"role": "assistant", "content": "\ufffdA"}], "")]
@@ -539,7 +539,7 @@ def test_tokens_in_a_terminal_are_coloured_by_role_and_obey_nothing(monkeypatch,
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     obey(talk, "/tokens")
     err = capsys.readouterr().err
-    found = re.findall(r"\x1b\[(\d+)m([^\x1b]*)\x1b\[90m(\d+)\x1b\[0m", err)
+    found = re.findall(r"\x1b\[(\d+)m([^\x1b]*)\x1b\[0m\x1b\[90m\[(\d+)\]\x1b\[0m", err)
     assert found == [("35", "<|endoftext|>", "256"), ("35", "<|user|>", "257"), ("36", "␛", "27"),
                      ("36", "·", "32"), ("36", "a", "97"), ("35", "<|end|>", "259"),
                      ("35", "<|assistant|>", "258"), ("32", "␇", "7"), ("32", "↵", "10"),
@@ -573,7 +573,7 @@ BAD = ["/set temperature=-1", "/set temperature=0.3 top_k=-1", "/set top_p=0", "
        "/set checkpoint=x.pt", "/set json=True", "/set config/x.py", "/save", "/load",
        "/load FOLDER/no.jsonl", "/load FOLDER", "/save FOLDER", "/load FOLDER/notes.txt",
        "/load FOLDER/row.json", "/load FOLDER/no_rows.json", "/load FOLDER/deep.json",
-       "/load ~no_such_user/x", "/save ~no_such_user/x", "/save FOLDER/notes.txt/x",
+       "/load ~no_such_user/x", "/save FOLDER/notes.txt/x",
        "/save FOLDER/" + "x" * 5000, "/load a\0b", "/resett", "/frobnicate", "/", "/HELP", "/quit?"]
 
 
