@@ -272,7 +272,7 @@ def use_readline():
     readline.set_completer_delims(" ")
     is_libedit = "libedit" in (readline.__doc__ or "")
     readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
-    if os.environ.get("TERM") != "dumb":
+    if os.environ.get("TERM") != "dumb":  # Python turns it off everywhere
         readline.parse_and_bind("set enable-bracketed-paste on")
 
 

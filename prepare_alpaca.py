@@ -147,7 +147,6 @@ def encode_split(conversations, enc, s, report):
 # The idea ends here. Below: fetching, checks, the tokenizer's file, the report.
 # ==================================================================================================
 
-ALPACA_SHA256 = "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419"
 # Alpaca's words for a row without an input.
 NO_INPUT = re.compile(r"\W*no ?input( required| needed)?\W*", re.IGNORECASE)
 BATCH = 2000  # conversations encoded at a time
@@ -158,11 +157,7 @@ def fetch(source, out_dir):
     if not source.startswith(("http://", "https://")):
         return config.local_path(source)
     path = download(source, out_dir / name_in(source))
-    actual = sha256_of(path)
-    print(f"{path}: {path.stat().st_size:,} bytes, sha256 {actual}", file=sys.stderr)
-    if source == ALPACA_URL and actual != ALPACA_SHA256:
-        print(f"  note: Alpaca has changed (its sha256 was {ALPACA_SHA256}); going on with it",
-              file=sys.stderr)
+    print(f"{path}: {path.stat().st_size:,} bytes, sha256 {sha256_of(path)}", file=sys.stderr)
     return path
 
 
