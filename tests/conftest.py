@@ -54,6 +54,18 @@ def error_of(monkeypatch, *flags):
 
 
 @contextlib.contextmanager
+def largest_file(size):
+    """Within it no file can have more bytes, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="limits of file size are a thing of POSIX")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
 def serving(server):
     """Within it an HTTP server answers, in a thread of its own."""
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))

@@ -359,5 +359,5 @@ def test_by_itself_it_fetches_all_10042_rows_of_the_authors(monkeypatch):
     hellaswag.main([])
     url, path, sha256, size = asked[0]
     assert url == "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-    assert str(path).endswith("data/hellaswag/hellaswag_val.jsonl")
+    assert path.as_posix().endswith("data/hellaswag/hellaswag_val.jsonl")
     assert len(sha256) == 64 and size == 12_246_618

@@ -38,7 +38,7 @@ from model import (
     save_checkpoint,
     to_gpt2_names,
 )
-from tests.conftest import POSIX, error_of_script
+from tests.conftest import POSIX, error_of_script, largest_file
 
 pytestmark = pytest.mark.usefixtures("neither_drawn_nor_measured")
 CPU = torch.device("cpu")
@@ -779,14 +779,9 @@ def error_of(monkeypatch, arguments):
 
 def test_when_saving_fails_training_goes_on_to_the_end_and_exits_with_1(folders, tmp_path, monkeypatch,
                                                                        capsys):
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     monkeypatch.setattr(train, "draw_losses", DRAW)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))  # bytes a file may have
-    try:
+    with largest_file(5000):
         last = error_of(monkeypatch, flags(folders["text"], tmp_path, eval_interval=3))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = capsys.readouterr()
     assert re.search(r"step +6/6", said.out)
     lines = [*said.err.splitlines(), last]
