@@ -504,10 +504,10 @@ def test_a_reply_ends_where_the_context_is_full(length, read):
 
 
 def test_a_reply_that_fills_the_context_never_slides_it(made, talk, monkeypatch):
-    widths, real = [], chat.gpt.model_from_checkpoint
+    widths, make_fast = [], chat.gpt.make_fast
 
-    def watched(*args):
-        model = real(*args)
+    def watched(model, **knobs):
+        make_fast(model, **knobs)  # which tries a token
         hidden = model.hidden
 
         def noted(idx, cache, start):
@@ -517,8 +517,7 @@ def test_a_reply_that_fills_the_context_never_slides_it(made, talk, monkeypatch)
         monkeypatch.setattr(model, "generate",
                             lambda *args, **knobs: generate(*args, **{**knobs, "stop_ids": ()}))
         monkeypatch.setattr(model, "hidden", noted)
-        return model
-    monkeypatch.setattr(chat.gpt, "model_from_checkpoint", watched)
+    monkeypatch.setattr(chat.gpt, "make_fast", watched)
     talk("--prompt=Hm", "--max_new_tokens=500", "--temperature=0")
     assert widths == [6] + [1] * 122  # the prompt, then token by token until 128 are read
 
