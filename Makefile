@@ -1,4 +1,5 @@
 # make chat: from nothing to a chat with a model trained here.   make test: what CI runs.
+# make bench: how fast it is, an hour.   make clean: what make chat made is removed.
 PYTHON ?= python3
 RUN = .venv/bin/python
 WRITTEN = data/instruction/instruction-data.json
@@ -35,6 +36,25 @@ test: .venv/dev
 	.venv/bin/ruff check .
 	$(RUN) -m pytest
 
+# Some parts alone: .venv/bin/python -m tests.bench --help
+bench: .venv/dev out/chat/done data/shakespeare/input.txt
+	$(RUN) -m tests.bench
+
+data/shakespeare/input.txt: | .venv/runtime
+	$(RUN) -m data.text config/prepare_shakespeare.py
+
+# By name, for other runs, exports and files of yours may lie beside them. What cost a download stays:
+# .venv and data/shakespeare.
+MADE = rules.json some.json train.bin val.bin meta.json tokenizer.json chat_corpus.txt \
+       best.pt last.pt log.csv loss.png done
+FOLDERS = out/chat out/rules data/chat data/rules
+
+clean:
+	rm -f $(foreach folder,$(FOLDERS),$(addprefix $(folder)/,$(MADE)))
+	rmdir $(FOLDERS) out 2> /dev/null || true
+	rm -rf .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -exec rm -rf {} +
+
 .venv/runtime: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
@@ -45,4 +65,4 @@ test: .venv/dev
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
-.PHONY: chat test
+.PHONY: chat test bench clean

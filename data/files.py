@@ -79,7 +79,9 @@ def locked(folder):
                     f"{time.strftime('%Y-%m-%d %H:%M:%S')}".encode())
         yield
     finally:
-        with contextlib.suppress(OSError):  # Windows removes no open file: it is used again then
+        if os.name == "nt":  # which removes no file that is open, here or in another process
+            f.close()
+        with contextlib.suppress(OSError):
             path.unlink()
         f.close()
         if is_new:

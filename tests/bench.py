@@ -1,9 +1,7 @@
 """How fast it is, measured on the machine it runs on: ours and what a user would take instead, in turn.
 
-    pip install -r requirements-dev.txt            # the peers
-    python -m data.text config/prepare_shakespeare.py && make chat     # what it trains and reads
-    python -m tests.bench                          # everything, an hour
-    python -m tests.bench finetune prepare         # some parts
+    make bench                                     # everything, an hour, and before it what it needs
+    python -m tests.bench finetune prepare         # some parts, in the environment of make test
     python -m tests.bench decode --json=bench.json
 
 A line of the table: what, ours and the peer as medians (least to most), their ratio, above 1 where ours is
@@ -23,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -70,7 +69,7 @@ class Settings:
     alpaca: str = prepare_alpaca.ALPACA_URL  # Stanford Alpaca: a file, or the address it is fetched from
     rows: int = 400  # of Alpaca, for finetuning
     checkpoint: Path = Path("out/chat/best.pt")  # of a model whose int8 weights are compared
-    runs: int = 3  # repeats of each measurement
+    runs: int = 3  # repeats of each measurement; short ones are repeated more often
     json: Path | None = None  # where the table goes too, as JSON
 
 
@@ -233,6 +232,7 @@ def shakespeare_step(s):
 
 
 def steps_in_turn(dataset, batch_size, runs, count=20):
+    """The lines of `step` for one size of batch, `count` steps at a time."""
     loop = train.Settings(optimizer="adamw", batch_size=batch_size, block_size=64, learning_rate=1e-3)
     model, peer, fast = (GPT(GPTConfig(dataset.vocab_size, 64, 4, 4, 128)) for _ in range(3))
     optimizers = configure_optimizers(model, loop)
@@ -272,7 +272,8 @@ def gpu(s):
     AdamW; 384 windows a step, in batches of 32, and as nanoGPT writes it in batches of 32 and of its own 12.
     """
     if not torch.cuda.is_available():
-        return print("gpu: there is no CUDA GPU here")
+        print("gpu: there is no CUDA GPU here")
+        return
     device = torch.device("cuda")
     print(torch.cuda.get_device_name(device), flush=True)
     torch.set_float32_matmul_precision("high")
@@ -580,7 +581,7 @@ print(peak, file=sys.stderr)
 
 def memory_of(argv):
     """Run a script: the bytes of memory it had at its peak."""
-    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, argv)], cwd=REPO, check=True, text=True,
+    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, argv)], cwd=REPO, check=True, encoding="utf-8",
                           capture_output=True)
     return int(done.stderr.split()[-1])
 
@@ -658,6 +659,12 @@ def train_and_measure(argv, folder, out_dir):
                                    contextlib.nullcontext())
 
 
+# A shorter run likes shorter memories.
+SHORT_STEPS = 210
+SHORT = [f"--max_iters={SHORT_STEPS}", "--learning_rate=2.5e-2", "--embedding_learning_rate=1.4e-2",
+         "--momentum=0.85", "--beta1=0.7", "--beta2=0.95", "--warmup_iters=5", "--final_lr=0.05"]
+
+
 def shakespeare(s):
     """Time to a validation loss: Muon, with settings tuned for this, against AdamW with nanoGPT's published
     recipe for a CPU; the same model, each run with another seed."""
@@ -716,8 +723,9 @@ def vary(s):
             model, enc = model_from_checkpoint(checkpoint).eval(), get_tokenizer(checkpoint["tokenizer"])
             right = {}
             for group, rows in chat.rows_to_score(folder, 0).items():
-                scored = [r for messages, _ in rows if (r := chat.score_row(model, enc, messages))]
-                right[group] = sum(r["right"] for r in scored) / len(scored)
+                scored = [chat.score_row(model, enc, messages) for messages, _ in rows]
+                short_enough = [row for row in scored if row]
+                right[group] = sum(row["right"] for row in short_enough) / len(short_enough)
             losses = list(zip(*checkpoint["history"]))
             result = {"what": name, "parameters": model.num_params(), "seconds": seconds,
                       "train_loss": losses[1][-1], "val_loss": min(losses[2]), **right}
@@ -775,13 +783,20 @@ def rows(s):
     draw_rows(REPO / "out" / "rows.png", results)
 
 
-# A shorter run likes shorter memories.
-SHORT_STEPS = 210
-SHORT = [f"--max_iters={SHORT_STEPS}", "--learning_rate=2.5e-2", "--embedding_learning_rate=1.4e-2",
-         "--momentum=0.85", "--beta1=0.7", "--beta2=0.95", "--warmup_iters=5", "--final_lr=0.05"]
-PARTS = {"train": forward_backward, "step": shakespeare_step, "gpu": gpu, "decode": decode,
-         "prefill": prefill, "load": load, "prepare": prepare, "finetune": finetune_alpaca,
-         "shakespeare": shakespeare, "int8": int8_quality, "growth": growth, "vary": vary, "rows": rows}
+# Each part, and about how many minutes it takes on two cores.
+PARTS = {"train": (forward_backward, 1), "step": (shakespeare_step, 3), "gpu": (gpu, 2), "decode": (decode, 4),
+         "prefill": (prefill, 1), "load": (load, 1), "prepare": (prepare, 1), "finetune": (finetune_alpaca, 9),
+         "shakespeare": (shakespeare, 11), "int8": (int8_quality, 1), "growth": (growth, 3), "vary": (vary, 15),
+         "rows": (rows, 15)}
+
+
+def described():
+    """The text of --help: of the parts, too."""
+    lines = [__doc__, "Parts, and about how many minutes each takes on two cores:", ""]
+    for name, (part, minutes) in PARTS.items():
+        lines += textwrap.wrap(" ".join(part.__doc__.split()), 98, initial_indent=f"  {name:<12}{minutes:>3}  ",
+                               subsequent_indent=" " * 19)
+    return "\n".join(lines)
 
 
 def main(argv):
@@ -789,7 +804,7 @@ def main(argv):
     for name in names:
         if name not in PARTS:
             raise ValueError(f"there is no part {name!r}; parts are {', '.join(PARTS)}")
-    s = config.load(Settings, [arg for arg in argv if arg.startswith("-")], __doc__)
+    s = config.load(Settings, [arg for arg in argv if arg.startswith("-")], described())
     names = names or list(PARTS)
     shakespeare = "python -m data.text config/prepare_shakespeare.py, or --shakespeare=FILE"
     for parts, path, remedy in (({"step", "shakespeare", "growth"}, s.shakespeare, shakespeare),
@@ -801,7 +816,8 @@ def main(argv):
     print(f"{'what; the peer':<48}{'ours':>28}{'peer':>28} {'':<10}{'ratio':>6}{'share':>7}  target")
     results = []
     for name in names:
-        results += PARTS[name](s)
+        part, _ = PARTS[name]
+        results += part(s)
         if s.json:
             write_json(s.json, results)
 

@@ -9,6 +9,11 @@ import pytest
 
 # Toy tensors are faster so. It is read when torch is first imported, which the tests do after this.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Processes that train together meet on this machine alone, whatever its name and network are.
+if os.name == "posix":
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="signals, pipes and torchrun's processes as POSIX has them")
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +36,33 @@ def gpt2_vocabulary():
         pytest.skip(str(error))
 
 
-def error_of(monkeypatch, *flags):
-    """The line that chat.py as a script ends with; a text as the exit code means that line, and code 1."""
-    import chat
+def error_of_script(monkeypatch, script, flags):
+    """The line that a script ends with; a text as the exit code means that line, and code 1."""
     import config
-    monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, flags)])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
     with pytest.raises(SystemExit) as ended:
-        config.run(chat.main)
+        config.run(script.main)
     assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
     return ended.value.code
+
+
+def error_of(monkeypatch, *flags):
+    """The line that chat.py ends with."""
+    import chat
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    return error_of_script(monkeypatch, chat, flags)
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Within it no file can have more bytes, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="limits of file size are a thing of POSIX")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager

@@ -160,7 +160,7 @@ def test_a_flag_without_a_value_says_how_to_write_it():
     assert "--resume=" in refused("--resume")
 
 
-@settings(max_examples=200, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from([field.name for field in dataclasses.fields(Toy)]), st.text(max_size=20))
 @example("steps", "{[1]}")
 @example("data_dir", "~no-such-user/x")
@@ -179,7 +179,7 @@ def test_help_shows_every_setting_with_default_and_comment_and_leaves(capsys):
         lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
         assert lines[0] == "A toy."
         assert lines[-8:] == [
-            "--data_dir=data/toy where the data is", "--name=plain any text",
+            f"--data_dir={Path('data/toy')} where the data is", "--name=plain any text",
             "--prompt=None text, or nothing", "--rate=0.1 how fast", "--steps=10 how many",
             "--limit=None at most; None: no limit", "--resume=False go on", "--betas=(0.9, 0.95) two numbers"]
 
@@ -209,7 +209,8 @@ def test_paths_are_short_when_the_current_folder_is_the_repository(monkeypatch):
 
 
 def test_absolute_paths_and_the_home_folder_stay_where_they_are(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for home in ("HOME", "USERPROFILE"):  # of Windows
+        monkeypatch.setenv(home, str(tmp_path))
     path = write(tmp_path, f"data_dir = {str(tmp_path / 'far')!r}")
     assert load(path).data_dir == tmp_path / "far"
     assert load("--data_dir=~/near").data_dir == tmp_path / "near"
@@ -226,10 +227,10 @@ def test_config_files_are_found_in_the_current_folder_and_else_in_the_repository
 
 
 def test_a_script_runs_from_another_folder(tmp_path):
-    done = subprocess.run([sys.executable, str(REPO / "train.py"), "--help"], cwd=tmp_path,
+    done = subprocess.run([sys.executable, str(REPO / "prepare_alpaca.py"), "--help"], cwd=tmp_path,
                           capture_output=True, encoding="utf-8")
     assert done.returncode == 0 and done.stderr == ""
-    assert "--learning_rate=" in done.stdout and not list(tmp_path.iterdir())
+    assert "--val_fraction=" in done.stdout and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error, code", [(ValueError("bad steps=3"), "error: bad steps=3"),
@@ -275,5 +276,5 @@ def test_config_is_the_first_that_a_script_imports(script):
 @pytest.mark.parametrize("problem, silent", [("_thread.interrupt_main(); time.sleep(9)", True), ("1 / 0", False)])
 def test_ctrl_c_while_importing_leaves_no_traceback(problem, silent):
     program = [sys.executable, "-c", f"import config, _thread, time\n{problem}"]
-    done = subprocess.run(program, cwd=REPO, capture_output=True, text=True, restore_signals=True)
-    assert (done.stderr == "") == silent and done.returncode, done
+    done = subprocess.run(program, cwd=REPO, capture_output=True, restore_signals=True)
+    assert (done.stderr == b"") == silent and done.returncode, done

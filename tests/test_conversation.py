@@ -397,5 +397,5 @@ def test_a_gzip_file_cut_anywhere_or_broken_is_refused(tmp_path):
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "[" + "1" * 5000 + "]"],
                          ids=["brackets", "braces", "digits"])
 def test_what_json_cannot_hold_is_refused(tmp_path, text):
-    (tmp_path / "rows.json").write_text(text)
+    (tmp_path / "rows.json").write_text(text, encoding="utf-8")
     assert "more than can be read" in refused(tmp_path / "rows.json")

@@ -1,15 +1,16 @@
 """The downloader against a small server on this computer that breaks off, refuses and lies."""
+import contextlib
 import errno
 import hashlib
 import os
 import re
-import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 import data.download
 from data.download import download, sha256_of
+from tests.conftest import serving
 
 BODY = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -71,22 +72,15 @@ def serve(monkeypatch):
     """serve(reply, ...) starts a server and returns it; server.url is the file's address."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(data.download, "CHUNK", 1000)
-    servers = []
+    with contextlib.ExitStack() as servers:
+        def start(*replies):
+            server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+            server.url = f"http://127.0.0.1:{server.server_port}/folder/file.bin"
+            server.replies, server.ranges, server.versions = list(replies), [], []
+            servers.enter_context(serving(server))
+            return server
 
-    def start(*replies):
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.url = f"http://127.0.0.1:{server.server_port}/folder/file.bin"
-        server.replies, server.ranges, server.versions = list(replies), [], []
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        servers.append((server, thread))
-        return server
-
-    yield start
-    for server, thread in servers:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        yield start
 
 
 def note(server, path, version='"1"', url=None):

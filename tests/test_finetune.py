@@ -25,6 +25,7 @@ import train
 from data.export import write_hf_model
 from data.tokens import ChatDataset, open_dataset
 from model import GPT, GPT2_NAMES, GPTConfig, load_checkpoint, model_from_checkpoint, to_gpt2_names
+from tests.conftest import POSIX, error_of_script
 from tests.test_safety import FORK, ended
 
 REPO = Path(__file__).parent.parent
@@ -72,12 +73,7 @@ def run(made, out_dir, **changes):
 
 
 def error_of(monkeypatch, arguments, script=finetune):
-    """The line that a script ends with; a text as the exit code means that line, and code 1."""
-    monkeypatch.setattr(sys, "argv", ["a script", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        config.run(script.main)
-    assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
-    return ended.value.code
+    return error_of_script(monkeypatch, script, arguments)
 
 
 def toy(dataset, **changes):
@@ -245,6 +241,7 @@ def one_of_two(rank, folder, out):
         dist.destroy_process_group()
 
 
+@POSIX
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes_learn_what_one_does_from_unequal_batches(made, tmp_path):
     both = [FORK.Process(target=one_of_two, args=(rank, made / "chat", tmp_path)) for rank in range(2)]
@@ -463,7 +460,7 @@ def stop_at(monkeypatch, wanted):
     def step_then_signal(*args):
         result = real(*args)
         if args[3] == wanted:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return result
     monkeypatch.setattr(train, "train_step", step_then_signal)
 
@@ -477,7 +474,7 @@ def straight(made, tmp_path_factory):
     return run(made, tmp_path_factory.mktemp("straight"), **LONG), torch.get_rng_state()
 
 
-@pytest.mark.parametrize("stops", [[0], [4], [8], [12], [1, 2, 9]])  # the epochs end within steps 4, 8 and 13
+@pytest.mark.parametrize("stops", [[4], [0, 2, 8, 12]])  # the epochs end within steps 4, 8 and 13
 def test_stopped_and_resumed_equals_straight_through_bit_for_bit_without_the_base(
         made, tmp_path, monkeypatch, straight, stops):
     shutil.copy(made / "base" / "best.pt", tmp_path / "base.pt")
@@ -495,15 +492,6 @@ def test_stopped_and_resumed_equals_straight_through_bit_for_bit_without_the_bas
     assert resumed["step"] == expected["step"] == 14 and resumed["history"][-1] == expected["history"][-1]
     for name, weight in expected["model"].items():
         assert torch.equal(weight, resumed["model"][name]), name
-
-
-def test_resuming_a_finished_run_trains_no_more_and_says_what_there_is(made, tmp_path, capsys):
-    first = run(made, tmp_path, max_iters=3)
-    capsys.readouterr()
-    again = run(made, tmp_path, max_iters=3, resume=True)
-    assert again["history"] == first["history"] and "best.pt holds step 3" in capsys.readouterr().out
-    for name, weight in first["model"].items():
-        assert torch.equal(weight, again["model"][name]), name
 
 
 @pytest.mark.parametrize("change", ["init_from=gpt2", "block_size=48", "batch_size=3",
@@ -593,10 +581,9 @@ def test_a_base_that_is_not_there_is_one_line(made, gpt2_chat, tmp_path, monkeyp
     assert "gpt-2" in line and all(name in line for name in GPT2_NAMES)
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b"", lambda b: b[:len(b) // 2], lambda b: b[:-20]])
-def test_a_base_cut_short_is_one_line(made, tmp_path, monkeypatch, spoil):
+def test_a_base_cut_short_is_one_line(made, tmp_path, monkeypatch):
     base = tmp_path / "base.pt"
-    base.write_bytes(spoil((made / "base" / "best.pt").read_bytes()))
+    base.write_bytes((made / "base" / "best.pt").read_bytes()[:-20])
     assert str(base) in error_of(monkeypatch, flags(made, tmp_path / "out", init_from=base))
     assert not (tmp_path / "out").exists()
 

@@ -4,9 +4,9 @@ import sys
 import pytest
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="it needs alarms")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it needs alarms, and a limit of memory")
 def test_cases_drawn_at_random_hold(capsys):
     from tests import fuzz
     names = [name for name in fuzz.FAMILIES if name != "kills"]
-    table = fuzz.fuzz(fuzz.Settings(cases=40), names)
-    assert all(tried == held == 40 for tried, held, _ in table.values()), capsys.readouterr().out
+    table = fuzz.fuzz(fuzz.Settings(cases=20), names)
+    assert all(tried == held == 20 for tried, held, _ in table.values()), capsys.readouterr().out

@@ -18,6 +18,7 @@ from data.conversation import encode_conversation, special_ids
 from data.export import ids_may_differ
 from data.tokenizer import SPACE_BEHIND_PATTERN, SPLIT_PATTERN, get_tokenizer, train_bpe
 from model import GPT, GPTConfig
+from tests.conftest import largest_file
 
 REPO = Path(__file__).parent.parent
 ROWS = json.loads((REPO / "data/instruction/instruction-data.json").read_text(encoding="utf-8"))
@@ -333,15 +334,10 @@ def test_onto_a_folder_is_told_and_into_a_missing_one_makes_it(small, tmp_path):
 
 
 def test_a_full_disk_leaves_the_earlier_file_as_it_was(small, tmp_path):
-    resource = pytest.importorskip("resource")
     export(small, tmp_path / "it.gguf", dtype="float16")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size in (5_000, 200_000):  # bytes a file may have: within the vocabulary, within the tensors
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        try:
-            with pytest.raises(OSError, match=re.escape(f"{tmp_path / 'it.gguf'}: could not be saved")):
-                export(small, tmp_path / "it.gguf")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for size in (5_000, 200_000):  # within the vocabulary, within the tensors
+        told = re.escape(f"{tmp_path / 'it.gguf'}: could not be saved")
+        with largest_file(size), pytest.raises(OSError, match=told):
+            export(small, tmp_path / "it.gguf")
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

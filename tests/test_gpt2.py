@@ -102,7 +102,7 @@ def tensors_of(hf):
 def pair(request, tmp_path_factory):
     """(a GPT-2 of one of the four shapes by transformers, the same loaded from its file by model.py)."""
     n_embd, n_head = SHAPES[request.param]
-    hf = hf_gpt2(n_embd, n_head, vocab_size=1000)
+    hf = hf_gpt2(n_embd, n_head, vocab_size=1000, n_layer=1)
     folder = tmp_path_factory.mktemp(request.param)
     hf.save_pretrained(folder)
     gpt = load_gpt2(str(folder)).eval()
@@ -295,21 +295,13 @@ EXPORTS = {"gpt2": dict(n_head=4, n_embd=64), "bpe": dict(n_head=2, n_embd=32, b
            "bytes": dict(n_head=3, n_embd=48)}
 
 
-def get_gpt2():
-    """GPT-2's tokenizer; the test is skipped where its vocabulary cannot be had."""
-    try:
-        return get_tokenizer("gpt2")
-    except ValueError as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture(scope="module", params=EXPORTS)
 def export(request, tmp_path_factory):
     """A checkpoint with one of the four kinds of tokenizer, exported by the command line."""
     spec, folder = request.param, tmp_path_factory.mktemp(request.param)
     if spec in ("bpe", "space"):
         spec = train_bpe([PARAGRAPH] * 3, 420, SPACE_BEHIND_PATTERN if spec == "space" else SPLIT_PATTERN)
-    enc = get_gpt2() if spec == "gpt2" else get_tokenizer(spec)
+    enc = request.getfixturevalue("gpt2_vocabulary") if spec == "gpt2" else get_tokenizer(spec)
     torch.manual_seed(5)
     gpt = GPT(GPTConfig(vocab_size=enc.n_vocab, block_size=64, n_layer=2, **EXPORTS[request.param])).eval()
     with torch.no_grad():
@@ -347,7 +339,7 @@ def test_an_export_comes_in_again_with_the_same_logits(export):
     close(again(ids)[..., :n], export.gpt(ids)[..., :n])
 
 
-def test_chat_opens_an_export_in_gpt2s_ids_and_refuses_another(export, capsys):
+def test_chat_opens_an_export_in_gpt2s_ids_and_refuses_another(export, gpt2_vocabulary, capsys):
     argv = [f"--init_from={export.folder}", "--prompt=Once", "--temperature=0", "--max_new_tokens=3",
             "--device=cpu", "--json=True"]
     if export.enc.n_vocab == 50260:
@@ -356,7 +348,6 @@ def test_chat_opens_an_export_in_gpt2s_ids_and_refuses_another(export, capsys):
                                        stop_ids=range(50256, 50260)))
         assert json.loads(capsys.readouterr().out)["text"] == export.enc.decode(ids)
     else:
-        get_gpt2()
         with pytest.raises(ValueError, match=f"{export.enc.n_vocab} ids are not GPT-2's"):
             chat.main(argv)
 
@@ -843,9 +834,8 @@ def test_an_interrupted_download_is_gone_on_with_in_a_later_run(hub, monkeypatch
 # ---- the raw model, and its memory ----
 
 @torch.no_grad()
-def test_chat_goes_on_with_a_text_in_the_raw_model(wide_folder, capsys):
-    hf, folder = wide_folder
-    enc = get_gpt2()
+def test_chat_goes_on_with_a_text_in_the_raw_model(wide_folder, gpt2_vocabulary, capsys):
+    (hf, folder), enc = wide_folder, gpt2_vocabulary
     chat.main([f"--init_from={folder}", "--prompt=Once upon a time", "--temperature=0",
                "--max_new_tokens=10", "--device=cpu"])
     said = capsys.readouterr().out
@@ -861,12 +851,12 @@ def test_chat_goes_on_with_a_text_in_the_raw_model(wide_folder, capsys):
 PEAK = """
 import sys, torch, model
 def peak():  # of this program alone: ru_maxrss would start at that of the tests that started it
-    with open("/proc/self/status") as f:
+    with open("/proc/self/status", encoding="utf-8") as f:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
 before = peak()
 gpt = model.load_gpt2(path)
 total = sum(p.sum().item() for p in gpt.parameters())  # every weight is looked at once
-with open(path + ".peak", "w") as f:
+with open(path + ".peak", "w", encoding="utf-8") as f:
     print(peak() - before, file=f)
 """
 

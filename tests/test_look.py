@@ -1,6 +1,5 @@
 """The page that looks inside: its numbers against transformers' and sample's, in a real browser."""
 import base64
-import fcntl
 import json
 import os
 import re
@@ -231,6 +230,7 @@ class Browser:
         self.said, write = os.pipe()
 
         def wire():  # it reads from 3 and writes to 4
+            import fcntl  # which Windows has not
             ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read, write)]
             os.dup2(ends[0], 3)
             os.dup2(ends[1], 4)
@@ -318,8 +318,8 @@ class Browser:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    if not CHROMIUM:
-        pytest.skip("no Chromium here: apt-get install chromium")
+    if not CHROMIUM or os.name == "nt":
+        pytest.skip("no Chromium here, or none that obeys a pipe: apt-get install chromium")
     browser = Browser(tmp_path_factory.mktemp("chromium"))
     yield browser
     browser.close()
@@ -543,10 +543,10 @@ def test_a_page_prints_to_one_page(browser, chat_page):
     assert browser.js("document.body.style.cssText") == ""
 
 
-def test_gpt2s_heads_are_drawn_in_about_a_second(browser, tmp_path):
+def test_gpt2s_heads_are_drawn_in_seconds(browser, tmp_path):
     ids = torch.randint(256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
     model = tiny(block_size=256, n_layer=12, n_head=12, n_embd=48)
     write_page(tmp_path / "a.html", look(model, BYTES, ids, start=100))
-    assert browser.open(tmp_path / "a.html", 390) < 3000  # ms; a third where nothing else runs
+    assert browser.open(tmp_path / "a.html", 390) < 10_000  # ms; a tenth where nothing else runs
     assert browser.js("document.documentElement.scrollWidth") <= 390
     assert browser.js("all('#heads canvas').length") == 12 * 13

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as m
 from model import GPT, GPTConfig, KVCache, Muon, newton_schulz, sample
+from tests.conftest import largest_file
 
 V, T, C, NH = 70, 16, 32, 2  # vocabulary, block size, channels, heads of the toy model
 RATES = dict(learning_rate=0.01, embedding_learning_rate=0.003, weight_decay=0.1, momentum=0.9, beta1=0.9,
@@ -312,43 +313,6 @@ def test_what_adds_to_the_residual_stream_starts_smaller():
         for layer, std in ((block.attn.c_attn, 0.02), (block.mlp.c_fc, 0.02),
                            (block.attn.c_proj, 0.005), (block.mlp.c_proj, 0.005)):  # 0.02 / sqrt(2 * 8)
             assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
-
-
-def test_transformers_gpt2_has_the_same_logits_and_gradients(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    import transformers
-    torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=32, vocab_size=96, n_positions=16,
-        attn_pdrop=0, embd_pdrop=0, resid_pdrop=0))
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    ours = GPT(GPTConfig(96, 16, 2, 2, 32))
-
-    def translate(named):
-        """Their names and layouts to ours: their Conv1D keeps weights (in, out), and nothing is padded."""
-        out = {}
-        for name, value in named:
-            name = name.removeprefix("transformer.")
-            if name == "lm_head.weight" or name.endswith("attn.masked_bias"):
-                continue
-            if re.search(r"c_\w+\.weight", name):
-                value = value.T
-            out[name] = torch.cat([value, torch.zeros(32, 32)]) if name == "wte.weight" else value
-        return out
-
-    m.load_weights(ours, translate((n, p.detach()) for n, p in theirs.named_parameters()))
-    ids = torch.tensor(np.random.default_rng(0).integers(0, 96, (3, 17)))
-    idx, targets = ids[:, :-1], ids[:, 1:]
-    their_logits = theirs(idx).logits
-    torch.testing.assert_close(ours(idx)[..., :96], their_logits, rtol=0, atol=1e-4)
-    targets = targets.flatten()
-    torch.nn.functional.cross_entropy(their_logits.flatten(0, 1), targets, reduction="sum").backward()
-    ours(idx, targets).backward()
-    wanted = translate((n, p.grad) for n, p in theirs.named_parameters())
-    for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-3, atol=1e-3)
 
 
 # The KV cache and generate
@@ -1040,18 +1004,13 @@ def test_weights_that_do_not_fit_the_config_are_a_users_mistake(tmp_path):
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(tmp_path):
-    resource = pytest.importorskip("resource")
     path = tmp_path / "best.pt"
     save_toy(path)
     before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # bytes a file may have
-    try:
+    with largest_file(20_000):
         for size in (100_000, 6_000):  # far over the limit, and over it with the last few bytes
             with pytest.raises(OSError, match=f"^{re.escape(str(path))}:"):
                 m.save_checkpoint(path, {"model": {"w": torch.zeros(size)}})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
 

@@ -3,19 +3,17 @@ import gzip
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import config
 import data.text
 import prepare_alpaca
 from data.tokenizer import get_tokenizer, train_bpe, write_spec
 from data.tokens import open_dataset
+from tests.conftest import error_of_script, largest_file
 
 REPO = Path(__file__).parent.parent
 START, USER, ASSISTANT, END = 256, 257, 258, 259  # of the bytes tokenizer
@@ -78,19 +76,10 @@ def report(capsys):
     return {name: int(number.replace(",", "")) for name, number in lines}
 
 
-def assert_one_line_error(printed, line, *parts):
-    assert printed == "" and line.startswith("error: ") and "\n" not in line, line
-    assert all(part in line for part in parts), line
-
-
-def assert_ends_with_one_line(monkeypatch, capsys, main, argv, *parts):
-    """Run it as its script does; a text as the exit code means that line on standard error, and code 1."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *argv])
-    with pytest.raises(SystemExit) as ended:
-        config.run(main)
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert_one_line_error(out, ended.value.code, *parts)
+def assert_ends_with_one_line(monkeypatch, capsys, script, argv, *parts):
+    line = error_of_script(monkeypatch, script, argv)
+    assert capsys.readouterr() == ("", "")
+    assert line.startswith("error: ") and all(part in line for part in parts), line
 
 
 def test_the_report_counts_what_is_kept_and_dropped(tmp_path, capsys):
@@ -297,16 +286,13 @@ def test_a_failing_run_leaves_the_earlier_files_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [200, 1800], ids=["train.bin", "chat_corpus.txt"])
-def test_a_full_disk_is_one_line_and_leaves_the_earlier_files_as_they_were(tmp_path, limit):
-    resource = pytest.importorskip("resource", reason="limits of file size are a thing of Unix")
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_files_as_they_were(tmp_path, monkeypatch, capsys, limit):
     before = files(prepare(tmp_path, rows_of(6)))
     (tmp_path / "rows.json").write_text(json.dumps(rows_of(34)), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "prepare_alpaca.py", f"--source={tmp_path / 'rows.json'}",
-         f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes"], cwd=REPO, capture_output=True, encoding="utf-8",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert done.returncode == 1 and done.stderr.endswith("\n")
-    assert_one_line_error(done.stdout, done.stderr[:-1], "File too large")
+    argv = [f"--source={tmp_path / 'rows.json'}", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes"]
+    capsys.readouterr()
+    with largest_file(limit):
+        assert_ends_with_one_line(monkeypatch, capsys, prepare_alpaca, argv, "File too large")
     assert files(tmp_path / "out") == before
 
 
@@ -373,7 +359,7 @@ def test_bad_rows_are_dropped_from_the_source_and_the_extra_rows_on_request(tmp_
 
 def test_bad_rows_end_the_program_with_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.json").write_text(json.dumps([*rows_of(3), {"instruction": "a"}]), encoding="utf-8")
-    assert_ends_with_one_line(monkeypatch, capsys, prepare_alpaca.main,
+    assert_ends_with_one_line(monkeypatch, capsys, prepare_alpaca,
                               [f"--source={tmp_path / 'rows.json'}", f"--out_dir={tmp_path / 'out'}"],
                               str(tmp_path / "rows.json"), "row 4", "no field 'output'", "found 'instruction'",
                               "--bad_rows=drop")
@@ -381,7 +367,7 @@ def test_bad_rows_end_the_program_with_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_a_missing_text_ends_the_program_with_one_line(tmp_path, monkeypatch, capsys):
-    assert_ends_with_one_line(monkeypatch, capsys, data.text.main,
+    assert_ends_with_one_line(monkeypatch, capsys, data.text,
                               [f"--source={tmp_path / 'none.txt'}", f"--out_dir={tmp_path / 'out'}"],
                               str(tmp_path / "none.txt"), "--source")
     assert not (tmp_path / "out").exists()

@@ -201,7 +201,7 @@ def test_every_rule_and_every_section_of_wordings_is_asked():
     assert asked == {section for section, _, _ in patterns()}
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_nothing_held_out_is_trained_on(seed):
     """The words and numbers of held-out questions that the hash picks are in no training row."""
     known = rules.Draw(seed, "train").known
@@ -299,7 +299,7 @@ def test_a_wrong_setting_gets_one_line(flags, said, tmp_path):
 
 
 def test_a_place_that_cannot_be_written_gets_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").touch()
     out = tmp_path / "file" / "rules.json"
     monkeypatch.setattr("sys.argv", ["rules", "--rows=5", f"--out={out}"])
     with pytest.raises(SystemExit) as caught:

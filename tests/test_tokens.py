@@ -269,12 +269,11 @@ def test_the_bytes_of_targets_are_those_of_their_tokens_and_special_tokens_have_
     merges = [[97, 97], [256, 98], [0xc3, 0xa9]]  # 256: aa, 257: aab, 258: é; 259 is <|endoftext|>
     (tmp_path / "tokenizer.json").write_text(json.dumps({"pattern": "\\S+|\\s+", "merges": merges}), encoding="utf-8")
     ids = [257, 256, 98, 258, 259, 257, 0xc3, 32, 256]  # windows of 4, and no rest
-    folder = text_folder(tmp_path, ids, tokenizer="tokenizer.json", vocab_size=263)
+    folder = text_folder(tmp_path, ids, [257, 262, 262, 262, 257], tokenizer="tokenizer.json", vocab_size=263)
     dataset = TokenDataset(folder, 4, 1)
     assert count_targets(dataset, "train", None) == (8, 2 + 1 + 2 + 0 + 3 + 1 + 1 + 2)
     assert count_targets(dataset, "train", 4) == (4, 2 + 1 + 2 + 0), "of the first window"
-    write_tokens(folder / "val.bin", [[257, 262, 262, 262, 257]])
-    assert count_targets(TokenDataset(folder, 4, 1), "val", None) == (4, 3)
+    assert count_targets(dataset, "val", None) == (4, 3)
 
 
 def test_the_bytes_of_a_chats_targets_are_the_assistants_words(tmp_path):
@@ -305,24 +304,19 @@ def test_a_shard_too_short_for_a_window_or_of_another_vocabulary_is_refused_by_n
         TokenDataset(tmp_path, 8, 2)
 
 
-def test_chats_in_shards_are_all_read_or_refused(tmp_path):
+def test_chats_in_shards_are_all_read(tmp_path):
     chats = random_chats(40)
     chat_folder(tmp_path, chats)
     (tmp_path / "train.bin").unlink()
     for number in range(2):
         write_tokens(tmp_path / f"train_{number:03}.bin", chats[20 * number:20 * number + 20])
-    try:
-        dataset = ChatDataset(tmp_path, 128, 2)
-    except ValueError as error:
-        assert "train_00" in str(error)
-    else:
-        assert dataset.conversations("train") == chats
+    assert ChatDataset(tmp_path, 128, 2).conversations("train") == chats
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells how much memory is used")
 def test_memory_stays_flat_over_thousands_of_batches(tmp_path):
     def used():  # bytes, without what is only mapped from the token files
-        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 
     ids = np.random.default_rng(0).integers(0, 256, 4_000_000)
     dataset = TokenDataset(sharded(tmp_path, ids, ids, ids, val=ids[:1000]), 256, 8)

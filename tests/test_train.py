@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import math
-import os
 import re
 import shutil
 import signal
@@ -39,6 +38,7 @@ from model import (
     save_checkpoint,
     to_gpt2_names,
 )
+from tests.conftest import POSIX, error_of_script, largest_file
 
 pytestmark = pytest.mark.usefixtures("neither_drawn_nor_measured")
 CPU = torch.device("cpu")
@@ -329,6 +329,7 @@ def test_several_processes_on_a_mac_are_refused(monkeypatch):
         pass
 
 
+@POSIX
 def test_processes_part_when_all_went_well_and_else_leave_each_other_alone(monkeypatch):
     one_of_one(monkeypatch)
     with train.processes(CPU):
@@ -340,6 +341,7 @@ def test_processes_part_when_all_went_well_and_else_leave_each_other_alone(monke
     dist.destroy_process_group()
 
 
+@POSIX
 def test_nccl_knows_its_gpu_and_waits_for_a_long_download(monkeypatch):
     one_of_one(monkeypatch)
     asked = {}
@@ -524,38 +526,7 @@ def test_a_long_evaluation_says_how_far_it_is(folders, monkeypatch, capsys):
         "  train: 144 of 200 targets  4 targets/s  14s left"]
 
 
-# Stopping and going on
-
-def stop_at(monkeypatch, wanted, number):
-    """A signal arrives while step `wanted` (counted from 0) is computed."""
-    real = train.train_step
-
-    def step_then_signal(*args, **kwargs):
-        result = real(*args, **kwargs)
-        if args[3] == wanted:
-            os.kill(os.getpid(), number)
-        return result
-    monkeypatch.setattr(train, "train_step", step_then_signal)
-
-
-@pytest.mark.parametrize("kind, number, code", [("text", signal.SIGTERM, 143), ("chat", signal.SIGINT, 130)])
-def test_resumed_equals_straight_through_bit_for_bit(folders, tmp_path, monkeypatch, kind, number, code):
-    knobs = dict(max_iters=30, dropout=0.1, eval_interval=10, gradient_accumulation=2)
-    straight = run(folders[kind], tmp_path / "straight", **knobs)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 13, number)
-        with pytest.raises(SystemExit) as stopped:
-            run(folders[kind], tmp_path / "stopped", **knobs)
-    assert stopped.value.code == code
-    assert load_checkpoint(tmp_path / "stopped" / "last.pt")["step"] == 14
-    resumed = run(folders[kind], tmp_path / "stopped", resume=True, **knobs)
-    assert resumed["step"] == straight["step"] == 30
-    assert straight["model"].keys() == resumed["model"].keys()
-    for name, weight in straight["model"].items():
-        assert torch.equal(weight, resumed["model"][name]), name
-    assert resumed["history"][-1] == straight["history"][-1]
-    assert torch.equal(resumed["rng"][0][0], straight["rng"][0][0])
-
+# Stopping and going on (bit for bit: tests/test_safety.py)
 
 class SignalWhen(io.StringIO):
     """A standard output; a SIGTERM comes while a line with `text` is printed."""
@@ -567,7 +538,7 @@ class SignalWhen(io.StringIO):
     def write(self, line):
         if self.text and self.text in line:
             self.text = None
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return super().write(line)
 
 
@@ -589,11 +560,11 @@ def test_the_first_signal_is_noted_and_the_second_ends_at_once(monkeypatch):
     now = 100.0
     monkeypatch.setattr(train.time, "monotonic", lambda: now)
     with pytest.raises(KeyboardInterrupt), train.stop_signals() as caught:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)  # at once: torchrun, or a shell, passes on what all got
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # at once: torchrun, or a shell, passes on what all got
         assert caught == [signal.SIGTERM]
         now += 2
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         raise AssertionError("not reached")
 
 
@@ -603,7 +574,7 @@ def test_a_closed_terminal_stops_a_run_but_under_nohup_it_goes_on(before, caught
     was = signal.signal(signal.SIGHUP, before)
     try:
         with train.stop_signals() as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
         assert signals == [signal.SIGHUP] * caught and signal.getsignal(signal.SIGHUP) == before
     finally:
         signal.signal(signal.SIGHUP, was)
@@ -760,25 +731,6 @@ def test_a_run_that_memorizes_says_so_once(folders, tmp_path, monkeypatch, capsy
 
 # What goes wrong
 
-def poison(monkeypatch, wanted):
-    """Before step `wanted` (counted from 0), one weight becomes NaN."""
-    real = train.train_step
-
-    def step(model, *args):
-        if args[2] == wanted:
-            model.h[0].ln_1.weight.data[0] = math.nan
-        return real(model, *args)
-    monkeypatch.setattr(train, "train_step", step)
-
-
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_checkpoint(folders, tmp_path, monkeypatch):
-    poison(monkeypatch, 4)
-    with pytest.raises(ValueError, match=r"step [45]\b.*nan.*learning_rate.*0\.01"):
-        run(folders["text"], tmp_path, eval_interval=2, save_interval=2)
-    last = load_checkpoint(tmp_path / "last.pt")
-    assert last["step"] == 4 and all(weight.isfinite().all() for weight in last["model"].values())
-
-
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_learning_rate_far_too_high_never_replaces_a_good_checkpoint(folders, tmp_path, optimizer):
     knobs = dict(eval_interval=1, optimizer=optimizer, warmup_iters=0)
@@ -822,24 +774,14 @@ def test_out_of_memory_leaves_other_errors_as_they_are():
 
 
 def error_of(monkeypatch, arguments):
-    """The line that train.py ends with; a text as the exit code means that line, and code 1."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        config.run(train.main)
-    assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
-    return ended.value.code
+    return error_of_script(monkeypatch, train, arguments)
 
 
 def test_when_saving_fails_training_goes_on_to_the_end_and_exits_with_1(folders, tmp_path, monkeypatch,
                                                                        capsys):
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     monkeypatch.setattr(train, "draw_losses", DRAW)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))  # bytes a file may have
-    try:
+    with largest_file(5000):
         last = error_of(monkeypatch, flags(folders["text"], tmp_path, eval_interval=3))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = capsys.readouterr()
     assert re.search(r"step +6/6", said.out)
     lines = [*said.err.splitlines(), last]
