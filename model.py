@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from data.download import download
+from data.download import download, hub
 from data.files import read_safetensors, write_atomically
 from data.tokenizer import GPT2_VOCAB_SIZE, count_ids
 
@@ -436,7 +436,7 @@ def configure_optimizers(model, s, dtype=torch.float32):
 # ---- GPT-2's weights ----
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-GPT2_URL = "{mirror}/openai-community/{name}/resolve/main/model.safetensors"
+GPT2_URL = "{hub}/openai-community/{name}/resolve/main/model.safetensors"
 
 # GPT-2's tensors have our names and shapes, but for these:
 PREFIX = "transformer."  # stands before every name, or before none
@@ -460,17 +460,21 @@ def from_gpt2_names(named):
             yield name, turn_matrix(name, tensor)
 
 
-def to_gpt2_names(model):
-    """The weights of a GPT as GPT-2's files have them, {name: tensor}: the way back from
-    from_gpt2_names. A model without biases gets biases of 0, which change nothing."""
+def exported_weights(model):
+    """The weights of a GPT for other tools, {our name: tensor}: without the vocabulary's padding,
+    and a model without biases gets biases of 0, which change nothing."""
     weights = {}
     for name, tensor in stored_weights(model).items():
-        if name == "wte.weight":
-            tensor = tensor[:model.config.vocab_size]  # without the padding
-        weights[PREFIX + name] = turn_matrix(name, tensor)
+        weights[name] = tensor[:model.config.vocab_size] if name == "wte.weight" else tensor
         if not model.config.bias and name.startswith(("h.", "ln_f")):
-            weights[PREFIX + name.removesuffix("weight") + "bias"] = torch.zeros(tensor.shape[0])
+            weights[name.removesuffix("weight") + "bias"] = torch.zeros(tensor.shape[0])
     return weights
+
+
+def to_gpt2_names(model):
+    """exported_weights as GPT-2's files have them: the way back from from_gpt2_names."""
+    return {PREFIX + name: turn_matrix(name, tensor)
+            for name, tensor in exported_weights(model).items()}
 
 
 def load_gpt2(name_or_path, vocab_size=None, block_size=None, dropout=0.0):
@@ -486,13 +490,13 @@ def load_gpt2(name_or_path, vocab_size=None, block_size=None, dropout=0.0):
     path = fetch_gpt2(name_or_path) if name_or_path in GPT2_NAMES else Path(name_or_path)
     weights, vocab_size = read_gpt2_weights(path, vocab_size)
     longest, n_embd = weights["wpe.weight"].shape[0], weights["wte.weight"].shape[1]
-    n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
     n_head = read_n_head(path) or max(n_embd // 64, 1)
-    if n_embd == 0 or n_head < 1 or n_embd % n_head:
+    if n_head < 1 or n_embd % n_head:
         raise ValueError(f"{path}: its {n_embd} channels cannot be split into {n_head} equal "
                          "heads; check n_head in the config.json beside it")
-    model = empty_model(GPTConfig(vocab_size, longest, n_layer, n_head, n_embd, dropout))
-    load_weights(model, checked(weights, stored_weights(model), path))
+    config = GPTConfig(vocab_size, longest, count_layers(weights), n_head, n_embd, dropout)
+    model = empty_model(config)
+    load_weights(model, weights, path)
     crop_block_size(model, block_size or longest)
     return model
 
@@ -520,9 +524,8 @@ def fetch_gpt2(name):
     if path.exists():  # from whatever mirror
         return path
     print(f"downloading {name} into {folder}", file=sys.stderr)
-    mirror = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     try:
-        return download(GPT2_URL.format(mirror=mirror.rstrip("/"), name=name), path)
+        return download(GPT2_URL.format(hub=hub(), name=name), path)
     except OSError as error:
         advice = "HF_ENDPOINT names a mirror, --init_from=FILE.safetensors a file"
         raise OSError(f"{error} ({advice})") from error
@@ -539,7 +542,8 @@ def read_gpt2_weights(path, vocab_size):
     named = read_safetensors(file) if file.suffix == ".safetensors" else read_pytorch_bin(file)
     weights = {}
     for name, tensor in from_gpt2_names(named):
-        if name == "wte.weight" and tensor.dim() == 2:  # it comes first: little else is in memory
+        if name == "wte.weight" and tensor.dim() == 2 and tensor.numel():
+            # It comes first: little else is in memory.
             rows = tensor.shape[0]
             vocab_size = vocab_size or (GPTConfig.vocab_size if rows == GPT2_VOCAB_SIZE else rows)
             if vocab_size < rows:
@@ -551,7 +555,7 @@ def read_gpt2_weights(path, vocab_size):
             raise ValueError(f"{file}: {name} holds numbers that are not finite; fetch it again")
         del tensor
     for name in ("wte.weight", "wpe.weight"):
-        if name not in weights or weights[name].dim() != 2:
+        if name not in weights or weights[name].dim() != 2 or not weights[name].numel():
             raise ValueError(f"{file}: holds no {name} table, so these are not GPT-2's weights")
     return weights, vocab_size
 
@@ -575,8 +579,7 @@ def grow_rows(table, count, padded):
     grown[:rows] = table
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(count - rows, table.shape[1], generator=generator)
-    if table.numel():
-        grown[rows:count] = table.mean(0) + 0.01 * table.std() * drawn
+    grown[rows:count] = table.mean(0) + 0.01 * table.std() * drawn
     return grown
 
 
@@ -590,17 +593,22 @@ def read_n_head(path):
         return None
 
 
-def checked(weights, expected, path):
-    """`weights`, or a ValueError for the first tensor that is missing, unknown or of another
+def count_layers(weights):
+    """How many blocks' weights there are among {name: tensor}."""
+    return len({name.split(".")[1] for name in weights if name.startswith("h.")})
+
+
+def check_names_and_shapes(weights, expected, source):
+    """Raise ValueError for the first of the weights that is missing, unknown or of another
     shape."""
     for name in [*sorted(weights.keys() - expected.keys()), *expected]:  # the unknown ones first
         if name not in weights or name not in expected:
             problem = "is missing" if name in expected else "does not belong to a GPT-2"
-            raise ValueError(f"{path}: the tensor {name} {problem}")
-        if weights[name].shape != expected[name].shape:
-            raise ValueError(f"{path}: {name} has the shape {tuple(weights[name].shape)}, expected "
-                             f"{tuple(expected[name].shape)}")
-    return weights
+            raise ValueError(f"{source}: the tensor {name} {problem}")
+        found, wanted = tuple(weights[name].shape), tuple(expected[name].shape)
+        if found != wanted:
+            raise ValueError(f"{source}: {name} has the shape {found}, which does not fit; "
+                             f"expected {wanted}")
 
 
 # ---- checkpoints ----
@@ -626,9 +634,10 @@ def stored_weights(model):
     return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
 
 
-def load_weights(model, weights):
-    """Give a model its weights, as stored_weights has them. Raises RuntimeError where they do not
-    fit."""
+def load_weights(model, weights, source="the checkpoint"):
+    """Give a model its weights, as stored_weights has them. Raises ValueError, with their source,
+    for what does not fit."""
+    check_names_and_shapes(weights, stored_weights(model), source)
     model.load_state_dict({**weights, "lm_head.weight": weights["wte.weight"]}, assign=True)
     model.lm_head.weight = model.wte.weight
 
@@ -679,17 +688,16 @@ def check_checkpoint(checkpoint):
             raise ValueError(f"{name}={value!r} in its config")
     if (ids := count_ids(checkpoint["tokenizer"])) != config.vocab_size:
         raise ValueError(f"its tokenizer has {ids} ids, its model {config.vocab_size}")
-    is_chat = checkpoint["kind"] == "chat"
-    if checkpoint["kind"] not in ("chat", "text") or checkpoint.get("turns", 1) < is_chat:
-        raise ValueError(f"kind {checkpoint['kind']!r} of {checkpoint.get('turns')} turns")
+    kind, turns = checkpoint["kind"], checkpoint.get("turns", 1)
+    if kind not in ("chat", "text") or (kind == "chat" and turns < 1):
+        raise ValueError(f"kind {kind!r} of {turns} turns")
     for name, tensor in weights.items():
         if tensor.dtype != torch.float32 or tensor.layout != torch.strided:
             raise ValueError(f"{name} is of type {tensor.dtype}")
         if not tensor.sum().isfinite():  # in a tenth of the time that tensor.isfinite() takes
             raise ValueError(f"{name} holds numbers that are not finite")
     # Before a model of an impossible size is made; load_weights compares the rest.
-    n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
-    shapes = (n_layer, weights["wte.weight"].shape, weights["wpe.weight"].shape)
+    shapes = (count_layers(weights), weights["wte.weight"].shape, weights["wpe.weight"].shape)
     if shapes != (config.n_layer, (config.padded_vocab_size, config.n_embd),
                   (config.block_size, config.n_embd)):
         raise ValueError("its weights do not fit its config")
@@ -712,11 +720,7 @@ def model_from_checkpoint(checkpoint, dropout=0.0):
     """The GPT in a checkpoint, with no random initialisation on the way. Raises ValueError where
     the weights do not fit the config."""
     model = empty_model(GPTConfig(**{**checkpoint["config"], "dropout": dropout}))
-    try:
-        load_weights(model, checkpoint["model"])
-    except (RuntimeError, KeyError) as error:
-        problem = str(error).splitlines()[-1].strip()
-        raise ValueError(f"the checkpoint's weights do not fit its config: {problem}") from error
+    load_weights(model, checkpoint["model"])
     return model
 
 
@@ -898,9 +902,10 @@ def pick_device(device="auto", dtype="auto"):
     name = fast if dtype == "auto" else dtype
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: use auto, float32 or bfloat16 (chat.py: or int8)")
-    why = "as set" if device != "auto" else "the only one here" if best == "cpu" else "found"
+    why_device = "the only one here" if best == "cpu" else "found"
+    why_device = why_device if device == "auto" else "as set"
     why_dtype = why_dtype if dtype == "auto" else "as set"
-    return picked, getattr(torch, name), f"{picked} ({why}), {name} ({why_dtype})"
+    return picked, getattr(torch, name), f"{picked} ({why_device}), {name} ({why_dtype})"
 
 
 # ---- by itself: a checkpoint for other tools ----
@@ -935,7 +940,7 @@ def export_gguf(s, model, checkpoint):
     from data.export import ids_may_differ, write_gguf, write_modelfile
     tokenizer, turns = checkpoint["tokenizer"], trained_turns(checkpoint)
     modelfile = s.export.with_suffix(".Modelfile")
-    write_gguf(s.export, model.config, stored_weights(model), tokenizer, s.dtype, turns)
+    write_gguf(s.export, model.config, exported_weights(model), tokenizer, s.dtype, turns)
     write_modelfile(modelfile, s.export, model.config, turns)
     print(f"{s.checkpoint} -> {s.export}: {s.export.stat().st_size:,} bytes, and {modelfile}")
     if texts := ids_may_differ(tokenizer):

@@ -1,1 +1,1 @@
-"""From raw text to token files: tokenizer, conversation, tokens, text, fineweb, download."""
+"""Text and files: from raw text to token files and batches, and a model in other tools' formats."""

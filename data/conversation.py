@@ -9,8 +9,6 @@ where each `<|...|>` is a single id. A model is trained on the ids that follow `
 to and with `<|end|>`: it learns to answer and to stop, and not to ask. What people write is always
 encoded as ordinary text, so typing "<|end|>" makes harmless tokens, never the one that ends a turn.
 """
-import difflib
-import functools
 import gzip
 import json
 import zlib
@@ -124,11 +122,10 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
          "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
          "system": "system", "developer": "system"}
 # Others have a question, what may follow it on a new line (or be missing), and the answer.
-PAIRS = {"Alpaca": ("instruction", "input", "output"),
-         "Dolly": ("instruction", "context", "response"),
-         "prompt and completion": ("prompt", None, "completion"),
-         "question and answer": ("question", None, "answer"),
-         "OpenOrca": ("question", None, "response")}
+PAIRS = (("instruction", "input", "output"),  # Alpaca
+         ("instruction", "context", "response"),  # Dolly
+         ("prompt", None, "completion"), ("question", None, "answer"),
+         ("question", None, "response"))  # OpenOrca
 # What a system message says may stand beside either.
 SYSTEM = ("system", "system_prompt")
 
@@ -203,35 +200,15 @@ def check_text(row, field, where):
 
 
 def find_pair(row, where):
-    """The fields (question, more, answer) of the first of PAIRS that fits, or a BadRow that names
-    the nearest and what it lacks."""
-    for fields in PAIRS.values():
-        if all(field in row for field in fields[::2]):
-            return fields
+    """The fields (question, more, answer) of the first of PAIRS that fits, or a BadRow that lists
+    them all."""
+    for question, more, answer in PAIRS:
+        if question in row and answer in row:
+            return question, more, answer
     found = ", ".join(map(short, row)) or "none"
-    name, fields = nearest_layout(tuple(row))
-    if not name:
-        raise BadRow("unknown layout", f"{where}: found the fields {found:.200}, which fit no "
-                     "layout; expected 'instruction' and 'output', or 'messages', or another of "
-                     "data/conversation.py's")
-    missing = " and no ".join(repr(field) for field in fields[::2] if field not in row)
-    expected = ", ".join(repr(field) for field in fields if field)
-    raise BadRow("unknown layout", f"{where}: no field {missing}; found {found:.200}; expected, as "
-                 f"nearest to that, {expected} ({name})")
-
-
-@functools.lru_cache(1000)  # bad rows of a file are mostly alike
-def nearest_layout(names):
-    """The (name, fields) that have most in common with a row's names of fields, nearly equal ones
-    counted; name is None where nothing is."""
-    names = [name.lower() for name in names]
-    best, layout = 0, (None, ())
-    for name, fields in [*PAIRS.items(), *(("chats", (field,)) for field in LISTS)]:
-        alike = sum(bool(field and difflib.get_close_matches(field, names, 1, 0.75))
-                    for field in fields)
-        if alike > best:
-            best, layout = alike, (name, fields)
-    return layout
+    pairs = ", or ".join(f"{question!r} and {answer!r}" for question, _, answer in PAIRS)
+    raise BadRow("unknown layout", f"{where}: found the fields {found:.200}; expected 'messages', "
+                 f"or {pairs}")
 
 
 def read_messages(listed, where, report):
@@ -239,8 +216,9 @@ def read_messages(listed, where, report):
     ending with the assistant."""
     if not isinstance(listed, list) or not listed:
         raise BadRow("no messages", f"{where}: must be a list of messages, found {short(listed)}")
-    names = next((names for names in MESSAGE
-                  if isinstance(listed[0], dict) and names[0] in listed[0]), MESSAGE[0])
+    names = MESSAGE[0]
+    if isinstance(listed[0], dict) and MESSAGE[1][0] in listed[0]:
+        names = MESSAGE[1]
     systems, messages = [], []
     for number, m in enumerate(listed, 1):
         place = f"{where}, message {number}"
@@ -341,14 +319,15 @@ def read_rows(path):
             rows, number = [], 0
             for line in text.split("\n"):
                 number += 1
-                rows += [json.loads(line)] if line.strip() else []
+                if line.strip():
+                    rows.append(json.loads(line))
     except json.JSONDecodeError as error:
         line = error.lineno if is_list else number
         if not is_list and not rows:
             raise ValueError(f"{path}, line {line}: not a whole JSON object; expected a list "
                              "of rows, [{...}, ...], or an object on every line") from error
-        cut = "; the file seems cut short" if error.pos >= len(error.doc.rstrip()) - 1 or \
-            error.msg.startswith("Unterminated") else ""
+        at_end = error.pos >= len(error.doc.rstrip()) - 1 or error.msg.startswith("Unterminated")
+        cut = "; the file seems cut short" if at_end else ""
         raise ValueError(f"{path}, line {line}: not JSON: {error.msg}{cut}") from error
     except (RecursionError, ValueError) as error:  # brackets in brackets; digits without end
         raise ValueError(f"{path}: holds more than can be read ({error}); "

@@ -14,6 +14,11 @@ TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
 BY_HAND = "fetch the file by hand and name it instead"
 
 
+def hub():
+    """The model hub's address: of huggingface.co, or of the mirror that HF_ENDPOINT names."""
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
 def sha256_of(path):
     """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -40,23 +45,20 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
     """
     path = Path(path)
     part, note = (path.with_name(path.name + ending) for ending in (".part", ".from"))
-    if path.exists() and sha256:  # wherever it came from
-        if sha256_of(path) != sha256:
+    if path.exists():
+        came_from, _ = read_note(note)  # "" where there is no note: somebody put it there
+        if sha256 and sha256_of(path) != sha256:
             raise OSError(f"{path}: is not the file that is known (its sha256 is another); move it "
                           "away")
-        return path
-    if path.exists():
-        came_from, _ = read_note(note)
-        if came_from not in ("", without_password(url)):  # "": fetched before there were notes
+        if not sha256 and came_from not in ("", without_password(url)):
             raise OSError(f"{path}: came from {came_from}, not from {without_password(url)}; move "
-                          "it away, or use "
-                          "another folder")
+                          "it away, or use another folder")
         return path
     import requests  # here, so that a chat need not wait for it
     path.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(retries + 1):
         try:
-            total, stated = _fetch(url, part, note)
+            total, stated = fetch_rest(url, part, note)
             break
         except requests.HTTPError as error:
             status = error.response.status_code
@@ -89,7 +91,7 @@ def what_is_wrong(part, size, sha256):
     """Why the file that came is not the one that was asked for, or None. size, sha256: None where
     they are not known."""
     found = part.stat().st_size
-    if found != (size or found):
+    if size and found != size:
         return f"{found:,} bytes came, {size:,} were expected"
     if not found:
         return "an empty file came"
@@ -116,7 +118,7 @@ def delete(path):
     path.with_name(path.name + ".from").unlink(missing_ok=True)
 
 
-def _fetch(url, part, note):
+def fetch_rest(url, part, note):
     """One attempt: append to `part` what it lacks. Returns the whole size and the sha256 as the
     server states them, each None where it does not."""
     import requests
@@ -132,13 +134,15 @@ def _fetch(url, part, note):
         if status == 416 and place == f"bytes */{have}":
             return have, stated_sha256(response)
         goes_on = place.startswith(f"bytes {have}-") and stated_version(response) in ("", version)
-        if status == 416 or status == 206 and not goes_on:
+        is_other_part = status == 206 and not goes_on
+        if status == 416 or is_other_part:
             part.unlink(missing_ok=True)
             raise requests.ConnectionError("the partial file does not fit")
         response.raise_for_status()
         blocks = response.iter_content(CHUNK)
         first = next(blocks, b"")
-        if status not in (200, 206) or status == 200 and is_page(url, response, first):
+        is_file = status == 206 or (status == 200 and not is_page(url, response, first))
+        if not is_file:
             raise requests.HTTPError(response=response)
         if status == 200:
             have = 0
@@ -146,7 +150,7 @@ def _fetch(url, part, note):
             note.write_text(lines, encoding="utf-8")
         length = response.headers.get("Content-Length", "")
         total = have + int(length) if length.isdecimal() else None
-        _copy(itertools.chain([first], blocks), part, have, total)
+        write_blocks(itertools.chain([first], blocks), part, have, total)
     if total and part.stat().st_size < total:
         raise requests.ConnectionError("the connection broke")
     return total, stated_sha256(response)
@@ -176,7 +180,7 @@ def stated_sha256(response):
     return None
 
 
-def _copy(blocks, part, have, total):
+def write_blocks(blocks, part, have, total):
     """Stream an answer's bytes to `part`, from byte `have` on, with a line of progress on standard
     error."""
     started, done, shown = time.monotonic(), have, 0.0

@@ -10,7 +10,7 @@ import struct
 import torch
 
 from data.conversation import ASSISTANT, END, chat_template, special_ids
-from data.files import new_files, write_atomically, write_json, write_safetensors
+from data.files import new_files, write_atomically, write_json, write_safetensors, write_text
 from data.tokenizer import (
     END_OF_TEXT,
     GPT2_VOCAB_SIZE,
@@ -52,15 +52,14 @@ def write_hf_model(folder, config, weights):
 def write_hf_tokenizer(folder, spec, block_size):
     """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer opens as
     this tokenizer, with the chat format for its apply_chat_template."""
-    enc, letters = get_tokenizer(spec), printable_bytes()
-
-    def written(token):
-        return "".join(letters[b] for b in token)
-
+    enc = get_tokenizer(spec)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": enc._pat_str}, "behavior": "Isolated",
              "invert": False}
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    if spec == "gpt2":  # its pattern is the one that ByteLevel brings along
+        pre_tokenizer = byte_level | {"use_regex": True}
     specials = sorted(enc._special_tokens.items(), key=lambda item: item[1])
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
@@ -68,9 +67,7 @@ def write_hf_tokenizer(folder, spec, block_size):
         "added_tokens": [{"id": i, "content": token, "single_word": False, "lstrip": False,
                           "rstrip": False, "normalized": False, "special": True}
                          for token, i in specials],
-        "pre_tokenizer": byte_level | {"use_regex": True} if spec == "gpt2" else
-        {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "decoder": byte_level,
+        "pre_tokenizer": pre_tokenizer, "decoder": byte_level,
         "model": {"type": "BPE", "dropout": None, "unk_token": None,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "fuse_unk": False, "byte_fallback": False,
@@ -83,12 +80,16 @@ def write_hf_tokenizer(folder, spec, block_size):
     write_json(folder / "tokenizer_config.json", config)
 
 
-def printable_bytes():
-    """GPT-2's letters for the 256 bytes: printable ones stand for themselves, others for letters
-    from U+0100 on, so that tokens can be written in text files."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+# GPT-2's letters for the 256 bytes, so that tokens can be written in text files: printable ones
+# stand for themselves, others for letters from U+0100 on.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+LETTERS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
+
+
+def written(token):
+    """A token's bytes in GPT-2's letters."""
+    return "".join(LETTERS[b] for b in token)
 
 
 def merge_pairs(enc):
@@ -123,7 +124,7 @@ GGUF_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm"
 def write_gguf(path, config, weights, tokenizer_spec, dtype="float32", turns=1):
     """Write a model as a GGUF file, version 3, for llama.cpp's GPT-2; never half a file.
 
-    config: a GPTConfig. weights: {our name: tensor}, as model.py's stored_weights has them.
+    config: a GPTConfig. weights: {our name: tensor}, as model.py's exported_weights has them.
     tokenizer_spec: as data/tokenizer.py's read_spec has it. dtype: of the matrices; float32,
     float16 or q8_0. turns: of how many questions the model sees the newest; 0: it knows no chats.
     Raises ValueError or OSError.
@@ -136,7 +137,7 @@ def write_gguf(path, config, weights, tokenizer_spec, dtype="float32", turns=1):
     settings = gguf_settings(config, GGUF_TYPES[dtype][1])
     settings |= gguf_tokenizer(tokenizer_spec, config.vocab_size)
     settings["tokenizer.chat_template"] = chat_template(turns)
-    tensors = gguf_tensors(config, weights, dtype)
+    tensors = gguf_tensors(weights, dtype)
     header = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(settings))
     header += b"".join(gguf_text(key) + gguf_value(value) for key, value in settings.items())
     start = 0
@@ -178,12 +179,8 @@ def gguf_tokenizer(spec, vocab_size):
     leaves the rest to the merges. Those of ours hardly ever reach over a cut of ours, for they come
     from pieces between cuts; see ids_may_differ.
     """
-    enc, letters = get_tokenizer(spec), printable_bytes()
+    enc = get_tokenizer(spec)
     end_of_text, user, assistant, end = special_ids(enc)
-
-    def written(token):
-        return "".join(letters[b] for b in token)
-
     names = {i: written(token) for token, i in enc._mergeable_ranks.items()}
     names |= {i: token for token, i in enc._special_tokens.items()}
     merges = merge_pairs(enc)
@@ -238,20 +235,16 @@ def reaches_over(token):
         return any(byte & 0xC0 != 0x80 for byte in token[1:])
 
 
-def gguf_tensors(config, weights, dtype):
+def gguf_tensors(weights, dtype):
     """[(llama.cpp's name, tensor, its dtype in the file), ...]. What is added, biases, norms and
-    positions, stays float32. A model without biases gets biases of 0."""
+    positions, stays float32."""
     tensors = []
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
         for ours, theirs in GGUF_NAMES.items():
             module = re.sub(rf"\b{re.escape(ours)}\b", theirs, module)
         is_matrix = tensor.dim() == 2 and name != "wpe.weight"
-        if name == "wte.weight":
-            tensor = tensor[:config.vocab_size]  # without the padding
         tensors.append((f"{module}.{kind}", tensor, dtype if is_matrix else "float32"))
-        if not config.bias and name not in ("wte.weight", "wpe.weight"):
-            tensors.append((f"{module}.bias", torch.zeros(tensor.shape[0]), "float32"))
     return tensors
 
 
@@ -299,5 +292,4 @@ def write_modelfile(path, gguf, config, turns):
     lines = [f"FROM ./{gguf.name}", f'TEMPLATE """{chat if turns else "{{ .Prompt }}"}"""',
              f"PARAMETER num_ctx {config.block_size}"]
     lines += [f'PARAMETER stop "{token}"' for token in (END_OF_TEXT, *ROLE_TOKENS)]
-    text = "\n".join(lines) + "\n"
-    write_atomically(path, lambda f: f.write(text.encode("utf-8")))
+    write_text(path, "\n".join(lines) + "\n")

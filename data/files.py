@@ -56,10 +56,14 @@ def replace_file(path, write):
         raise
 
 
+def write_text(path, text):
+    """Write a text as UTF-8; see write_atomically."""
+    write_atomically(path, lambda f: f.write(text.encode("utf-8")))
+
+
 def write_json(path, value):
     """Write a value as JSON; see write_atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda f: f.write(text.encode("utf-8")))
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
@@ -219,12 +223,8 @@ def read_safetensors_header(f, path):
         if stop - start != math.prod(shape) * itemsize:
             raise broken(path, f"{name!r} has another size than its shape")
         entries.append((name, dtype, shape, start, stop))
-
-    def bytes_of(entry):
-        *_, start, stop = entry
-        return stop - start
-
-    return 8 + length, sorted(entries, key=bytes_of, reverse=True)
+    entries.sort(key=lambda entry: entry[4] - entry[3], reverse=True)  # by stop - start
+    return 8 + length, entries
 
 
 def broken(path, what):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.download import delete, download, name_in
+from data.download import delete, download, hub, name_in
 from data.files import locked
 from data.tokenizer import GPT2_VOCAB_SIZE, ROLE_TOKENS
 from data.tokens import SPLITS, shards, write_meta
@@ -53,23 +53,27 @@ def unpack(raw, path):
     delete(raw)
 
 
+def count_tokens(path):
+    """How many tokens a file of uint16 ids holds."""
+    return path.stat().st_size // 2
+
+
 def main(argv):
     """Fetch and unpack the shards that are not there yet. Raises ValueError or OSError."""
     s = config.load(Settings, argv, __doc__)
     if not 1 <= s.shards <= 103:
         raise ValueError(f"shards={s.shards}: must be from 1 to 103")
-    mirror = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    wanted = [("val", 0, "val_000.bin")] + [
-        ("train", n + 1, f"train_{n:03}.bin") for n in range(s.shards)]
+    wanted = [("val", "val_000.bin")]
+    wanted += [("train", f"train_{n:03}.bin") for n in range(s.shards)]
     with locked(s.out_dir):
-        for split, number, name in wanted:
-            if not (path := s.out_dir / name).exists():
-                url = s.url.format(mirror=mirror, split=split, number=number)
+        for number, (split, name) in enumerate(wanted):  # the hub counts on from val's 0
+            path = s.out_dir / name
+            if not path.exists():
+                url = s.url.format(mirror=hub(), split=split, number=number)
                 unpack(download(url, s.out_dir / name_in(url)), path)
-                print(f"{path}: {path.stat().st_size // 2:,} tokens", flush=True)
+                print(f"{path}: {count_tokens(path):,} tokens", flush=True)
             if split == "train":  # the folder can be trained on from here on
-                counts = {f"{part}_tokens": sum(path.stat().st_size // 2
-                                                for path in shards(s.out_dir, part))
+                counts = {f"{part}_tokens": sum(map(count_tokens, shards(s.out_dir, part)))
                           for part in SPLITS}
                 write_meta(s.out_dir, {"kind": "text", "tokenizer": "gpt2",
                                        "vocab_size": GPT2_VOCAB_SIZE + len(ROLE_TOKENS), **counts,

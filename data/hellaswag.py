@@ -24,7 +24,7 @@ import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.conversation import check_characters, read_rows
+from data.conversation import check_characters, check_text, read_rows
 from data.download import download, name_in
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -75,10 +75,8 @@ def to_choices(row, where):
     if not names or not all(name in row for name in names):
         raise ValueError(f"{where}: expected {expected}, found "
                          f"{', '.join(map(repr, row)) or 'no field'}")
-    question, choices, right = (row[name] for name in names)
-    if not isinstance(question, str):
-        raise ValueError(f"{where}: field {names[0]!r} must be text, found "
-                         f"{type(question).__name__} {str(question)[:40]!r}")
+    question = check_text(row, names[0], where)
+    choices, right = row[names[1]], row[names[2]]
     if not isinstance(choices, list) or len(choices) < 2:
         raise ValueError(f"{where}: field {names[1]!r} must be a list of two texts or more, found "
                          f"{str(choices)[:40]!r}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.conversation import read_conversations
-from data.files import write_atomically
+from data.files import write_text
 
 FOLDER = Path(__file__).parent
 OPERANDS = ("train", "held_out", "made_up")
@@ -145,7 +145,9 @@ class Draw:
     def words(self, count):
         words = []
         while len(words) < count:
-            words += {self.word()} - set(words)
+            word = self.word()
+            if word not in words:
+                words.append(word)
         return words
 
     def numbers(self, low, high, operand, count=1):
@@ -476,8 +478,7 @@ def main(argv):
     if s.operands not in OPERANDS:
         raise ValueError(f"operands={s.operands!r}: use {', '.join(OPERANDS)}")
     lines = map(json.dumps, make_rows(s.rows, s.seed, s.operands))
-    text = "[\n" + ",\n".join(lines) + "\n]\n"
-    write_atomically(s.out, lambda f: f.write(text.encode("utf-8")))
+    write_text(s.out, "[\n" + ",\n".join(lines) + "\n]\n")
     print(f"{s.rows:,} rows -> {s.out}")
 
 

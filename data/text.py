@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.download import download, name_in
 from data.files import new_files
-from data.tokenizer import get_tokenizer, train_bpe, write_spec
+from data.tokenizer import get_tokenizer, read_spec, train_bpe, write_spec
 from data.tokens import write_meta, write_tokens
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -55,12 +55,6 @@ def read_text(path, start, stop, digest=None):
         yield kept
 
 
-def find_split(path, val_fraction):
-    """(train bytes, all bytes): where validation starts."""
-    size = path.stat().st_size
-    return character_start(path, int(size * (1 - val_fraction))), size
-
-
 def character_start(path, at):
     """The first byte at or after `at` where a UTF-8 character starts, or the end of the file."""
     with open(path, "rb") as f:
@@ -68,6 +62,17 @@ def character_start(path, at):
         while (byte := f.read(1)) and byte[0] & 0xC0 == 0x80:  # inside a character
             at += 1
     return at
+
+
+def make_tokenizer(s, path, stop):
+    """The tokenizer that the settings name, as data/tokenizer.py's read_spec has it; bpe is learned
+    from the text before byte `stop`. Raises ValueError."""
+    if s.tokenizer != "bpe":
+        is_file = s.tokenizer.endswith(".json")
+        return read_spec(config.local_path(s.tokenizer) if is_file else s.tokenizer)
+    print(f"training a byte-pair encoding of {s.vocab_size} ids ...", file=sys.stderr)
+    stop = min(stop, character_start(path, s.bpe_bytes))
+    return train_bpe(read_text(path, 0, stop), s.vocab_size)
 
 
 def main(argv):
@@ -86,33 +91,25 @@ def main(argv):
         path = download(settings.source, settings.out_dir / name_in(settings.source))
     if not path.is_file():
         raise ValueError(f"{path}: no such file; name a text with --source=FILE")
-    split, size = find_split(path, settings.val_fraction)
+    size = path.stat().st_size
+    split = character_start(path, int(size * (1 - settings.val_fraction)))  # here validation starts
     if not 0 < split < size:
         raise ValueError(f"{path}: {size} bytes are too few to split into training and validation")
-    name = settings.tokenizer
-    name = config.local_path(name) if name.endswith(".json") else name
     with new_files(settings.out_dir) as part:
-        if name == "bpe":
-            print(f"training a byte-pair encoding of {settings.vocab_size} ids ...",
-                  file=sys.stderr)
-            learned = min(split, character_start(path, settings.bpe_bytes))
-            write_spec(part / "tokenizer.json",
-                       train_bpe(read_text(path, 0, learned), settings.vocab_size))
-            name = part / "tokenizer.json"
-        enc = get_tokenizer(name)
-        digest = hashlib.sha256()
-        counts = {f"{which}_tokens": write_tokens(part / f"{which}.bin", map(
-            enc.encode_ordinary, read_text(path, start, stop, digest)))
-            for which, start, stop in (("train", 0, split), ("val", split, size))}
-        # Made elsewhere: comes along.
-        if str(name).endswith(".json") and settings.tokenizer != "bpe":
-            (part / "tokenizer.json").write_bytes(Path(name).read_bytes())
-        stored = "tokenizer.json" if str(name).endswith(".json") else name
-        write_meta(part, {"kind": "text", "tokenizer": stored, "vocab_size": enc.n_vocab, **counts,
+        spec = make_tokenizer(settings, path, split)
+        enc, name = get_tokenizer(spec), spec
+        if isinstance(spec, dict):
+            name = "tokenizer.json"
+            write_spec(part / name, spec)
+        digest, counts = hashlib.sha256(), {}
+        for which, start, stop in (("train", 0, split), ("val", split, size)):
+            ids = map(enc.encode_ordinary, read_text(path, start, stop, digest))
+            counts[f"{which}_tokens"] = write_tokens(part / f"{which}.bin", ids)
+        write_meta(part, {"kind": "text", "tokenizer": name, "vocab_size": enc.n_vocab, **counts,
                           "source": path.name, "sha256": digest.hexdigest()})
     print(f"{path}: {size:,} bytes -> {settings.out_dir}: "
           f"{counts['train_tokens']:,} training tokens, "
-          f"{counts['val_tokens']:,} validation tokens, {enc.n_vocab} ids ({stored})")
+          f"{counts['val_tokens']:,} validation tokens, {enc.n_vocab} ids ({name})")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ SPACE_BEHIND_PATTERN = "[^\\W\\d_\u200c\u200d]+ ?|\\d|(?:[^\\s\\w]|[_\u200c\u200
 
 # ---- byte-pair encoding, as it is taught ----
 
-def learn_merges(text, n_merges, pattern=SPLIT_PATTERN, min_count=2):
+def learn_merges(text, n_merges, pattern=SPLIT_PATTERN):
     """Byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2), the plain way: the merges as
     a list of pairs of ids, where merge i makes the new id 256 + i.
 
@@ -46,11 +46,9 @@ def learn_merges(text, n_merges, pattern=SPLIT_PATTERN, min_count=2):
         counts = Counter()
         for word in words:
             counts.update(zip(word, word[1:]))  # its pairs of neighbours
-        if not counts:
+        if max(counts.values(), default=0) < 2:  # no pair occurs twice
             break
         best = min(counts, key=lambda pair: (-counts[pair], pair))  # among equals the smallest pair
-        if counts[best] < min_count:
-            break
         merges.append(best)
         words = [merge(word, best, 256 + i) for word in words]
     return merges
@@ -85,6 +83,9 @@ def merge(ids, pair, new_id):
 
 # ---- the same, fast: tiktoken encodes, and train_bpe learns ----
 
+BYTES = [bytes([i]) for i in range(256)]  # the first tokens of every vocabulary of ours
+
+
 def build(name, pattern, token_bytes):
     """A tiktoken.Encoding from the bytes of each ordinary token, in the order of their ids."""
     specials = {token: len(token_bytes) + i for i, token in enumerate((END_OF_TEXT, *ROLE_TOKENS))}
@@ -101,15 +102,12 @@ def get_tokenizer(spec):
     """
     spec = read_spec(spec)
     if spec == "bytes":
-        return build("bytes", r"[\s\S]", [bytes([i]) for i in range(256)])
+        return build("bytes", r"[\s\S]", BYTES)
     if spec == "gpt2":
         base = load_gpt2()
-        specials = {**base._special_tokens,
-                    **{t: base.n_vocab + i for i, t in enumerate(ROLE_TOKENS)}}
-        return tiktoken.Encoding("gpt2", pat_str=base._pat_str,
-                                 mergeable_ranks=base._mergeable_ranks,
-                                 special_tokens=specials)
-    token_bytes = [bytes([i]) for i in range(256)]
+        ranks = base._mergeable_ranks
+        return build("gpt2", base._pat_str, sorted(ranks, key=ranks.get))
+    token_bytes = list(BYTES)
     for a, b in spec["merges"]:
         token_bytes.append(token_bytes[a] + token_bytes[b])
     return build("bpe", spec["pattern"], token_bytes)
@@ -141,7 +139,7 @@ def count_ids(spec):
     if not isinstance(spec, dict) or not isinstance(spec.get("merges"), list):
         raise ValueError("no pattern and merges in it")
     check_pattern(spec.get("pattern"))
-    tokens = [bytes([i]) for i in range(256)]
+    tokens = list(BYTES)
     for pair in spec["merges"]:
         if not isinstance(pair, list) or len(pair) != 2 or \
                 not all(type(i) is int and 0 <= i < len(tokens) for i in pair):
@@ -157,20 +155,17 @@ def count_ids(spec):
 LONGEST_TOKEN = 100_000  # bytes; merges that double each time would soon fill the memory
 # Letters, digits, punctuation, white space and characters made of several: a pattern must find all.
 ALL_KINDS = "It's 30°, naïve_x.\r\n\n\t\u3000क्षि你好 \u200c\u200d👩\u200d🚀\x00\u00ad  "
-# What lets a pattern match nothing, or for ever: anchors, references, groups that look around. The
-# first version's patterns had (?!\S), which is safe.
-UNSAFE = re.compile(r"\\[1-9bBAZzGKk]|[\^$]|\(\?(?!:|!\\S\))|[*+?}]\+")
 
 
 def check_pattern(pattern):
-    """Raise ValueError for a pattern that would lose text, make tiktoken panic or never end."""
+    """Raise ValueError for a pattern that would lose text, or match where there is none, at which
+    tiktoken panics."""
     if not isinstance(pattern, str):
         raise ValueError("its pattern is no text")
-    # Without classes and escaped characters, in which ^ and $ mean something else.
-    plain = re.sub(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\[^1-9bBAZzGKkS]", "x", pattern)
     try:
-        safe = not UNSAFE.search(plain) and not re.match(pattern.replace("(?!\\S)", ""), "")
-        enc = build("pattern", pattern, [bytes([i]) for i in range(256)]) if safe else None
+        pieces = [found[0] for found in re.finditer(pattern, ALL_KINDS)]
+        fits = "".join(pieces) == ALL_KINDS and "" not in pieces
+        enc = build("pattern", pattern, BYTES) if fits else None
     except (ValueError, re.error, OverflowError, RecursionError):
         enc = None
     if not enc or enc.decode(enc.encode_ordinary(ALL_KINDS)) != ALL_KINDS:
@@ -196,7 +191,7 @@ def load_gpt2():
             f"(now: {folder})") from error
 
 
-def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN, min_count=2):
+def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
     """The merges of `learn_merges` that make vocab_size ids, without counting anew for each of
     them.
 
@@ -226,7 +221,7 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN, min_count=2):
         count, pair = heapq.heappop(heap)
         if -count != pair_counts[pair]:
             continue
-        if -count < min_count:
+        if -count < 2:
             break
         if sizes[pair[0]] + sizes[pair[1]] > LONGEST_TOKEN:  # of a text that is all one letter
             continue

@@ -8,18 +8,18 @@ same batches.
 """
 import functools
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from data.conversation import special_ids, supervised
-from data.files import write_atomically
+from data.files import write_text
 from data.tokenizer import bytes_per_id, count_ids, get_tokenizer, read_spec
 
 SPLITS = ("train", "val")
-# Ids that are checked when a file is opened; of the others each batch checks its own.
-CHECKED = 10_000_000
+CHECKED = 10_000_000  # ids that opening a file checks; of the others each batch checks its own
 
 
 def write_tokens(path, chunks):
@@ -41,8 +41,7 @@ def write_tokens(path, chunks):
 def write_meta(folder, meta):
     """Write meta.json, which open_dataset reads."""
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in meta.items())
-    text = f"{{\n{lines}\n}}\n"
-    write_atomically(Path(folder) / "meta.json", lambda f: f.write(text.encode("utf-8")))
+    write_text(Path(folder) / "meta.json", f"{{\n{lines}\n}}\n")
 
 
 def read_meta(folder):
@@ -50,11 +49,11 @@ def read_meta(folder):
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        if not (type(meta["kind"]) is type(meta["tokenizer"]) is str and
-                type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] <= 2**16):
-            raise TypeError
-        if any(type(meta.get(f"{split}_tokens", 0)) is not int for split in SPLITS):
-            raise TypeError
+        for name, wanted in (("kind", str), ("tokenizer", str), ("vocab_size", int)):
+            if type(meta[name]) is not wanted:
+                raise TypeError
+        if not 0 < meta["vocab_size"] <= 2**16:
+            raise ValueError
     except FileNotFoundError:
         raise ValueError(f"{folder}: no meta.json there; prepare the data first: "
                          "python prepare_alpaca.py config/prepare_instruction.py (chats), "
@@ -83,9 +82,10 @@ def row_categories(folder, split, count):
     meta = read_meta(folder)
     try:
         names = [meta["categories"][number] for number in meta[f"{split}_categories"]]
+        fits = len(names) in (0, count) and all(type(name) is str for name in names)
     except (KeyError, IndexError, TypeError):
-        names = None
-    if names is None or names and (len(names) != count or not all(type(n) is str for n in names)):
+        fits = False
+    if not fits:
         raise ValueError(f"{folder}/meta.json: its categories or {split}_categories are missing or "
                          f"do not fit {split}.bin; prepare the folder again")
     return names or [""] * count
@@ -105,23 +105,21 @@ def open_dataset(folder, block_size, batch_size, seed=0, read_batches=0):
 def shards(folder, split):
     """The paths of a split's token files: train.bin, or train_000.bin, train_001.bin and so on.
     Raises ValueError where there is none."""
-    folder = Path(folder)
-    paths = [folder / f"{split}.bin"] if (folder / f"{split}.bin").is_file() else \
-        sorted(folder.glob(f"{split}_*.bin"))
+    whole = Path(folder) / f"{split}.bin"
+    paths = [whole] if whole.is_file() else sorted(Path(folder).glob(f"{split}_*.bin"))
     if not paths:
-        raise ValueError(f"{folder / split}.bin: no such file; prepare the folder again")
+        raise ValueError(f"{whole}: no such file; prepare the folder again")
     return paths
 
 
-def open_split(folder, split):
+def open_split(folder, split, meta):
     """The ids of a split, those of each of its files as a read-only memmap (n,), in a list. Raises
-    ValueError for a file that cannot be right, or not as many ids as meta.json says."""
-    meta = read_meta(folder)
+    ValueError for a file that cannot be right, or not as many ids as `meta` says."""
     tokens = [open_tokens(path, meta["vocab_size"]) for path in shards(folder, split)]
     found, stated = sum(map(len, tokens)), meta.get(f"{split}_tokens")
     if stated not in (None, found):
-        raise ValueError(f"{Path(folder) / split}.bin: holds {found:,} tokens, but meta.json says "
-                         f"{stated:,}; a file was cut or exchanged, prepare the folder again")
+        raise ValueError(f"{Path(folder) / split}.bin: holds {found} tokens, but meta.json says "
+                         f"{stated}; a file was cut or exchanged, prepare the folder again")
     return tokens
 
 
@@ -150,20 +148,19 @@ def check_turns(ids, enc, path):
     then turns of <|user|> ... <|end|> <|assistant|> ... <|end|>."""
     first = special_ids(enc)[0]  # <|endoftext|>; then come <|user|>, <|assistant|> and <|end|>
     places = np.flatnonzero(ids >= first)
-    kinds = np.minimum(ids[places] - first, 4).astype(np.uint8)  # 4: no id at all
-    turns = kinds.tobytes().replace(b"\1\3\2\3", b"T")  # then only b"\0" and b"T" may be left
-    # What follows <|endoftext|> or <|end|> follows it at once.
+    kinds = np.minimum(ids[places] - first, 4)
+    letters = np.frombuffer(b"SUAE?", np.uint8)[kinds]  # ?: no id at all
+    in_turns = re.fullmatch(b"(S(UEAE)+)+", letters.tobytes())
+    # No text stands before the first, nor between <|endoftext|> or <|end|> and what follows it.
     at_once = np.diff(places, append=len(ids))[np.isin(kinds, (0, 3))] == 1
-    if not turns.startswith(b"\0T") or turns.endswith(b"\0") or b"\0\0" in turns or \
-            turns.translate(None, b"\0T") or not at_once.all() or places[0]:
+    if not in_turns or not at_once.all() or places[0] != 0:
         raise ValueError(f"{path}: holds no conversation, or not only conversations in turns of "
                          "user and assistant; prepare the folder again")
 
 
-def fingerprint(folder):
+def fingerprint(meta):
     """What tells one prepared folder from another: its source's sha256 and how many tokens came of
     it."""
-    meta = read_meta(folder)
     return [str(meta.get(name))
             for name in ("kind", "sha256", "seed", "train_tokens", "val_tokens")]
 
@@ -196,13 +193,13 @@ class TokenDataset:
     def __init__(self, folder, block_size, batch_size, seed=0):
         self.folder, self.block_size, self.batch_size, self.seed = (
             Path(folder), block_size, batch_size, seed)
-        self.tokenizer, self.vocab_size = folder_tokenizer(folder), read_meta(folder)["vocab_size"]
-        self.fingerprint = fingerprint(folder)
-        self.paths = {split: shards(folder, split) for split in SPLITS}
+        meta = read_meta(folder)
+        self.tokenizer, self.vocab_size = folder_tokenizer(folder), meta["vocab_size"]
+        self.fingerprint = fingerprint(meta)
         self.tokens, self.ends = {}, {}  # of each shard; and how many windows end with it
-        for split, paths in self.paths.items():
-            self.tokens[split] = open_split(folder, split)
-            for path, tokens in zip(paths, self.tokens[split]):
+        for split in SPLITS:
+            self.tokens[split] = open_split(folder, split, meta)
+            for path, tokens in zip(shards(folder, split), self.tokens[split]):
                 if len(tokens) <= block_size:
                     raise ValueError(f"{path}: {len(tokens)} tokens are too few for "
                                      f"block_size={block_size}; use more text, or "
@@ -242,11 +239,11 @@ class TokenDataset:
 
     def rests(self, split):
         """What each shard has left behind its last window, as a batch of one shorter window."""
-        for path, tokens in zip(self.paths[split], self.tokens[split]):
+        for tokens in self.tokens[split]:
             read = (len(tokens) - 1) // self.block_size * self.block_size  # by whole windows
             rest = tokens[read:].astype(np.int64)
             if len(rest) > 1:
-                check_ids(rest, self.vocab_size, path)
+                check_ids(rest, self.vocab_size, self.folder / f"{split}.bin")
                 yield rest[None, :-1], rest[1:], None
 
     def windows(self, split, numbers):
@@ -298,13 +295,14 @@ class ChatDataset:
         self.folder, self.block_size, self.seed = Path(folder), block_size, seed
         self.budget = batch_size * block_size  # tokens per batch, padding counted
         self.read_batches = read_batches
-        self.tokenizer, self.vocab_size = folder_tokenizer(folder), read_meta(folder)["vocab_size"]
-        self.fingerprint = fingerprint(folder)
+        meta = read_meta(folder)
+        self.tokenizer, self.vocab_size = folder_tokenizer(folder), meta["vocab_size"]
+        self.fingerprint = fingerprint(meta)
         enc = get_tokenizer(self.tokenizer)
         self.pad_id = special_ids(enc)[0]
         self.tokens, self.targets, self.starts, self.lengths, self.dropped = {}, {}, {}, {}, {}
         for split in SPLITS:
-            parts = open_split(folder, split)
+            parts = open_split(folder, split, meta)
             tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
             check_turns(tokens, enc, f"{folder}/{split}.bin")
             # Every conversation opens with <|endoftext|>.
@@ -324,8 +322,7 @@ class ChatDataset:
             self.tokens[split], self.targets[split] = tokens, is_target
             self.starts[split], self.lengths[split] = starts[kept], lengths[kept]
         self._plans = {}  # the newest epoch's batches, by split
-        # Where each epoch starts, as far as known.
-        self._first_batch = {split: [0] for split in SPLITS}
+        self._first_batch = {split: [0] for split in SPLITS}  # of each epoch, as far as known
 
     def n_tokens(self, split):
         return len(self.tokens[split])

@@ -49,12 +49,12 @@ from model import (
     GPTConfig,
     KVCache,
     configure_optimizers,
+    exported_weights,
     load_checkpoint,
     make_fast,
     model_checkpoint,
     model_from_checkpoint,
     save_checkpoint,
-    stored_weights,
     to_gpt2_names,
 )
 from pictures import draw_rows
@@ -328,7 +328,7 @@ class Llama:
     def __init__(self, model, dtype):
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/it.gguf"
-            write_gguf(path, model.config, stored_weights(model), "gpt2", dtype)
+            write_gguf(path, model.config, exported_weights(model), "gpt2", dtype)
             self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), start_llama,
                                             (path, model.config.block_size, torch.get_num_threads()))
             self.reading([0])  # the file is open by then

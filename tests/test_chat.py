@@ -743,7 +743,7 @@ def test_a_file_to_score_that_is_missing_or_has_a_bad_row_is_one_line(made, tmp_
     assert str(tmp_path / "no.json") in error_of(monkeypatch, checkpoint, f"--score={tmp_path / 'no.json'}")
     source = instruction_file(tmp_path, [*rows()[:2], {"prompt": "a", "reply": "b"}])
     line = error_of(monkeypatch, checkpoint, f"--score={source}")
-    assert f"{source}, row 3: no field 'completion'; found 'prompt', 'reply'" in line
+    assert f"{source}, row 3: found the fields 'prompt', 'reply'" in line
 
 
 # A model of plain text

@@ -325,13 +325,13 @@ def test_a_part_of_unknown_origin_is_fetched_anew(tmp_path, serve):
 
 def test_a_full_disk_is_one_line_that_says_what_is_kept(tmp_path, serve, monkeypatch):
     server = serve(part)
-    copy = data.download._copy
+    copy = data.download.write_blocks
 
     def fills(blocks, part, have, total):
         copy([next(blocks)], part, have, None)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
-        patch.setattr(data.download, "_copy", fills)
+        patch.setattr(data.download, "write_blocks", fills)
         with pytest.raises(OSError, match=r"file.bin: could not be written \(No space.*file.bin.part; free"):
             download(server.url, tmp_path / "file.bin", wait=0)
     assert download(server.url, tmp_path / "file.bin", sha256=SHA256).read_bytes() == BODY

@@ -272,7 +272,7 @@ OWN = {"ctx": "Q", "endings": ["a", "b", "c"], "label": 0}
     ({**GOOD, "choices": ["a", "b", "a"], "answer": "a"}, "the text of just one of the choices; found 'a'"),
     ({**OWN, "label": "7"}, "'label' must be a number from 0 to 2, or the text of just one of the endings; found 7"),
     ({**OWN, "label": ""}, "found ''"), ({**OWN, "label": 4}, "found 4"),
-    ({**GOOD, "question": None}, "'question' must be text, found NoneType 'None'"), ({**OWN, "ctx": 5}, "'ctx' must be text, found int"),
+    ({**GOOD, "question": None}, "'question' must be text, found NoneType None"), ({**OWN, "ctx": 5}, "'ctx' must be text, found int"),
     ({"question": "Q", "answer": 0}, "{'question', 'choices', 'answer'}, found 'question', 'answer'"),
     ({"question": "Q", "choices": ["a", "b", "c"]}, "found 'question', 'choices'"),
     ({"ctx_a": "Q", "endings": ["a", "b", "c"], "label": 0}, "{'ctx', 'endings', 'label'} or"),

@@ -361,7 +361,7 @@ def test_bad_rows_end_the_program_with_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "rows.json").write_text(json.dumps([*rows_of(3), {"instruction": "a"}]), encoding="utf-8")
     assert_ends_with_one_line(monkeypatch, capsys, prepare_alpaca,
                               [f"--source={tmp_path / 'rows.json'}", f"--out_dir={tmp_path / 'out'}"],
-                              str(tmp_path / "rows.json"), "row 4", "no field 'output'", "found 'instruction'",
+                              str(tmp_path / "rows.json"), "row 4", "found the fields 'instruction'", "'instruction' and 'output'",
                               "--bad_rows=drop")
     assert not (tmp_path / "out").exists()
 

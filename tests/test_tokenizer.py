@@ -36,14 +36,14 @@ then they said it again."""
 HARD = ("", "naïve 👋🏽 café", "a\r\n\r\n\tb  c   ", "日本", "x_1__y--z.", "\x00\ufeff\u200b", "It's")
 
 
-def slow_bpe(texts, vocab_size, min_count=2):
+def slow_bpe(texts, vocab_size):
     """Byte-pair encoding as the book says it: count every pair anew for each merge."""
     words = [list(word.encode("utf-8")) for text in texts for word in re.findall(SPLIT_PATTERN, text)]
     merges = []
     while 256 + len(merges) < vocab_size:
         counts = Counter(pair for word in words for pair in zip(word, word[1:], strict=False))
         best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
-        if best is None or counts[best] < min_count:
+        if best is None or counts[best] < 2:
             break
         for word in words:
             i = 0
@@ -121,10 +121,9 @@ def test_the_example_of_the_docstring():
     assert train_bpe(["aab aab"], 300)["merges"] == [[a, a], [256, b]]  # " aab" occurs once: no third merge
 
 
-def test_training_stops_at_vocab_size_and_at_min_count():
+def test_training_stops_at_vocab_size_and_where_no_pair_occurs_twice():
     assert train_bpe(["aab aab"], 257)["merges"] == [[97, 97]]
     assert train_bpe(["abc"], 300)["merges"] == []
-    assert train_bpe(["abc"], 300, min_count=1)["merges"] == [[97, 98], [256, 99]]
 
 
 def test_words_are_not_joined_across_texts():
@@ -320,7 +319,7 @@ def test_a_pattern_that_cuts_every_text_is_taken(tmp_path, pattern):
 
 @pytest.mark.parametrize("pattern, merges, told", [
     ("x*", [], "pattern"), ("", [], "pattern"), (r"\b|[\s\S]", [], "pattern"), ("a", [], "pattern"),
-    (r"(?=(a+))b|[\s\S]", [], "pattern"), (r"(\w)\1|[\s\S]", [], "pattern"), ("(" * 1000, [], "pattern"),
+    ("(" * 1000, [], "pattern"),
     ("a{4294967296}|.", [], "pattern"), (r"(?:[\s\S]{1000}){1000}{1000}|[\s\S]", [], "pattern"), (7, [], "no text"),
     (r"$|[\s\S]", [], "pattern"), (SPLIT_PATTERN, [[97, 98], [97, 98]], "same token"),
     (SPLIT_PATTERN, [[97, 98], [256, 99], [98, 99], [97, 258]], "same token"), (SPLIT_PATTERN, [[97, 256]], "97, 256"),
