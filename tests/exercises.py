@@ -80,8 +80,9 @@ def digits():
     learned = "|".join(tokenizer.token_pieces(enc, enc.encode_ordinary("12345")))
     expect(learned == "123|45", f"a tokenizer learned from '12345, 12345' cuts 12345 into {learned}, not 123|45.",
            "train_bpe and tiktoken both cut by the pattern: is it one that both understand?")
-    return ('12345 is 123|45 now. Try python -m data.tokenizer "3000 + 250": numbers that are frequent in the data '
-            "have ids of their own. Texts get shorter, but a model must learn anew that 12 is one more than 11.")
+    return ("12345 is cut into 123|45, and what is frequent within a piece gets an id, as 100 does here:\n"
+            '  python -m data.tokenizer "100 + 12345"\n'
+            "Texts get shorter, but that 12 is one more than 11 must now be learned for each pair of ids.")
 
 
 # ---- 2. chats to tokens ----
@@ -461,8 +462,8 @@ def min_p():
     expect("min_p" in chat.SAMPLING, "chat.py has the setting min_p, but does not hand it to sample.",
            "SAMPLING names the settings that it hands on.")
     return ("what is unlikely beside the best goes, however flat or steep the odds are. Hot, with and without:\n"
-            '  python chat.py --temperature=2 --top_k=0 --prompt="What is the plural of wug?"\n'
-            '  python chat.py --temperature=2 --top_k=0 --min_p=0.2 --prompt="What is the plural of wug?"')
+            '  python chat.py --temperature=1.5 --top_k=0 --prompt="Who are you?"\n'
+            '  python chat.py --temperature=1.5 --top_k=0 --min_p=0.1 --prompt="Who are you?"')
 
 
 def drawn(p, **sampling):

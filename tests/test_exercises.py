@@ -103,7 +103,8 @@ def test_the_commands_to_go_on_with_pass_the_scripts_own_check(monkeypatch):
     assert len(commands) > 10
     for words in commands:
         name, *argv = words[1:] if words[0] == "-m" else words
-        config.load(SETTINGS[name], [word for word in argv if "min_p" not in word])
+        if name != "data.tokenizer":  # it has no settings
+            config.load(SETTINGS[name], [word for word in argv if "min_p" not in word])
 
 
 @pytest.mark.parametrize("numbers", TOGETHER, ids=str)
