@@ -845,8 +845,8 @@ def make_fast(model, int8=False):
                 layer.bias_array = None if layer.bias is None else layer.bias.numpy()
             if isinstance(layer, nn.Linear) and not int8:
                 layer.__class__ = FastLinear
-    model.wte_array, model.wpe_array = model.wte.weight.numpy(), model.wpe.weight.numpy()
     try:
+        model.wte_array, model.wpe_array = model.wte.weight.numpy(), model.wpe.weight.numpy()
         model.steps = [(block.ln_1, block.attn.c_attn, block.attn.c_proj,
                         block.ln_2, block.mlp.c_fc, block.mlp.c_proj) for block in model.h]
         is_same = is_same_in_numpy(model)
@@ -865,7 +865,8 @@ def is_same_in_numpy(model):
     for layer in cache.layers:
         layer.k[:, :, :start], layer.v[:, :, :start] = drawn, drawn
     one = torch.zeros(1, 1, dtype=torch.long)
-    own, fast = model.hidden(one, cache, start), FastGPT.hidden(model, one, cache, start)
+    with np.errstate(all="ignore"):  # where weights overflow chat.py says so
+        own, fast = model.hidden(one, cache, start), FastGPT.hidden(model, one, cache, start)
     return bool((fast - own).abs().max() <= 1e-3 * own.abs().max())
 
 

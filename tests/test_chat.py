@@ -519,7 +519,7 @@ def test_a_reply_that_fills_the_context_never_slides_it(made, talk, monkeypatch)
         monkeypatch.setattr(model, "hidden", noted)
     monkeypatch.setattr(chat.gpt, "make_fast", watched)
     talk("--prompt=Hm", "--max_new_tokens=500", "--temperature=0")
-    assert widths == [1, 6] + [1] * 122  # a trial at the start; the prompt, then a token each until 128 are read
+    assert widths == [6] + [1] * 122  # the prompt, then a token each until 128 are read
 
 
 def test_ctrl_c_ends_the_reply_and_keeps_what_was_said(capsys):
