@@ -219,10 +219,76 @@ def evaluate(model, dataset, split, s, device, autocast):
 
 
 # ==================================================================================================
-# The idea ends here. Below: processes, the log, saving and resuming, signals, messages, starting.
+# The idea ends here. Below, in the order in which the loop asks for it: where a run stands,
+# processes, signals, the log, what is said, saving and resuming. Then measuring only, and starting.
 # ==================================================================================================
 
-# ---- processes: one without torchrun, or several that train together ----
+# ---- where a run stands ----
+
+@dataclass
+class Progress:
+    """Where a run stands. A checkpoint holds it, and a resumed run goes on from it."""
+    step: int = 0  # steps done
+    newest: tuple = ()  # what train_step returned of the newest
+    step_seconds: float = 0.0  # how long that took
+    seconds: float = 0.0  # of training, over all resumptions
+    best: float = math.inf  # lowest loss of s.best_by that best.pt was saved with
+    told: bool = False  # whether memorizing was pointed out
+    history: list = field(default_factory=list)  # (step, train loss, val loss) of every evaluation
+
+
+def epochs(dataset, step, s):
+    """How many times the training data has been read after `step` steps."""
+    return dataset.epochs("train", step * s.gradient_accumulation)
+
+
+def lowest(history, column=2):
+    """The entry of a history with the lowest validation loss (column 1: training loss)."""
+    return min(history, key=lambda entry: entry[column])
+
+
+def is_over(s, progress):
+    """Whether a run is at its end: all its steps are done and evaluated, or patience is over."""
+    if evaluation_is_due(s, progress):
+        return False
+    return progress.step >= s.max_iters or patience_is_over(s, progress.history)
+
+
+def evaluation_is_due(s, progress):
+    """Whether the newest step is one to evaluate after, and was not: a signal stops a run before
+    its evaluation, and then the run that goes on begins with that. So a stop leaves no trace."""
+    if not progress.newest or (progress.history and progress.history[-1][0] == progress.step):
+        return False
+    return progress.step == s.max_iters or progress.step % s.eval_interval == 0
+
+
+def patience_is_over(s, history):
+    """Whether s.patience evaluations have gone by without a lower validation loss."""
+    if not s.patience or not history:
+        return False
+    return len(history) - 1 - history.index(lowest(history)) >= s.patience
+
+
+def stop_if_not_finite(number, what, step, s, model):
+    """Raise a ValueError where a loss or gradient is infinite or not a number. It names the
+    parameter with the largest gradient."""
+    if math.isfinite(number):
+        return
+    rate = lr_factor(step - 1, s) * s.learning_rate
+    grads = {name: p.grad.abs().max().item()
+             for name, p in model.named_parameters() if p.grad is not None}
+    largest = ""
+    if grads:
+        name = max(grads, key=lambda n: (not math.isfinite(grads[n]), grads[n]))
+        plain = name.removeprefix("module.").removeprefix("_orig_mod.")  # DDP's, torch.compile's
+        largest = f", the largest gradient {grads[name]:.3g} in {plain}"
+    clip = f"lower grad_clip (now {s.grad_clip:g})" if s.grad_clip else "grad_clip of 1"
+    raise ValueError(f"step {step}: {what}; the learning rate was {rate:.2g}{largest}. The last "
+                     f"good checkpoint is kept. Try a lower learning_rate (now "
+                     f"{s.learning_rate:g}), more warmup_iters (now {s.warmup_iters}) or a {clip}")
+
+
+# ---- devices, and processes: one without torchrun, or several that train together ----
 
 @contextlib.contextmanager
 def processes(device):
@@ -260,6 +326,16 @@ def processes(device):
     dist.destroy_process_group()  # not where this one failed: the others may be waiting for it
 
 
+def restarts():
+    """How often torchrun --max-restarts has started us again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def mixed_precision(device, dtype):
+    """A context in which matrix products are of `dtype`; float32 is that of the weights anyway."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 def make_replica(model, dataset, s):
     """What the loop calls: the model itself, or its weights compiled, and shared out to many
     processes."""
@@ -286,11 +362,6 @@ def sum_over_ranks(device, *numbers):
     return reduce_over_ranks(device, numbers, dist.ReduceOp.SUM)
 
 
-def signal_to_any(device, signals):
-    """The largest number of a signal that came to any process, or 0. signals: this one's."""
-    return largest_over_ranks(device, max(signals, default=0))
-
-
 def largest_over_ranks(device, number):
     """The largest that any process has: so they decide alike, or some would wait for others."""
     return reduce_over_ranks(device, [number], dist.ReduceOp.MAX)[0]
@@ -306,17 +377,6 @@ def reduce_over_ranks(device, numbers, operation):
     return combined.tolist()
 
 
-def exchange_gradients(model, now):
-    """A context for backward: DDP averages gradients over the processes within it only if `now`."""
-    has_peers = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    return model.no_sync() if has_peers and not now else contextlib.nullcontext()
-
-
-def mixed_precision(device, dtype):
-    """A context in which matrix products are of `dtype`; float32 is that of the weights anyway."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
 def to_device(batch, device):
     """A dataset's (idx, targets, where), NumPy arrays or None, as tensors on the device."""
     tensors = [None if a is None else torch.from_numpy(a) for a in batch]
@@ -325,177 +385,46 @@ def to_device(batch, device):
     return [None if t is None else t.to(device, non_blocking=True) for t in tensors]
 
 
-# ---- what only tells: it must not end a run ----
+def exchange_gradients(model, now):
+    """A context for backward: DDP averages gradients over the processes within it only if `now`."""
+    has_peers = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+    return model.no_sync() if has_peers and not now else contextlib.nullcontext()
+
+
+# ---- signals ----
 
 @contextlib.contextmanager
-def only_telling(what):
-    """Within it, any error becomes a warning."""
+def stop_signals():
+    """Within it, the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal) is noted in the list it
+    yields, for the loop to save and end; one more than a second later ends the program at once."""
+    caught, first_at = [], 0.0
+    names = "SIGINT", "SIGTERM", "SIGHUP"  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # A shell has some ignored: nohup SIGHUP, and & in a script SIGINT.
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+    def handler(number, frame):
+        nonlocal first_at
+        if caught and time.monotonic() - first_at < 1:
+            return  # the same once more: a shell and torchrun pass on what we got already
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+        first_at = time.monotonic()
+        print(f"\n{signal.Signals(number).name}: finishing the step, then saving (again: leave at "
+              "once)", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield
-    except Exception as error:
-        print(f"warning: {what}: {error}; going on", file=sys.stderr, flush=True)
-
-
-class Unfailing:
-    """An output stream that drops what cannot be written: `| head` has left, a disk is full, a
-    terminal is closed."""
-
-    def __init__(self, stream, says_so):
-        self.stream, self.says_so = stream, says_so  # once, on standard error
-
-    def __getattr__(self, name):  # all else is the stream's
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(lambda: self.stream.write(text))
-        return len(text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, act):
-        try:
-            act()
-        except Exception as error:
-            if self.says_so:
-                self.says_so = False
-                print(f"warning: what is printed is lost: {error}; going on", file=sys.stderr)
-
-    def leave(self):
-        """What could not be written would fail once more as Python ends: drop it."""
-        try:
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-@contextlib.contextmanager
-def unfailing_output():
-    """Within it, nothing that is printed can end the program."""
-    out, err = Unfailing(sys.stdout, True), Unfailing(sys.stderr, False)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            yield
+        yield caught
     finally:
-        with contextlib.suppress(AttributeError):  # there may be no streams, as under pythonw
-            out.leave()
-            err.leave()
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
-# ---- how it goes ----
-
-@dataclass
-class Progress:
-    """Where a run stands. A checkpoint holds it, and a resumed run goes on from it."""
-    step: int = 0  # steps done
-    newest: tuple = ()  # what train_step returned of the newest
-    step_seconds: float = 0.0  # how long that took
-    seconds: float = 0.0  # of training, over all resumptions
-    best: float = math.inf  # lowest loss of s.best_by that best.pt was saved with
-    told: bool = False  # whether memorizing was pointed out
-    history: list = field(default_factory=list)  # (step, train loss, val loss) of every evaluation
-
-
-def epochs(dataset, step, s):
-    """How many times the training data has been read after `step` steps."""
-    return dataset.epochs("train", step * s.gradient_accumulation)
-
-
-def lowest(history, column=2):
-    """The entry of a history with the lowest validation loss (column 1: training loss)."""
-    return min(history, key=lambda entry: entry[column])
-
-
-def is_memorizing(history):
-    """Whether validation has turned up while training still falls: history is a list of (step,
-    train loss, validation loss); the last two validation losses must both lie over the lowest, and
-    rise."""
-    if len(history) < 3:
-        return False
-    _, train_at_lowest, val_lowest = lowest(history)
-    (_, train_before, val_before), (_, train_now, val_now) = history[-2:]
-    val_rises = val_lowest * 1.01 < val_before < val_now
-    train_falls = train_now < train_before < train_at_lowest
-    return val_rises and train_falls
-
-
-def say_if_memorizing(progress):
-    """Once, when validation turns up, say so; see is_memorizing."""
-    if progress.told or not is_memorizing(progress.history):
-        return
-    progress.told = True
-    (low_step, low_train, low_val), (_, train, val) = lowest(progress.history), progress.history[-1]
-    print(f"  Validation has turned up: {low_val:.3f} at step {low_step}, {val:.3f} now, while the "
-          f"training loss fell from {low_train:.3f} to {train:.3f}. From here on the model "
-          "memorizes more than it generalizes.", flush=True)
-
-
-def evaluation_is_due(s, progress):
-    """Whether the newest step is one to evaluate after, and was not: a signal stops a run before
-    its evaluation, and then the run that goes on begins with that. So a stop leaves no trace."""
-    if not progress.newest or (progress.history and progress.history[-1][0] == progress.step):
-        return False
-    return progress.step == s.max_iters or progress.step % s.eval_interval == 0
-
-
-def is_over(s, progress):
-    """Whether a run is at its end: all its steps are done and evaluated, or patience is over."""
-    if evaluation_is_due(s, progress):
-        return False
-    return progress.step >= s.max_iters or patience_is_over(s, progress.history)
-
-
-def patience_is_over(s, history):
-    """Whether s.patience evaluations have gone by without a lower validation loss."""
-    if not s.patience or not history:
-        return False
-    return len(history) - 1 - history.index(lowest(history)) >= s.patience
-
-
-def stop_if_not_finite(number, what, step, s, model):
-    """Raise a ValueError where a loss or gradient is infinite or not a number. It names the
-    parameter with the largest gradient."""
-    if math.isfinite(number):
-        return
-    rate = lr_factor(step - 1, s) * s.learning_rate
-    grads = {name: p.grad.abs().max().item()
-             for name, p in model.named_parameters() if p.grad is not None}
-    largest = ""
-    if grads:
-        name = max(grads, key=lambda n: (not math.isfinite(grads[n]), grads[n]))
-        plain = name.removeprefix("module.").removeprefix("_orig_mod.")  # DDP's, torch.compile's
-        largest = f", the largest gradient {grads[name]:.3g} in {plain}"
-    clip = f"lower grad_clip (now {s.grad_clip:g})" if s.grad_clip else "grad_clip of 1"
-    raise ValueError(f"step {step}: {what}; the learning rate was {rate:.2g}{largest}. The last "
-                     f"good checkpoint is kept. Try a lower learning_rate (now "
-                     f"{s.learning_rate:g}), more warmup_iters (now {s.warmup_iters}) or a {clip}")
-
-
-@only_telling("the sample")
-def print_sample(model, dataset, s):
-    """Print what the model writes now: after sample_prompt, or after a held-out question or a
-    line's start."""
-    if not is_first():
-        return
-    enc, prompt = get_tokenizer(dataset.tokenizer), s.sample_prompt
-    if dataset.kind == "chat":
-        if prompt is None:
-            prompt = decode_conversation(dataset.conversations("val")[0], enc)[0]["content"]
-        ids = encode_prompt([{"role": "user", "content": prompt}], enc)
-    else:
-        prompt = "\n" if prompt is None else prompt
-        ids = enc.encode_ordinary(prompt) or [special_ids(enc)[0]]
-    said = model.generate(ids, 50, stop_ids=special_ids(enc), seed=0, temperature=0.7, top_k=50)
-    print(f"  sample: {prompt!r} -> {enc.decode(list(said))!r}", flush=True)
-
-
-def duration(seconds):
-    """Seconds as people say them: 45s, 3m05s, 2h10m."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+def signal_to_any(device, signals):
+    """The largest number of a signal that came to any process, or 0. signals: this one's."""
+    return largest_over_ranks(device, max(signals, default=0))
 
 
 # ---- the log ----
@@ -622,6 +551,74 @@ class Log:
         self.tokens = self.seconds = self.flops = 0.0
 
 
+def duration(seconds):
+    """Seconds as people say them: 45s, 3m05s, 2h10m."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+# ---- what only tells: it must not end a run ----
+
+@contextlib.contextmanager
+def only_telling(what):
+    """Within it, any error becomes a warning."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {what}: {error}; going on", file=sys.stderr, flush=True)
+
+
+@only_telling("the sample")
+def print_sample(model, dataset, s):
+    """Print what the model writes now: after sample_prompt, or after a held-out question or a
+    line's start."""
+    if not is_first():
+        return
+    enc, prompt = get_tokenizer(dataset.tokenizer), s.sample_prompt
+    if dataset.kind == "chat":
+        if prompt is None:
+            prompt = decode_conversation(dataset.conversations("val")[0], enc)[0]["content"]
+        ids = encode_prompt([{"role": "user", "content": prompt}], enc)
+    else:
+        prompt = "\n" if prompt is None else prompt
+        ids = enc.encode_ordinary(prompt) or [special_ids(enc)[0]]
+    said = model.generate(ids, 50, stop_ids=special_ids(enc), seed=0, temperature=0.7, top_k=50)
+    print(f"  sample: {prompt!r} -> {enc.decode(list(said))!r}", flush=True)
+
+
+def say_if_memorizing(progress):
+    """Once, when validation turns up, say so; see is_memorizing."""
+    if progress.told or not is_memorizing(progress.history):
+        return
+    progress.told = True
+    (low_step, low_train, low_val), (_, train, val) = lowest(progress.history), progress.history[-1]
+    print(f"  Validation has turned up: {low_val:.3f} at step {low_step}, {val:.3f} now, while the "
+          f"training loss fell from {low_train:.3f} to {train:.3f}. From here on the model "
+          "memorizes more than it generalizes.", flush=True)
+
+
+def is_memorizing(history):
+    """Whether validation has turned up while training still falls: history is a list of (step,
+    train loss, validation loss); the last two validation losses must both lie over the lowest, and
+    rise."""
+    if len(history) < 3:
+        return False
+    _, train_at_lowest, val_lowest = lowest(history)
+    (_, train_before, val_before), (_, train_now, val_now) = history[-2:]
+    val_rises = val_lowest * 1.01 < val_before < val_now
+    train_falls = train_now < train_before < train_at_lowest
+    return val_rises and train_falls
+
+
+def bits_per_byte(loss, n_targets, n_bytes):
+    """A mean loss per target, in nats, as bits for each byte of text that the targets stand for
+    (see count_targets); not a number where they stand for none."""
+    return loss * n_targets / n_bytes / math.log(2) if n_bytes else math.nan
+
+
 def report(s, dataset, progress, saved):
     """Say how the run went, and what to do with what it made, as far as that is there. Raises
     OSError where its last.pt could not be saved."""
@@ -650,50 +647,6 @@ def report(s, dataset, progress, saved):
     if not saved:
         raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and "
                       "--resume=True")
-
-
-# ---- only measuring ----
-
-def bits_per_byte(loss, n_targets, n_bytes):
-    """A mean loss per target, in nats, as bits for each byte of text that the targets stand for
-    (see count_targets); not a number where they stand for none."""
-    return loss * n_targets / n_bytes / math.log(2) if n_bytes else math.nan
-
-
-def measure(s, model, dataset, device, dtype):
-    """Print the loss, the perplexity and the bits per byte of both splits.
-
-    Text is read in windows that do not overlap, so a token has half a window before it on average.
-    Published figures often slide the window on by a part of its length, and are then lower.
-    """
-    for split in reversed(SPLITS):
-        n_targets, n_bytes = count_targets(dataset, split, s.eval_tokens)
-        loss = evaluate(model, Told(dataset, n_targets), split, s, device,
-                        mixed_precision(device, dtype))
-        perplexity = math.inf if loss > 700 else math.exp(loss)  # which float64 cannot hold
-        bits = bits_per_byte(loss, n_targets, n_bytes)
-        print(f"{split}: loss {loss:.4f}  perplexity {perplexity:.2f}  {bits:.4f} bits per byte  "
-              f"({n_targets:,} targets, {n_bytes:,} bytes)", flush=True)
-
-
-class Told:
-    """A dataset whose evaluation says how far it is every ten seconds, for n_targets in all."""
-
-    def __init__(self, dataset, n_targets):
-        self.dataset, self.n_targets = dataset, n_targets
-
-    def eval_batches(self, split, max_tokens):
-        """Those of the dataset; when the next one is asked for, the one before has been read."""
-        began = told = time.monotonic()
-        done = 0
-        for batch in self.dataset.eval_batches(split, max_tokens):
-            yield batch
-            done += batch[1].size
-            now = time.monotonic()
-            if now - told >= 10:
-                told, left = now, (now - began) * (self.n_targets - done) / done
-                print(f"  {split}: {done:,} of {self.n_targets:,} targets  "
-                      f"{done / (now - began):,.0f} targets/s  {duration(left)} left", flush=True)
 
 
 # ---- saving, and going on from it ----
@@ -758,6 +711,16 @@ def rng_states(device):
     return states
 
 
+def restore_rng(states, device):
+    """Put back this process's part of what rng_states returned, where it has one."""
+    for mine in states[ranks()[0]:][:1]:
+        torch.set_rng_state(mine[0])
+        if device.type == "cuda" and len(mine) > 1:
+            torch.cuda.set_rng_state(mine[1], device)
+        elif device.type == "mps" and len(mine) > 1:
+            torch.mps.set_rng_state(mine[1])
+
+
 def restore(resumed, optimizers, device):
     """Put the optimizers and random generators where last.pt left them; returns its Progress. (Its
     place in the data is the step: see train_step.)"""
@@ -794,45 +757,112 @@ def restore_optimizer(optimizer, state):
                     raise ValueError("momenta of another shape")
 
 
-def restore_rng(states, device):
-    """Put back this process's part of what rng_states returned, where it has one."""
-    for mine in states[ranks()[0]:][:1]:
-        torch.set_rng_state(mine[0])
-        if device.type == "cuda" and len(mine) > 1:
-            torch.cuda.set_rng_state(mine[1], device)
-        elif device.type == "mps" and len(mine) > 1:
-            torch.mps.set_rng_state(mine[1])
+def load_resumed(s):
+    """last.pt to go on from. Raises ValueError where there is none, or it was made with another
+    model, batch or seed."""
+    path = s.out_dir / "last.pt"
+    resumed = gpt.load_checkpoint(path, "Start without --resume=True.")
+    needed = {"optimizers", "rng", "history", "settings", "data"}
+    if not needed <= resumed.keys() or not isinstance(resumed["settings"], dict):
+        raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may "
+                         "be a best.pt")
+    for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",
+                 "batch_size", "gradient_accumulation", "best_by", "seed", "read_iters"):
+        now = getattr(s, name, None)
+        then = resumed["settings"].get(name, 0 if name == "read_iters" else None)  # it came later
+        if then != now:
+            raise ValueError(f"{path}: was made with {name}={then}, this run has {name}={now}; use "
+                             "the same, or another out_dir")
+    if resumed["tokenizer"] != folder_tokenizer(s.data_dir):
+        raise ValueError(f"{path}: was made with another tokenizer than that of data_dir="
+                         f"{s.data_dir}; use the same data, or another out_dir")
+    return resumed
 
 
-# ---- signals, and what the machine cannot do ----
+# ---- only measuring ----
+
+def measure(s, model, dataset, device, dtype):
+    """Print the loss, the perplexity and the bits per byte of both splits.
+
+    Text is read in windows that do not overlap, so a token has half a window before it on average.
+    Published figures often slide the window on by a part of its length, and are then lower.
+    """
+    for split in reversed(SPLITS):
+        n_targets, n_bytes = count_targets(dataset, split, s.eval_tokens)
+        loss = evaluate(model, Told(dataset, n_targets), split, s, device,
+                        mixed_precision(device, dtype))
+        perplexity = math.inf if loss > 700 else math.exp(loss)  # which float64 cannot hold
+        bits = bits_per_byte(loss, n_targets, n_bytes)
+        print(f"{split}: loss {loss:.4f}  perplexity {perplexity:.2f}  {bits:.4f} bits per byte  "
+              f"({n_targets:,} targets, {n_bytes:,} bytes)", flush=True)
+
+
+class Told:
+    """A dataset whose evaluation says how far it is every ten seconds, for n_targets in all."""
+
+    def __init__(self, dataset, n_targets):
+        self.dataset, self.n_targets = dataset, n_targets
+
+    def eval_batches(self, split, max_tokens):
+        """Those of the dataset; when the next one is asked for, the one before has been read."""
+        began = told = time.monotonic()
+        done = 0
+        for batch in self.dataset.eval_batches(split, max_tokens):
+            yield batch
+            done += batch[1].size
+            now = time.monotonic()
+            if now - told >= 10:
+                told, left = now, (now - began) * (self.n_targets - done) / done
+                print(f"  {split}: {done:,} of {self.n_targets:,} targets  "
+                      f"{done / (now - began):,.0f} targets/s  {duration(left)} left", flush=True)
+
+
+# ---- what the machine cannot do ----
+
+class Unfailing:
+    """An output stream that drops what cannot be written: `| head` has left, a disk is full, a
+    terminal is closed."""
+
+    def __init__(self, stream, says_so):
+        self.stream, self.says_so = stream, says_so  # once, on standard error
+
+    def __getattr__(self, name):  # all else is the stream's
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act):
+        try:
+            act()
+        except Exception as error:
+            if self.says_so:
+                self.says_so = False
+                print(f"warning: what is printed is lost: {error}; going on", file=sys.stderr)
+
+    def leave(self):
+        """What could not be written would fail once more as Python ends: drop it."""
+        try:
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
 
 @contextlib.contextmanager
-def stop_signals():
-    """Within it, the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal) is noted in the list it
-    yields, for the loop to save and end; one more than a second later ends the program at once."""
-    caught, first_at = [], 0.0
-    names = "SIGINT", "SIGTERM", "SIGHUP"  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    # A shell has some ignored: nohup SIGHUP, and & in a script SIGINT.
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-
-    def handler(number, frame):
-        nonlocal first_at
-        if caught and time.monotonic() - first_at < 1:
-            return  # the same once more: a shell and torchrun pass on what we got already
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        first_at = time.monotonic()
-        print(f"\n{signal.Signals(number).name}: finishing the step, then saving (again: leave at "
-              "once)", file=sys.stderr, flush=True)
-
-    before = {number: signal.signal(number, handler) for number in numbers}
+def unfailing_output():
+    """Within it, nothing that is printed can end the program."""
+    out, err = Unfailing(sys.stdout, True), Unfailing(sys.stderr, False)
     try:
-        yield caught
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        with contextlib.suppress(AttributeError):  # there may be no streams, as under pythonw
+            out.leave()
+            err.leave()
 
 
 @contextlib.contextmanager
@@ -894,6 +924,16 @@ def compiling(s):
 
 # ---- starting ----
 
+def main(argv):
+    """Train as the settings say. Raises ValueError or OSError for a mistake that a user can fix."""
+    s = load_settings(Settings, argv, __doc__)
+    check_settings(s)
+    device, dtype, why = gpt.pick_device(s.device, s.dtype)
+    with processes(device) as device, alone_in(s):
+        model, dataset, resumed = set_up(s, device, new_model)
+        run(s, model, dataset, device, dtype, why, resumed)
+
+
 def load_settings(settings_class, argv, doc):
     """The settings. With eval_only two have another default: a block_size of all that the model has
     learned, and eval_tokens None, all that there are."""
@@ -935,14 +975,51 @@ def check_settings(s):
         need(getattr(s, name) in choices, name, " or ".join(choices))
 
 
-def main(argv):
-    """Train as the settings say. Raises ValueError or OSError for a mistake that a user can fix."""
-    s = load_settings(Settings, argv, __doc__)
-    check_settings(s)
-    device, dtype, why = gpt.pick_device(s.device, s.dtype)
-    with processes(device) as device, alone_in(s):
-        model, dataset, resumed = set_up(s, device, new_model)
-        run(s, model, dataset, device, dtype, why, resumed)
+@contextlib.contextmanager
+def alone_in(s):
+    """Within it no other run trains into out_dir. Raises OSError where one does already."""
+    if not is_first() or s.eval_only:
+        yield
+        return
+    with locked(s.out_dir):
+        for name in ("best.pt", "last.pt", "log.csv", "loss.png"):
+            for part in s.out_dir.glob(f".{name}.*.part"):  # of runs that were killed
+                part.unlink(missing_ok=True)
+        last = s.out_dir / "last.pt"
+        begins = dist.is_initialized() and not s.resume and not restarts()
+        if begins and last.exists():
+            os.replace(last, s.out_dir / "last.pt.old")  # or torchrun's restart would go on from it
+        yield
+
+
+def set_up(s, device, make_model):
+    """What a run starts from: (model, dataset, the dict of last.pt or None). make_model(s) makes
+    the model where the run does not resume. Raises ValueError or OSError."""
+    rank, world_size = ranks()
+    if s.gradient_accumulation % world_size and not s.eval_only:
+        raise ValueError(f"gradient_accumulation={s.gradient_accumulation}: must be a multiple of "
+                         f"the {world_size} processes, which share the batches of a step")
+    last = s.out_dir / "last.pt"
+    has_run = last.exists() and not s.eval_only  # which leaves out_dir alone
+    if restarts() and has_run:
+        s.resume = True
+    torch.manual_seed(s.seed)
+    resumed = load_resumed(s) if s.resume else None
+    if rank:
+        dist.barrier()  # the first process may have to download the model
+    with enough_memory("use a smaller model: n_layer, n_embd, block_size"):
+        model = gpt.model_from_checkpoint(resumed, s.dropout) if resumed else make_model(s)
+        model.to(device)
+    if world_size > 1 and rank == 0:
+        dist.barrier()
+    dataset = open_dataset(s.data_dir, model.config.block_size, s.batch_size, s.seed,
+                           s.read_iters * s.gradient_accumulation)
+    if resumed and resumed["data"] != dataset.fingerprint:
+        raise ValueError(f"{last}: was made with other data (data_dir="
+                         f"{resumed['settings']['data_dir']}, as it was then) than data_dir="
+                         f"{s.data_dir} is now; use the same, or another out_dir")
+    torch.manual_seed(s.seed + rank)  # of dropout
+    return model, dataset, resumed
 
 
 def new_model(s):
@@ -992,80 +1069,6 @@ def other_tokenizer(s, theirs):
     return ValueError(f"init_from={s.init_from}: was not made with the tokenizer of data_dir="
                       f"{s.data_dir} and its role tokens; prepare the data with the model's own: "
                       f"--tokenizer={name}")
-
-
-def load_resumed(s):
-    """last.pt to go on from. Raises ValueError where there is none, or it was made with another
-    model, batch or seed."""
-    path = s.out_dir / "last.pt"
-    resumed = gpt.load_checkpoint(path, "Start without --resume=True.")
-    needed = {"optimizers", "rng", "history", "settings", "data"}
-    if not needed <= resumed.keys() or not isinstance(resumed["settings"], dict):
-        raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may "
-                         "be a best.pt")
-    for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",
-                 "batch_size", "gradient_accumulation", "best_by", "seed", "read_iters"):
-        now = getattr(s, name, None)
-        then = resumed["settings"].get(name, 0 if name == "read_iters" else None)  # it came later
-        if then != now:
-            raise ValueError(f"{path}: was made with {name}={then}, this run has {name}={now}; use "
-                             "the same, or another out_dir")
-    if resumed["tokenizer"] != folder_tokenizer(s.data_dir):
-        raise ValueError(f"{path}: was made with another tokenizer than that of data_dir="
-                         f"{s.data_dir}; use the same data, or another out_dir")
-    return resumed
-
-
-def set_up(s, device, make_model):
-    """What a run starts from: (model, dataset, the dict of last.pt or None). make_model(s) makes
-    the model where the run does not resume. Raises ValueError or OSError."""
-    rank, world_size = ranks()
-    if s.gradient_accumulation % world_size and not s.eval_only:
-        raise ValueError(f"gradient_accumulation={s.gradient_accumulation}: must be a multiple of "
-                         f"the {world_size} processes, which share the batches of a step")
-    last = s.out_dir / "last.pt"
-    has_run = last.exists() and not s.eval_only  # which leaves out_dir alone
-    if restarts() and has_run:
-        s.resume = True
-    torch.manual_seed(s.seed)
-    resumed = load_resumed(s) if s.resume else None
-    if rank:
-        dist.barrier()  # the first process may have to download the model
-    with enough_memory("use a smaller model: n_layer, n_embd, block_size"):
-        model = gpt.model_from_checkpoint(resumed, s.dropout) if resumed else make_model(s)
-        model.to(device)
-    if world_size > 1 and rank == 0:
-        dist.barrier()
-    dataset = open_dataset(s.data_dir, model.config.block_size, s.batch_size, s.seed,
-                           s.read_iters * s.gradient_accumulation)
-    if resumed and resumed["data"] != dataset.fingerprint:
-        raise ValueError(f"{last}: was made with other data (data_dir="
-                         f"{resumed['settings']['data_dir']}, as it was then) than data_dir="
-                         f"{s.data_dir} is now; use the same, or another out_dir")
-    torch.manual_seed(s.seed + rank)  # of dropout
-    return model, dataset, resumed
-
-
-@contextlib.contextmanager
-def alone_in(s):
-    """Within it no other run trains into out_dir. Raises OSError where one does already."""
-    if not is_first() or s.eval_only:
-        yield
-        return
-    with locked(s.out_dir):
-        for name in ("best.pt", "last.pt", "log.csv", "loss.png"):
-            for part in s.out_dir.glob(f".{name}.*.part"):  # of runs that were killed
-                part.unlink(missing_ok=True)
-        last = s.out_dir / "last.pt"
-        begins = dist.is_initialized() and not s.resume and not restarts()
-        if begins and last.exists():
-            os.replace(last, s.out_dir / "last.pt.old")  # or torchrun's restart would go on from it
-        yield
-
-
-def restarts():
-    """How often torchrun --max-restarts has started us again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 @unfailing_output()
