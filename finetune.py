@@ -10,7 +10,7 @@ weights come from, and that it counts epochs. Only the assistant's words and its
 learned (data/conversation.py, `supervised`).
 """
 import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from model import pick_device
 @dataclass
 class Settings(train.LoopSettings):
     """The loop's settings with other defaults, and what to start from."""
-    init_from: str = "gpt2"  # gpt2, gpt2-medium, ...; a best.pt; or a Hugging Face model's folder
+    init_from: str = "gpt2"  # gpt2, gpt2-medium, ...; a best.pt; a Hugging Face model's folder
     data_dir: Path = Path("data/alpaca")  # a folder that prepare_alpaca.py made
     out_dir: Path = Path("out/alpaca")  # where best.pt and last.pt go
     block_size: int = 0  # a shorter context than the model has learned; 0: all of it
-    epochs: int = 3  # how often each conversation is seen; the last step may run into one more
+    epochs: int = 3  # times each conversation is seen; the last step may see a few more
     max_iters: int = 0  # steps; 0: as many as the epochs have
     eval_interval: int = 0  # steps between evaluations; 0: one after each epoch
     optimizer: str = "adamw"  # adamw (all), or muon (the blocks' matrices; AdamW for the rest)
@@ -42,7 +42,8 @@ def main(argv):
     device, dtype, why = pick_device(s.device, s.dtype)
     with train.processes(device) as device, train.alone_in(s):
         model, dataset, resumed = train.set_up(s, device, train.load_base)
-        count_steps(s, dataset)
+        if not s.eval_only:
+            count_steps(s, dataset)
         say_what_is_read(s, dataset)
         train.run(s, model, dataset, device, dtype, why, resumed)
 
@@ -61,10 +62,7 @@ def count_steps(s, dataset):
 
 def check_settings(s):
     """Raise ValueError for the first setting out of its range, or data that holds no chats."""
-    for name, low in (("epochs", 1), ("block_size", 0), ("max_iters", 0), ("eval_interval", 0)):
-        if getattr(s, name) < low:
-            raise ValueError(f"{name}={getattr(s, name)}: must be {low} or more")
-    train.check_settings(replace(s, block_size=1, max_iters=1, eval_interval=1))  # 0 is fine here
+    train.check_settings(s, may_be_0=("block_size", "max_iters", "eval_interval"))
     if read_meta(s.data_dir)["kind"] != "chat":
         raise ValueError(f"data_dir={s.data_dir}: holds plain text; finetune on chats "
                          "(prepare_alpaca.py), or go on with text by train.py --init_from")

@@ -47,10 +47,10 @@ class LoopSettings:
     resume: bool = False  # go on from out_dir/last.pt
     eval_only: bool = False  # only measure init_from's model: loss, perplexity, bits per byte
     # one step
-    batch_size: int = 8  # windows of text; or chats that fit into batch_size * block_size tokens
+    batch_size: int = 8  # windows of block_size tokens; or chats, as many tokens in all
     gradient_accumulation: int = 1  # batches summed up for one step, over all processes
     max_iters: int = 2000  # steps
-    read_iters: int = 0  # this many steps, the first, learn a chat's questions too; then answers
+    read_iters: int = 0  # the first steps, in which a chat's questions are learned too
     dropout: float = 0.0  # share of activations zeroed while training; slows memorizing
     # the optimizer
     optimizer: str = "muon"  # muon (the blocks' matrices; AdamW for the rest) or adamw (all)
@@ -60,9 +60,9 @@ class LoopSettings:
     decay: str = "linear"  # after that: linear, cosine or constant
     final_lr: float = 0.0  # where the decay ends, as a fraction of the peak
     weight_decay: float = 0.0  # pull of weights towards 0; not of norms and biases
-    momentum: float = 0.9  # muon's
-    beta1: float = 0.9  # AdamW's momentum
-    beta2: float = 0.99  # AdamW's memory of squared gradients
+    momentum: float = 0.9  # of muon: how much of its last step it keeps
+    beta1: float = 0.9  # of AdamW: the same
+    beta2: float = 0.99  # of AdamW: how much it keeps of the mean squared gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # looking, saving
     log_interval: int = 50  # steps between progress lines
@@ -72,18 +72,18 @@ class LoopSettings:
     sample_prompt: str | None = None  # what they go on from; None: something held out
     eval_tokens: int = 20_000  # tokens of an evaluation, of each split; with eval_only: all
     best_by: str = "val"  # best.pt has the lowest loss on val; or on train, to memorize
-    patience: int = 0  # stop after this many evaluations without a lower val loss; 0: never
+    patience: int = 0  # evaluations without a lower val loss, then it stops; 0: never
     # the machine
     seed: int = 1337  # of the first weights, the batches and the dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    dtype: str = "auto"  # auto, float32 or bfloat16 (products; weights, losses stay float32)
+    dtype: str = "auto"  # auto, float32 or bfloat16 (of products; weights stay float32)
     compile: str = "auto"  # torch.compile: auto, on or off
 
 
 @dataclass
 class Settings(LoopSettings):
     """The loop's settings, and those of a model made from scratch."""
-    init_from: str = "scratch"  # or gpt2, gpt2-medium, ..., a folder, a .pt: its weights and shape
+    init_from: str = "scratch"  # or gpt2, gpt2-medium, ..., a folder, a .pt: weights and shape
     block_size: int = 128  # context length, in tokens; with eval_only: the model's
     n_layer: int = 4  # blocks, one after the other
     n_head: int = 4  # attention heads in each block
@@ -219,170 +219,11 @@ def evaluate(model, dataset, split, s, device, autocast):
 
 
 # ==================================================================================================
-# The idea ends here. Below: processes, the log, saving and resuming, signals, messages, starting.
+# The idea ends here. Below, in the order in which the loop asks for it: where a run stands,
+# processes, signals, the log, what is said, saving and resuming. Then measuring only, and starting.
 # ==================================================================================================
 
-# ---- processes: one without torchrun, or several that train together ----
-
-@contextlib.contextmanager
-def processes(device):
-    """Within it, the processes that torchrun started, if it did, are joined by torch.distributed;
-    yields this one's device. Only the first of them prints. Raises ValueError where a process has
-    no GPU, or a device cannot be shared out."""
-    if "WORLD_SIZE" not in os.environ:
-        yield device
-        return
-    if device.type == "mps":
-        raise ValueError("device=mps: cannot be used by several processes; leave torchrun out, or "
-                         "use --device=cpu")
-    if device.type == "cuda":
-        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if number >= count:
-            raise ValueError(f"process {number} has no GPU, this machine has {count}: use torchrun "
-                             f"--nproc_per_node={count}")
-        device = torch.device("cuda", number)
-        torch.cuda.set_device(device)
-    # A store for each restart: in torchrun's, addresses of processes that died may still be there.
-    store, rank, world_size = next(rendezvous("env://"))
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"restart {restart}", store)
-    on_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
-        device_id=device if on_gpu else None,
-        timeout=timedelta(hours=2))  # the others wait while the first downloads gpt2-xl
-    if rank == 0:
-        yield device
-    else:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            with contextlib.redirect_stdout(nowhere):
-                yield device
-    dist.destroy_process_group()  # not where this one failed: the others may be waiting for it
-
-
-def make_replica(model, dataset, s):
-    """What the loop calls: the model itself, or its weights compiled, and shared out to many
-    processes."""
-    if s.compile == "on":
-        # Text has one or two shapes, and gets a graph for each; chats have hundreds, which share.
-        model = torch.compile(model, dynamic=False if dataset.kind == "text" else None)
-    if dist.is_initialized():  # gradients are sent from where they are made, not from a copy
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return model
-
-
-def ranks():
-    """(which process this is, how many train together): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def is_first():
-    """Whether this is the process that writes files."""
-    return ranks()[0] == 0
-
-
-def sum_over_ranks(device, *numbers):
-    """The sum of each number over all processes, as a list."""
-    return reduce_over_ranks(device, numbers, dist.ReduceOp.SUM)
-
-
-def signal_to_any(device, signals):
-    """The largest number of a signal that came to any process, or 0. signals: this one's."""
-    return largest_over_ranks(device, max(signals, default=0))
-
-
-def largest_over_ranks(device, number):
-    """The largest that any process has: so they decide alike, or some would wait for others."""
-    return reduce_over_ranks(device, [number], dist.ReduceOp.MAX)[0]
-
-
-def reduce_over_ranks(device, numbers, operation):
-    """Each number combined over all processes; as they are where there is one process."""
-    if not dist.is_initialized():
-        return list(numbers)
-    precise = torch.float64 if device.type != "mps" else torch.float32  # which MPS has not
-    combined = torch.tensor([float(number) for number in numbers], dtype=precise, device=device)
-    dist.all_reduce(combined, operation)
-    return combined.tolist()
-
-
-def exchange_gradients(model, now):
-    """A context for backward: DDP averages gradients over the processes within it only if `now`."""
-    has_peers = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    return model.no_sync() if has_peers and not now else contextlib.nullcontext()
-
-
-def mixed_precision(device, dtype):
-    """A context in which matrix products are of `dtype`; float32 is that of the weights anyway."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def to_device(batch, device):
-    """A dataset's (idx, targets, where), NumPy arrays or None, as tensors on the device."""
-    tensors = [None if a is None else torch.from_numpy(a) for a in batch]
-    if device.type == "cuda":  # from pinned memory a GPU copies while it computes
-        tensors = [None if t is None else t.pin_memory() for t in tensors]
-    return [None if t is None else t.to(device, non_blocking=True) for t in tensors]
-
-
-# ---- what only tells: it must not end a run ----
-
-@contextlib.contextmanager
-def only_telling(what):
-    """Within it, any error becomes a warning."""
-    try:
-        yield
-    except Exception as error:
-        print(f"warning: {what}: {error}; going on", file=sys.stderr, flush=True)
-
-
-class Unfailing:
-    """An output stream that drops what cannot be written: `| head` has left, a disk is full, a
-    terminal is closed."""
-
-    def __init__(self, stream, says_so):
-        self.stream, self.says_so = stream, says_so  # once, on standard error
-
-    def __getattr__(self, name):  # all else is the stream's
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(lambda: self.stream.write(text))
-        return len(text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, act):
-        try:
-            act()
-        except Exception as error:
-            if self.says_so:
-                self.says_so = False
-                print(f"warning: what is printed is lost: {error}; going on", file=sys.stderr)
-
-    def leave(self):
-        """What could not be written would fail once more as Python ends: drop it."""
-        try:
-            self.stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
-@contextlib.contextmanager
-def unfailing_output():
-    """Within it, nothing that is printed can end the program."""
-    out, err = Unfailing(sys.stdout, True), Unfailing(sys.stderr, False)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            yield
-    finally:
-        with contextlib.suppress(AttributeError):  # there may be no streams, as under pythonw
-            out.leave()
-            err.leave()
-
-
-# ---- how it goes ----
+# ---- where a run stands ----
 
 @dataclass
 class Progress:
@@ -401,41 +242,9 @@ def epochs(dataset, step, s):
     return dataset.epochs("train", step * s.gradient_accumulation)
 
 
-def lowest(history, column=2):
-    """The entry of a history with the lowest validation loss (column 1: training loss)."""
-    return min(history, key=lambda entry: entry[column])
-
-
-def is_memorizing(history):
-    """Whether validation has turned up while training still falls: history is a list of (step,
-    train loss, validation loss); the last two validation losses must both lie over the lowest, and
-    rise."""
-    if len(history) < 3:
-        return False
-    _, train_at_lowest, val_lowest = lowest(history)
-    (_, train_before, val_before), (_, train_now, val_now) = history[-2:]
-    val_rises = val_lowest * 1.01 < val_before < val_now
-    train_falls = train_now < train_before < train_at_lowest
-    return val_rises and train_falls
-
-
-def say_if_memorizing(progress):
-    """Once, when validation turns up, say so; see is_memorizing."""
-    if progress.told or not is_memorizing(progress.history):
-        return
-    progress.told = True
-    (low_step, low_train, low_val), (_, train, val) = lowest(progress.history), progress.history[-1]
-    print(f"  Validation has turned up: {low_val:.3f} at step {low_step}, {val:.3f} now, while the "
-          f"training loss fell from {low_train:.3f} to {train:.3f}. From here on the model "
-          "memorizes more than it generalizes.", flush=True)
-
-
-def evaluation_is_due(s, progress):
-    """Whether the newest step is one to evaluate after, and was not: a signal stops a run before
-    its evaluation, and then the run that goes on begins with that. So a stop leaves no trace."""
-    if not progress.newest or (progress.history and progress.history[-1][0] == progress.step):
-        return False
-    return progress.step == s.max_iters or progress.step % s.eval_interval == 0
+def lowest(history):
+    """The entry of a history with the lowest validation loss."""
+    return min(history, key=lambda entry: entry[2])
 
 
 def is_over(s, progress):
@@ -443,6 +252,15 @@ def is_over(s, progress):
     if evaluation_is_due(s, progress):
         return False
     return progress.step >= s.max_iters or patience_is_over(s, progress.history)
+
+
+def evaluation_is_due(s, progress):
+    """Whether the newest step is one to evaluate after, and was not: a signal stops a run before
+    its evaluation, and then the run that goes on begins with that. So a stop leaves no trace."""
+    was_evaluated = progress.history and progress.history[-1][0] == progress.step
+    if was_evaluated or not progress.newest:
+        return False
+    return progress.step == s.max_iters or progress.step % s.eval_interval == 0
 
 
 def patience_is_over(s, history):
@@ -471,31 +289,138 @@ def stop_if_not_finite(number, what, step, s, model):
                      f"{s.learning_rate:g}), more warmup_iters (now {s.warmup_iters}) or a {clip}")
 
 
-@only_telling("the sample")
-def print_sample(model, dataset, s):
-    """Print what the model writes now: after sample_prompt, or after a held-out question or a
-    line's start."""
-    if not is_first():
+# ---- devices, and processes: one without torchrun, or several that train together ----
+
+@contextlib.contextmanager
+def processes(device):
+    """Within it, the processes that torchrun started, if it did, are joined by torch.distributed;
+    yields this one's device. Only the first of them prints. Raises ValueError where a process has
+    no GPU, or a device cannot be shared out."""
+    if "WORLD_SIZE" not in os.environ:
+        yield device
         return
-    enc, prompt = get_tokenizer(dataset.tokenizer), s.sample_prompt
-    if dataset.kind == "chat":
-        if prompt is None:
-            prompt = decode_conversation(dataset.conversations("val")[0], enc)[0]["content"]
-        ids = encode_prompt([{"role": "user", "content": prompt}], enc)
-    else:
-        prompt = "\n" if prompt is None else prompt
-        ids = enc.encode_ordinary(prompt) or [special_ids(enc)[0]]
-    said = model.generate(ids, 50, stop_ids=special_ids(enc), seed=0, temperature=0.7, top_k=50)
-    print(f"  sample: {prompt!r} -> {enc.decode(list(said))!r}", flush=True)
+    if device.type == "mps":
+        raise ValueError("device=mps: cannot be used by several processes; leave torchrun out, or "
+                         "use --device=cpu")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(f"process {number} has no GPU, this machine has {count}: use torchrun "
+                             f"--nproc_per_node={count}")
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    # A store for each restart: in torchrun's, addresses of processes that died may still be there.
+    store, rank, world_size = next(rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=dist.PrefixStore(f"restart {restarts()}", store),
+        rank=rank, world_size=world_size, device_id=device if on_gpu else None,
+        timeout=timedelta(hours=2))  # the others wait while the first downloads gpt2-xl
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        with contextlib.redirect_stdout(nowhere if rank else sys.stdout):
+            yield device
+    dist.destroy_process_group()  # not where this one failed: the others may be waiting for it
 
 
-def duration(seconds):
-    """Seconds as people say them: 45s, 3m05s, 2h10m."""
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+def restarts():
+    """How often torchrun --max-restarts has started us again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def mixed_precision(device, dtype):
+    """A context in which matrix products are of `dtype`; float32 is that of the weights anyway."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def make_replica(model, dataset, s):
+    """What the loop calls: the model itself, or its weights compiled, and shared out to many
+    processes."""
+    if s.compile == "on":
+        # Text has one or two shapes, and gets a graph for each; chats have hundreds, which share.
+        model = torch.compile(model, dynamic=False if dataset.kind == "text" else None)
+    if dist.is_initialized():  # gradients are sent from where they are made, not from a copy
+        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return model
+
+
+def ranks():
+    """(which process this is, how many train together): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first():
+    """Whether this is the process that writes files."""
+    return ranks()[0] == 0
+
+
+def sum_over_ranks(device, *numbers):
+    """The sum of each number over all processes, as a list."""
+    return reduce_over_ranks(device, numbers, dist.ReduceOp.SUM)
+
+
+def largest_over_ranks(device, number):
+    """The largest that any process has: so they decide alike, or some would wait for others."""
+    return reduce_over_ranks(device, [number], dist.ReduceOp.MAX)[0]
+
+
+def reduce_over_ranks(device, numbers, operation):
+    """Each number combined over all processes; as they are where there is one process."""
+    if not dist.is_initialized():
+        return list(numbers)
+    combined = torch.tensor([float(number) for number in numbers], dtype=torch.float64,
+                            device=device)
+    dist.all_reduce(combined, operation)
+    return combined.tolist()
+
+
+def to_device(batch, device):
+    """A dataset's (idx, targets, where), NumPy arrays or None, as tensors on the device."""
+    tensors = [None if a is None else torch.from_numpy(a) for a in batch]
+    if device.type == "cuda":  # from pinned memory a GPU copies while it computes
+        tensors = [None if t is None else t.pin_memory() for t in tensors]
+    return [None if t is None else t.to(device, non_blocking=True) for t in tensors]
+
+
+def exchange_gradients(model, now):
+    """A context for backward: DDP averages gradients over the processes within it only if `now`."""
+    if now or not isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return model.no_sync()
+
+
+# ---- signals ----
+
+@contextlib.contextmanager
+def stop_signals():
+    """Within it, the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal) is noted in the list it
+    yields, for the loop to save and end; one more than a second later ends the program at once."""
+    caught, first_at = [], 0.0
+    names = "SIGINT", "SIGTERM", "SIGHUP"  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # A shell has some ignored: nohup SIGHUP, and & in a script SIGINT.
+    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+
+    def handler(number, frame):
+        nonlocal first_at
+        if not caught:
+            caught.append(number)
+            first_at = time.monotonic()
+            print(f"\n{signal.Signals(number).name}: finishing the step, then saving (again: leave "
+                  "at once)", file=sys.stderr, flush=True)
+        elif time.monotonic() - first_at >= 1:  # sooner: a shell and torchrun pass on the first
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield caught
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def signal_to_any(device, signals):
+    """The largest number of a signal that came to any process, or 0. signals: this one's."""
+    return largest_over_ranks(device, max(signals, default=0))
 
 
 # ---- the log ----
@@ -554,25 +479,6 @@ class Log:
         self.peak = peak_flops(device, dtype) if is_first() else None  # FLOP/s of the machine
         self.tokens = self.seconds = self.flops = 0.0  # since the last line
 
-    def begin(self):
-        """The file anew: of an earlier one it keeps what was before this run's first row. Rows of
-        a run that was stopped later than it was saved are left out, and a torn last one."""
-        rows = []
-        if self.first_step > 1 and self.path.exists():
-            text = self.path.read_text(encoding="utf-8", errors="replace")
-            rows = text.splitlines(keepends=True)[1:]
-        steps = [row.partition(",")[0] for row in rows]
-        kept = [row for row, step in zip(rows, steps)
-                if row.endswith("\n") and step.isdecimal() and int(step) < self.first_step]
-        if not all(step.isdecimal() for step in steps):  # a spreadsheet saved it
-            os.replace(self.path, f"{self.path}.old")
-            print(f"log.csv: not every row begins with a step and a comma, so another program has "
-                  f"changed it; kept as {self.path}.old")
-        header = ",".join(self.COLUMNS) + "\n"
-        whole = (header + "".join(kept)).encode("utf-8") + self.unwritten
-        write_atomically(self.path, lambda f: f.write(whole))
-        self.begun, self.unwritten = True, b""
-
     def add(self, row, model, progress, now=False):
         """Write a row, a dict of COLUMNS; what a full disk refuses is kept for the next time.
 
@@ -610,49 +516,97 @@ class Log:
             while self.unwritten:
                 self.unwritten = self.unwritten[f.write(self.unwritten):]
 
+    def begin(self):
+        """The file anew: of an earlier one it keeps the rows before this run's first. A run that
+        was stopped later than it was saved left more, and perhaps half a row."""
+        kept = []
+        if self.first_step > 1 and self.path.exists():
+            text = self.path.read_text(encoding="utf-8", errors="replace")
+            for row in text.splitlines(keepends=True)[1:]:
+                step = row.partition(",")[0]
+                if row.endswith("\n") and step.isdecimal() and int(step) < self.first_step:
+                    kept.append(row)
+        whole = ",".join(self.COLUMNS) + "\n" + "".join(kept)
+        write_atomically(self.path, lambda f: f.write(whole.encode("utf-8")))
+        self.begun = True
+
     def print_line(self, progress, row, s):
         """Print the line of a step; speeds are of all steps since the last one."""
         seconds = max(self.seconds, 1e-9)
         left = progress.seconds / progress.step * (s.max_iters - progress.step)
-        losses = f"  train {row['train_loss']}  val {row['val_loss']}" if "val_loss" in row else ""
         share = f"{self.flops / seconds / self.peak:.0%}" if self.peak else "n/a"
+        how = f"norm {row['norm']}  {self.tokens / seconds:,.0f} tokens/s"
+        if "val_loss" in row:
+            how = f"train {row['train_loss']}  val {row['val_loss']}"
         print(f"step {progress.step:>5}/{s.max_iters}  epoch {row['epoch']}  loss {row['loss']}"
-              f"{losses}  lr {row['lr']}  norm {row['norm']}  {self.tokens / seconds:,.0f} tokens/s"
-              f"  {share} of peak  {duration(left)} left", flush=True)
+              f"  {how}  {share} of peak  {duration(left)} left", flush=True)
         self.tokens = self.seconds = self.flops = 0.0
 
 
-def report(s, dataset, progress, saved):
-    """Say how the run went, and what to do with what it made, as far as that is there. Raises
-    OSError where its last.pt could not be saved."""
-    if patience_is_over(s, progress.history):
-        print(f"stopped: {s.patience} evaluations without a lower validation loss (patience)")
-    print(f"{progress.step} steps in {duration(progress.seconds)}", end="")
-    if progress.history:
-        (step, train_loss, val_loss), low = progress.history[-1], lowest(progress.history)
-        bits = bits_per_byte(val_loss, *count_targets(dataset, "val", s.eval_tokens))
-        at = "" if step == progress.step else f" at step {step}"
-        print(f": training loss {train_loss:.4f}, validation {val_loss:.4f}{at} (lowest "
-              f"{low[2]:.4f} at step {low[0]}, epoch {epochs(dataset, low[0], s):.2f}), {bits:.4f} "
-              "bits per byte", end="")
-    print()
-    column, best, last = 1 + SPLITS.index(s.best_by), s.out_dir / "best.pt", s.out_dir / "last.pt"
-    kept = [entry[0] for entry in progress.history if entry[column] == progress.best]
-    if kept and best.exists():
-        print(f"best.pt holds step {kept[0]} (epoch {epochs(dataset, kept[0], s):.2f}), the lowest "
-              f"{s.best_by} loss; talk to it: python chat.py --checkpoint={best}")
-    elif saved and last.exists():
-        print(f"last.pt holds step {progress.step}; talk to it: python chat.py --checkpoint={last}")
-    made = ", ".join(name for name in ("log.csv", "loss.png") if (s.out_dir / name).exists())
-    picture = "" if find_spec("matplotlib") else " (pip install matplotlib: then loss.png too)"
-    if made:
-        print(f"{s.out_dir}: {made}{picture}", flush=True)
-    if not saved:
-        raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and "
-                      "--resume=True")
+def duration(seconds):
+    """Seconds as people say them: 45s, 3m05s, 2h10m, 13d04h."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
 
 
-# ---- only measuring ----
+# ---- what only tells: it must not end a run ----
+
+@contextlib.contextmanager
+def only_telling(what):
+    """Within it, any error becomes a warning."""
+    try:
+        yield
+    except Exception as error:
+        print(f"warning: {what}: {error}; going on", file=sys.stderr, flush=True)
+
+
+@only_telling("the sample")
+def print_sample(model, dataset, s):
+    """Print what the model writes now: after sample_prompt, or after a held-out question or a
+    line's start."""
+    if not is_first():
+        return
+    enc, prompt = get_tokenizer(dataset.tokenizer), s.sample_prompt
+    if dataset.kind == "chat":
+        if prompt is None:
+            prompt = decode_conversation(dataset.conversations("val")[0], enc)[0]["content"]
+        ids = encode_prompt([{"role": "user", "content": prompt}], enc)
+    else:
+        prompt = "\n" if prompt is None else prompt
+        ids = enc.encode_ordinary(prompt) or [special_ids(enc)[0]]
+    said = model.generate(ids, 50, stop_ids=special_ids(enc), seed=0, temperature=0.7, top_k=50)
+    print(f"  sample: {prompt!r} -> {enc.decode(list(said))!r}", flush=True)
+
+
+def say_if_memorizing(progress):
+    """Once, when validation turns up, say so; see is_memorizing."""
+    if progress.told or not is_memorizing(progress.history):
+        return
+    progress.told = True
+    (low_step, low_train, low_val), (_, train, val) = lowest(progress.history), progress.history[-1]
+    print(f"  Validation has turned up: {low_val:.3f} at step {low_step}, {val:.3f} now; training "
+          f"fell from {low_train:.3f} to {train:.3f}.\n"
+          "  From here on the model memorizes more than it generalizes.", flush=True)
+
+
+def is_memorizing(history):
+    """Whether validation has turned up while training still falls: history is a list of (step,
+    train loss, validation loss); the last two validation losses must both lie over the lowest, and
+    rise."""
+    if len(history) < 3:
+        return False
+    _, train_at_lowest, val_lowest = lowest(history)
+    (_, train_before, val_before), (_, train_now, val_now) = history[-2:]
+    val_rises = val_lowest * 1.01 < val_before < val_now
+    train_falls = train_now < train_before < train_at_lowest
+    return val_rises and train_falls
+
 
 def bits_per_byte(loss, n_targets, n_bytes):
     """A mean loss per target, in nats, as bits for each byte of text that the targets stand for
@@ -660,40 +614,35 @@ def bits_per_byte(loss, n_targets, n_bytes):
     return loss * n_targets / n_bytes / math.log(2) if n_bytes else math.nan
 
 
-def measure(s, model, dataset, device, dtype):
-    """Print the loss, the perplexity and the bits per byte of both splits.
-
-    Text is read in windows that do not overlap, so a token has half a window before it on average.
-    Published figures often slide the window on by a part of its length, and are then lower.
-    """
-    for split in reversed(SPLITS):
-        n_targets, n_bytes = count_targets(dataset, split, s.eval_tokens)
-        loss = evaluate(model, Told(dataset, n_targets), split, s, device,
-                        mixed_precision(device, dtype))
-        perplexity = math.inf if loss > 700 else math.exp(loss)  # which float64 cannot hold
-        bits = bits_per_byte(loss, n_targets, n_bytes)
-        print(f"{split}: loss {loss:.4f}  perplexity {perplexity:.2f}  {bits:.4f} bits per byte  "
-              f"({n_targets:,} targets, {n_bytes:,} bytes)", flush=True)
-
-
-class Told:
-    """A dataset whose evaluation says how far it is every ten seconds, for n_targets in all."""
-
-    def __init__(self, dataset, n_targets):
-        self.dataset, self.n_targets = dataset, n_targets
-
-    def eval_batches(self, split, max_tokens):
-        """Those of the dataset; when the next one is asked for, the one before has been read."""
-        began = told = time.monotonic()
-        done = 0
-        for batch in self.dataset.eval_batches(split, max_tokens):
-            yield batch
-            done += batch[1].size
-            now = time.monotonic()
-            if now - told >= 10:
-                told, left = now, (now - began) * (self.n_targets - done) / done
-                print(f"  {split}: {done:,} of {self.n_targets:,} targets  "
-                      f"{done / (now - began):,.0f} targets/s  {duration(left)} left", flush=True)
+def report(s, dataset, progress, saved):
+    """Say how the run went, and what to do with what it made, as far as that is there. Raises
+    OSError where its last.pt could not be saved."""
+    if patience_is_over(s, progress.history):
+        print(f"stopped: {s.patience} evaluations without a lower validation loss (patience)")
+    done = f"{progress.step} steps in {duration(progress.seconds)}"
+    if progress.history:
+        (step, train_loss, val_loss), low = progress.history[-1], lowest(progress.history)
+        bits = bits_per_byte(val_loss, *count_targets(dataset, "val", s.eval_tokens))
+        at = "" if step == progress.step else f" at step {step}"
+        done += (f": training loss {train_loss:.4f}, validation {val_loss:.4f}{at}, {bits:.4f} "
+                 f"bits per byte\nlowest validation loss: {low[2]:.4f} at step {low[0]} (epoch "
+                 f"{epochs(dataset, low[0], s):.2f})")
+    print(done)
+    column, best, last = 1 + SPLITS.index(s.best_by), s.out_dir / "best.pt", s.out_dir / "last.pt"
+    kept = [entry[0] for entry in progress.history if entry[column] == progress.best]
+    if kept and best.exists():
+        print(f"best.pt holds step {kept[0]}, the lowest {s.best_by} loss; talk to it:\n"
+              f"    python chat.py --checkpoint={best}")
+    elif saved and last.exists():
+        print(f"last.pt holds step {progress.step}; talk to it:\n"
+              f"    python chat.py --checkpoint={last}")
+    made = ", ".join(name for name in ("log.csv", "loss.png") if (s.out_dir / name).exists())
+    picture = "" if find_spec("matplotlib") else " (pip install matplotlib: then loss.png too)"
+    if made:
+        print(f"{s.out_dir}: {made}{picture}", flush=True)
+    if not saved:
+        raise OSError(f"{s.out_dir}: the last checkpoint could not be saved; free some space and "
+                      "--resume=True")
 
 
 # ---- saving, and going on from it ----
@@ -712,8 +661,10 @@ def save_is_due(s, log, step, saved_at):
     """Whether last.pt may be replaced (see Log.add), and save_interval has gone by: steps, or
     minutes since `saved_at`; or nothing was saved yet."""
     every = str(s.save_interval)
-    if not log.proven or saved_at == -math.inf:
-        return log.proven
+    if not log.proven:
+        return False
+    if saved_at == -math.inf:
+        return True
     if every.endswith("m"):
         return time.monotonic() - saved_at >= 60 * float(every[:-1])
     return step % int(every) == 0
@@ -758,6 +709,19 @@ def rng_states(device):
     return states
 
 
+def restore_rng(states, device):
+    """Put back this process's part of what rng_states returned, where it has one."""
+    rank = ranks()[0]
+    if rank >= len(states):
+        return
+    of_cpu, *of_device = states[rank]
+    torch.set_rng_state(of_cpu)
+    if of_device and device.type == "cuda":
+        torch.cuda.set_rng_state(of_device[0], device)
+    elif of_device and device.type == "mps":
+        torch.mps.set_rng_state(of_device[0])
+
+
 def restore(resumed, optimizers, device):
     """Put the optimizers and random generators where last.pt left them; returns its Progress. (Its
     place in the data is the step: see train_step.)"""
@@ -765,17 +729,11 @@ def restore(resumed, optimizers, device):
         for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
             restore_optimizer(optimizer, state)
         restore_rng(resumed["rng"], device)
-        progress = Progress(**{name: resumed[name] for name in Progress.__annotations__
-                               if name in resumed})
-        progress.history = [(int(step), float(train_loss), float(val_loss))
-                            for step, train_loss, val_loss in resumed["history"]]
-        progress.seconds, progress.best = float(progress.seconds), float(progress.best)
-        if progress.step < 1 or not math.isfinite(progress.seconds):
-            raise ValueError("no such place in a run")
-        return progress
-    except Exception as error:  # whatever is missing or does not fit
-        raise ValueError(f"last.pt: its optimizers, random numbers or history do not fit this run "
+    except Exception as error:  # made by another version, or by an optimizer that was edited since
+        raise ValueError(f"last.pt: its optimizers or random numbers do not fit this run "
                          f"({type(error).__name__}); start without --resume=True") from error
+    # An older version kept fewer of them.
+    return Progress(**{name: resumed[name] for name in Progress.__annotations__ if name in resumed})
 
 
 def restore_optimizer(optimizer, state):
@@ -786,53 +744,103 @@ def restore_optimizer(optimizer, state):
     groups = [{**group, **values}
               for group, values in zip(state["param_groups"], mine, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
-    for group in optimizer.param_groups:
-        sizes = [p.numel() for p in group["params"]]
-        for p, size in zip(group["params"], sizes):
-            for momenta in optimizer.state.get(p, {}).values():  # Muon has one stack for all
-                if momenta.numel() not in (1, size, sum(sizes)):
-                    raise ValueError("momenta of another shape")
 
 
-def restore_rng(states, device):
-    """Put back this process's part of what rng_states returned, where it has one."""
-    for mine in states[ranks()[0]:][:1]:
-        torch.set_rng_state(mine[0])
-        if device.type == "cuda" and len(mine) > 1:
-            torch.cuda.set_rng_state(mine[1], device)
-        elif device.type == "mps" and len(mine) > 1:
-            torch.mps.set_rng_state(mine[1])
+def load_resumed(s):
+    """last.pt to go on from. Raises ValueError where there is none, or it was made with another
+    model, batch or seed."""
+    path = s.out_dir / "last.pt"
+    resumed = gpt.load_checkpoint(path, "Start without --resume=True.")
+    if not {"optimizers", "rng", "history", "settings", "data"} <= resumed.keys():
+        raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may "
+                         "be a best.pt")
+    for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",
+                 "batch_size", "gradient_accumulation", "best_by", "seed", "read_iters"):
+        now = getattr(s, name, None)
+        then = resumed["settings"].get(name, 0 if name == "read_iters" else None)  # it came later
+        if then != now:
+            raise ValueError(f"{path}: was made with {name}={then}, this run has {name}={now}; use "
+                             "the same, or another out_dir")
+    return resumed
 
 
-# ---- signals, and what the machine cannot do ----
+# ---- only measuring ----
+
+def measure(s, model, dataset, device, dtype):
+    """Print the loss, the perplexity and the bits per byte of both splits.
+
+    Text is read in windows that do not overlap, so a token has half a window before it on average.
+    Published figures often slide the window on by a part of its length, and are then lower.
+    """
+    for split in reversed(SPLITS):
+        n_targets, n_bytes = count_targets(dataset, split, s.eval_tokens)
+        loss = evaluate(model, Told(dataset, n_targets), split, s, device,
+                        mixed_precision(device, dtype))
+        perplexity = math.inf if loss > 700 else math.exp(loss)  # which float64 cannot hold
+        bits = bits_per_byte(loss, n_targets, n_bytes)
+        print(f"{split}: loss {loss:.4f}  perplexity {perplexity:.2f}  {bits:.4f} bits per byte  "
+              f"({n_targets:,} targets, {n_bytes:,} bytes)", flush=True)
+
+
+class Told:
+    """A dataset whose evaluation says how far it is every ten seconds, for n_targets in all."""
+
+    def __init__(self, dataset, n_targets):
+        self.dataset, self.n_targets = dataset, n_targets
+
+    def eval_batches(self, split, max_tokens):
+        """Those of the dataset; when the next one is asked for, the one before has been read."""
+        began = told = time.monotonic()
+        done = 0
+        for batch in self.dataset.eval_batches(split, max_tokens):
+            yield batch
+            done += batch[1].size
+            now = time.monotonic()
+            if now - told >= 10:
+                told, left = now, (now - began) * (self.n_targets - done) / done
+                print(f"  {split}: {done:,} of {self.n_targets:,} targets  "
+                      f"{done / (now - began):,.0f} targets/s  {duration(left)} left", flush=True)
+
+
+# ---- what the machine cannot do ----
+
+class Unfailing:
+    """An output stream that ends no run: what follows its first error goes nowhere. `| head` has
+    left, a disk is full, a terminal is closed."""
+
+    def __init__(self, stream, warn):
+        self.stream, self.warn = stream, warn
+
+    def __getattr__(self, name):  # all else is the stream's
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act, *args):
+        try:
+            act(*args)
+        except Exception as error:
+            with contextlib.suppress(AttributeError, OSError):  # it may be no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.warn:
+                self.warn = False
+                print(f"warning: what is printed is lost: {error}; going on", file=sys.stderr)
+
 
 @contextlib.contextmanager
-def stop_signals():
-    """Within it, the first Ctrl-C, SIGTERM or SIGHUP (a closed terminal) is noted in the list it
-    yields, for the loop to save and end; one more than a second later ends the program at once."""
-    caught, first_at = [], 0.0
-    names = "SIGINT", "SIGTERM", "SIGHUP"  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    # A shell has some ignored: nohup SIGHUP, and & in a script SIGINT.
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-
-    def handler(number, frame):
-        nonlocal first_at
-        if caught and time.monotonic() - first_at < 1:
-            return  # the same once more: a shell and torchrun pass on what we got already
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        first_at = time.monotonic()
-        print(f"\n{signal.Signals(number).name}: finishing the step, then saving (again: leave at "
-              "once)", file=sys.stderr, flush=True)
-
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield caught
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+def unfailing_output():
+    """Within it, nothing that is printed can end the program."""
+    out, err = Unfailing(sys.stdout, warn=True), Unfailing(sys.stderr, warn=False)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            yield
+        finally:
+            out.flush()  # or Python does as it ends, and fails
 
 
 @contextlib.contextmanager
@@ -840,12 +848,12 @@ def enough_memory(advice):
     """Within it, an error that says that memory ran out becomes a ValueError with this advice."""
     try:
         yield
+    except (ValueError, OSError):
+        raise  # a message of ours, in which a file may have any name
     except Exception as error:
-        words = "allocate memory", "out of memory", "verflow"  # a CPU's, MPS's, of absurd sizes
-        ours = isinstance(error, (ValueError, OSError))  # with any name of a file in it
-        said = not ours and any(word in str(error) for word in words)
         kinds = torch.OutOfMemoryError, MemoryError, OverflowError
-        if not said and not isinstance(error, kinds):
+        words = "allocate memory", "out of memory", "verflow"  # a CPU's, MPS's, of absurd sizes
+        if not isinstance(error, kinds) and not any(word in str(error) for word in words):
             raise
         raise ValueError(f"out of memory; {advice}") from error
 
@@ -854,8 +862,7 @@ def smaller_batches(s):
     """What to try where a step does not fit: smaller batches of the same tokens per step."""
     if s.batch_size == 1:
         return "a smaller --block_size, or a smaller model"
-    factors = (n for n in range(2, min(s.batch_size, 1000)) if s.batch_size % n == 0)
-    factor = next(factors, s.batch_size)
+    factor = 2 if s.batch_size % 2 == 0 else s.batch_size  # an odd one goes down to 1
     return (f"--batch_size={s.batch_size // factor} --gradient_accumulation="
             f"{s.gradient_accumulation * factor}, the same tokens per step")
 
@@ -866,7 +873,7 @@ EARNS_COMPILING = 1e16  # floating-point operations of a run: a minute or two on
 def pick_compile(s, model, dataset, device):
     """What compile=auto comes to: ("on" or "off", why)."""
     if device.type != "cuda" or dataset.kind != "text":
-        return "off", "it pays on a GPU with batches of one shape"
+        return "off", "it pays for text on a GPU"  # chats have hundreds of shapes
     if not has_triton():
         return "off", "it needs Triton"
     compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]  # Triton for Windows brings one
@@ -874,8 +881,8 @@ def pick_compile(s, model, dataset, device):
         return "off", "it needs a C compiler"
     tokens = s.max_iters * s.gradient_accumulation * s.batch_size * dataset.block_size
     if model.flops(tokens, tokens, tokens * dataset.block_size) < EARNS_COMPILING:
-        return "off", "so short a run does not earn the minute that it takes"
-    return "on", "it pays on a GPU with batches of one shape"
+        return "off", "too short a run for the minute it takes"
+    return "on", "it pays for text on a GPU"
 
 
 @contextlib.contextmanager
@@ -894,47 +901,6 @@ def compiling(s):
 
 # ---- starting ----
 
-def load_settings(settings_class, argv, doc):
-    """The settings. With eval_only two have another default: a block_size of all that the model has
-    learned, and eval_tokens None, all that there are."""
-    s = config.load(settings_class, argv, doc)
-    if not s.eval_only:
-        return s
-    defaults = replace(config.load(settings_class, []), block_size=0, eval_tokens=None)
-    return config.load(settings_class, argv, start=defaults)
-
-
-def check_settings(s):
-    """Raise ValueError for the first setting out of its range."""
-    def need(ok, name, what):
-        if not ok:
-            raise ValueError(f"{name}={getattr(s, name)}: must be {what}")
-
-    if s.eval_only and (s.resume or s.init_from == "scratch"):
-        raise ValueError("eval_only=True: name the model to measure, and leave out --resume: "
-                         f"--init_from={s.out_dir / 'best.pt'}, or gpt2")
-    need(s.block_size >= (0 if s.eval_only else 1), "block_size", "1 or more")
-    need(s.eval_tokens is None or s.eval_tokens >= 1, "eval_tokens", "1 or more")
-    for name in ("n_layer", "n_head", "n_embd", "batch_size", "gradient_accumulation", "max_iters",
-                 "log_interval", "eval_interval"):
-        need(getattr(s, name, 1) >= 1, name, "1 or more")  # finetune.py has no n_layer and so on
-    for name in ("learning_rate", "embedding_learning_rate"):
-        need(getattr(s, name) > 0, name, "above 0")
-    for name in ("weight_decay", "grad_clip", "warmup_iters", "patience", "read_iters"):
-        need(getattr(s, name) >= 0, name, "0 or more")
-    need(0 <= s.seed < 2**63, "seed", "from 0 to 2**63 - 1")
-    for name in ("dropout", "momentum", "beta1", "beta2"):
-        need(0 <= getattr(s, name) < 1, name, "from 0 to below 1")
-    need(re.fullmatch(r"0*[1-9]\d*|\d*\.?\d+m", str(s.save_interval)), "save_interval",
-         "a number of steps (500) or of minutes (10m)")
-    need(s.sample_interval >= 0, "sample_interval", "0 or more")
-    need(0 <= s.final_lr <= 1, "final_lr", "from 0 to 1, a fraction of the peak")
-    for name, choices in (("optimizer", ("muon", "adamw")), ("best_by", ("val", "train")),
-                          ("decay", ("linear", "cosine", "constant")),
-                          ("compile", ("auto", "on", "off"))):
-        need(getattr(s, name) in choices, name, " or ".join(choices))
-
-
 def main(argv):
     """Train as the settings say. Raises ValueError or OSError for a mistake that a user can fix."""
     s = load_settings(Settings, argv, __doc__)
@@ -945,105 +911,48 @@ def main(argv):
         run(s, model, dataset, device, dtype, why, resumed)
 
 
-def new_model(s):
-    """The model that the settings describe, or the one that init_from names."""
-    if s.init_from != "scratch":
-        return load_base(s)
-    vocab_size = read_meta(s.data_dir)["vocab_size"]
-    # All at once, or layers would be made until the system ends the program.
-    torch.empty((vocab_size + s.block_size) * s.n_embd + 12 * s.n_layer * s.n_embd**2)
-    return gpt.GPT(gpt.GPTConfig(vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout,
-                                 s.bias))
+def load_settings(settings_class, argv, doc):
+    """The settings. With eval_only two have another default: a block_size of all that the model has
+    learned, and eval_tokens None, all that there are."""
+    s = config.load(settings_class, argv, doc)
+    if not s.eval_only:
+        return s
+    defaults = replace(config.load(settings_class, []), block_size=0, eval_tokens=None)
+    return config.load(settings_class, argv, start=defaults)
 
 
-def load_base(s):
-    """The model that s.init_from names, for the ids of s.data_dir and a context of s.block_size (0:
-    all that it has learned). Raises ValueError or OSError: no such model, or one with another
-    tokenizer."""
-    tokenizer, vocab_size = folder_tokenizer(s.data_dir), read_meta(s.data_dir)["vocab_size"]
-    path = config.local_path(s.init_from)
-    if path.suffix == ".pt":
-        checkpoint = gpt.load_checkpoint(path, "Train one first.")
-        if checkpoint["tokenizer"] != tokenizer:
-            raise other_tokenizer(s, checkpoint["tokenizer"])
-        model = gpt.model_from_checkpoint(checkpoint, dropout=s.dropout)
-        if s.block_size:
-            gpt.crop_block_size(model, s.block_size)
-        if model.config.vocab_size != vocab_size:
-            raise other_tokenizer(s, checkpoint["tokenizer"])
-        return model
-    is_name = s.init_from in gpt.GPT2_NAMES
-    if not is_name and not (path / "config.json").exists() and path.suffix != ".safetensors":
-        raise ValueError(f"init_from={s.init_from}: no model there; name a best.pt, a folder with "
-                         f"a config.json and weights, or one of {', '.join(gpt.GPT2_NAMES)}")
-    if tokenizer != "gpt2":
-        raise other_tokenizer(s, "gpt2")
-    model = gpt.load_gpt2(s.init_from if is_name else path, None, s.block_size or None, s.dropout)
-    if model.config.vocab_size != vocab_size:
-        raise other_tokenizer(s, "gpt2")
-    return model
+def check_settings(s, may_be_0=()):
+    """Raise ValueError for the first setting out of its range. may_be_0: names of settings of which
+    0 means as many as there are."""
+    def need(ok, name, what):
+        if not ok:
+            raise ValueError(f"{name}={getattr(s, name)}: must be {what}")
 
-
-def other_tokenizer(s, theirs):
-    """The error for a model that was made with another tokenizer than the data."""
-    name = theirs
-    if not isinstance(theirs, str):
-        name = "FILE, the tokenizer.json beside the data it was trained on"
-    return ValueError(f"init_from={s.init_from}: was not made with the tokenizer of data_dir="
-                      f"{s.data_dir} and its role tokens; prepare the data with the model's own: "
-                      f"--tokenizer={name}")
-
-
-def load_resumed(s):
-    """last.pt to go on from. Raises ValueError where there is none, or it was made with another
-    model, batch or seed."""
-    path = s.out_dir / "last.pt"
-    resumed = gpt.load_checkpoint(path, "Start without --resume=True.")
-    needed = {"optimizers", "rng", "history", "settings", "data"}
-    if not needed <= resumed.keys() or not isinstance(resumed["settings"], dict):
-        raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may "
-                         "be a best.pt")
-    for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",
-                 "batch_size", "gradient_accumulation", "best_by", "seed", "read_iters"):
-        now = getattr(s, name, None)
-        then = resumed["settings"].get(name, 0 if name == "read_iters" else None)  # it came later
-        if then != now:
-            raise ValueError(f"{path}: was made with {name}={then}, this run has {name}={now}; use "
-                             "the same, or another out_dir")
-    if resumed["tokenizer"] != folder_tokenizer(s.data_dir):
-        raise ValueError(f"{path}: was made with another tokenizer than that of data_dir="
-                         f"{s.data_dir}; use the same data, or another out_dir")
-    return resumed
-
-
-def set_up(s, device, make_model):
-    """What a run starts from: (model, dataset, the dict of last.pt or None). make_model(s) makes
-    the model where the run does not resume. Raises ValueError or OSError."""
-    rank, world_size = ranks()
-    if s.gradient_accumulation % world_size and not s.eval_only:
-        raise ValueError(f"gradient_accumulation={s.gradient_accumulation}: must be a multiple of "
-                         f"the {world_size} processes, which share the batches of a step")
-    last = s.out_dir / "last.pt"
-    has_run = last.exists() and not s.eval_only  # which leaves out_dir alone
-    if restarts() and has_run:
-        s.resume = True
-    torch.manual_seed(s.seed)
-    resumed = load_resumed(s) if s.resume else None
-    if rank:
-        dist.barrier()  # the first process may have to download the model
-    with enough_memory("use a smaller model: n_layer, n_embd, block_size"):
-        model = gpt.model_from_checkpoint(resumed, s.dropout) if resumed else make_model(s)
-        model.to(device)
-    if world_size > 1 and rank == 0:
-        dist.barrier()
-    dataset = open_dataset(s.data_dir, model.config.block_size, s.batch_size, s.seed,
-                           s.read_iters * s.gradient_accumulation)
-    if resumed and resumed["data"] != dataset.fingerprint:
-        raise ValueError(f"{last}: was made with other data (data_dir="
-                         f"{resumed['settings']['data_dir']}, as it was then) than data_dir="
-                         f"{s.data_dir} is now; use the same, or another out_dir")
-    torch.manual_seed(s.seed + rank)  # of dropout
-    return model, dataset, resumed
+    if s.eval_only:
+        may_be_0 = (*may_be_0, "block_size")
+        if s.resume or s.init_from == "scratch":
+            raise ValueError("eval_only=True: name the model to measure, and leave out --resume: "
+                             f"--init_from={s.out_dir / 'best.pt'}, or gpt2")
+    for name in ("block_size", "n_layer", "n_head", "n_embd", "epochs", "max_iters", "batch_size",
+                 "gradient_accumulation", "log_interval", "eval_interval"):
+        least = 0 if name in may_be_0 else 1
+        need(getattr(s, name, 1) >= least, name, f"{least} or more")  # no script has all of them
+    for name in ("weight_decay", "grad_clip", "warmup_iters", "patience", "read_iters",
+                 "sample_interval"):
+        need(getattr(s, name) >= 0, name, "0 or more")
+    for name in ("learning_rate", "embedding_learning_rate"):
+        need(getattr(s, name) > 0, name, "above 0")
+    for name in ("dropout", "momentum", "beta1", "beta2"):
+        need(0 <= getattr(s, name) < 1, name, "from 0 to below 1")
+    need(0 <= s.final_lr <= 1, "final_lr", "from 0 to 1, a fraction of the peak")
+    need(s.eval_tokens is None or s.eval_tokens >= 1, "eval_tokens", "1 or more")
+    need(0 <= s.seed < 2**63, "seed", "from 0 to 2**63 - 1")
+    need(re.fullmatch(r"0*[1-9]\d*|\d*\.?\d+m", str(s.save_interval)), "save_interval",
+         "a number of steps (500) or of minutes (10m)")
+    for name, choices in (("optimizer", ("muon", "adamw")), ("best_by", ("val", "train")),
+                          ("decay", ("linear", "cosine", "constant")),
+                          ("compile", ("auto", "on", "off"))):
+        need(getattr(s, name) in choices, name, " or ".join(choices))
 
 
 @contextlib.contextmanager
@@ -1063,9 +972,74 @@ def alone_in(s):
         yield
 
 
-def restarts():
-    """How often torchrun --max-restarts has started us again."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+def set_up(s, device, make_model):
+    """What a run starts from: (model, dataset, the dict of last.pt or None). make_model(s) makes
+    the model where the run does not resume. Raises ValueError or OSError."""
+    rank, world_size = ranks()
+    if s.gradient_accumulation % world_size and not s.eval_only:
+        raise ValueError(f"gradient_accumulation={s.gradient_accumulation}: must be a multiple of "
+                         f"the {world_size} processes, which share the batches of a step")
+    if restarts() and (s.out_dir / "last.pt").exists() and not s.eval_only:
+        s.resume = True
+    torch.manual_seed(s.seed)
+    resumed = load_resumed(s) if s.resume else None
+    if rank:
+        dist.barrier()  # the first process may have to download the model
+    with enough_memory("use a smaller model: n_layer, n_embd, block_size"):
+        model = gpt.model_from_checkpoint(resumed, s.dropout) if resumed else make_model(s)
+        model.to(device)
+    if world_size > 1 and rank == 0:
+        dist.barrier()
+    dataset = open_dataset(s.data_dir, model.config.block_size, s.batch_size, s.seed,
+                           s.read_iters * s.gradient_accumulation)
+    made_of = dataset.tokenizer, dataset.fingerprint
+    if resumed and (resumed["tokenizer"], resumed["data"]) != made_of:
+        raise ValueError(f"{s.out_dir / 'last.pt'}: was made with other data or another tokenizer "
+                         f"(data_dir={resumed['settings']['data_dir']}, as it was then) than "
+                         f"data_dir={s.data_dir} has now; use the same, or another out_dir")
+    torch.manual_seed(s.seed + rank)  # of dropout
+    return model, dataset, resumed
+
+
+def new_model(s):
+    """The model that the settings describe, or the one that init_from names."""
+    if s.init_from != "scratch":
+        return load_base(s)
+    vocab_size = read_meta(s.data_dir)["vocab_size"]
+    # All at once, or layers would be made until the system ends the program.
+    torch.empty((vocab_size + s.block_size) * s.n_embd + 12 * s.n_layer * s.n_embd**2)
+    return gpt.GPT(gpt.GPTConfig(vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout,
+                                 s.bias))
+
+
+def load_base(s):
+    """The model that s.init_from names, for the ids of s.data_dir and a context of s.block_size (0:
+    all that it has learned). Raises ValueError or OSError: no such model, or one with another
+    tokenizer."""
+    path, checkpoint, theirs = config.local_path(s.init_from), None, "gpt2"
+    is_name = s.init_from in gpt.GPT2_NAMES
+    if path.suffix == ".pt":
+        checkpoint = gpt.load_checkpoint(path, "Train one first.")
+        theirs = checkpoint["tokenizer"]
+    elif not is_name and not (path / "config.json").exists() and path.suffix != ".safetensors":
+        raise ValueError(f"init_from={s.init_from}: no model there; name a best.pt, a folder with "
+                         f"a config.json and weights, or one of {', '.join(gpt.GPT2_NAMES)}")
+    name = theirs if isinstance(theirs, str) else "FILE, the tokenizer.json beside its own data"
+    other_tokenizer = ValueError(
+        f"init_from={s.init_from}: was not made with the tokenizer of data_dir={s.data_dir} and "
+        f"its role tokens; prepare the data with the model's own: --tokenizer={name}")
+    if theirs != folder_tokenizer(s.data_dir):
+        raise other_tokenizer  # before anything is downloaded
+    if checkpoint:
+        model = gpt.model_from_checkpoint(checkpoint, dropout=s.dropout)
+        if s.block_size:
+            gpt.crop_block_size(model, s.block_size)
+    else:
+        source = s.init_from if is_name else path
+        model = gpt.load_gpt2(source, None, s.block_size or None, s.dropout)
+    if model.config.vocab_size != read_meta(s.data_dir)["vocab_size"]:
+        raise other_tokenizer
+    return model
 
 
 @unfailing_output()
@@ -1080,14 +1054,14 @@ def run(s, model, dataset, device, dtype, why, resumed):
     reason = "as set"
     if s.compile == "auto":
         s.compile, reason = pick_compile(s, model, dataset, device)
-    print(f"{s.data_dir}: {dataset.n_tokens('train'):,} training tokens, {dataset.vocab_size} ids")
+    how, compiled = f"optimizer {s.optimizer}", f"; compile {s.compile} ({reason})"
+    if s.eval_only:
+        how, compiled = f"{s.batch_size} x {model.config.block_size} tokens at a time", ""
     world_size = ranks()[1]
     together = f"; {world_size} processes" if world_size > 1 else ""
-    how = f"compile {s.compile} ({reason}); optimizer {s.optimizer}"
-    if s.eval_only:
-        how = f"{s.batch_size} x {model.config.block_size} tokens at a time"
-    print(f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x "
-          f"{model.config.n_embd}; device: {why}; {how}{together}", flush=True)
+    print(f"{s.data_dir}: {dataset.n_tokens('train'):,} training tokens, {dataset.vocab_size} ids\n"
+          f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x "
+          f"{model.config.n_embd}; {how}{together}\ndevice: {why}{compiled}", flush=True)
     if resumed:
         rest = ""
         if resumed["step"] >= s.max_iters:

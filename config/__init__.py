@@ -20,6 +20,7 @@ import inspect
 import os
 import runpy
 import sys
+import traceback
 import types
 import typing
 from pathlib import Path
@@ -81,8 +82,8 @@ def find_config(arg):
                              f"such as --checkpoint={arg}")
     known = [f"config/{p.name}" for p in sorted((REPO / "config").glob("*.py"))]
     close = difflib.get_close_matches(arg, known, 1)
-    raise ValueError(f"{arg}: no such config file" + (f"; did you mean {close[0]}?" if close else
-                     "; settings are written --name=value"))
+    hint = f"did you mean {close[0]}?" if close else "settings are written --name=value"
+    raise ValueError(f"{arg}: no such config file; {hint}")
 
 
 def read_config(path):
@@ -90,9 +91,11 @@ def read_config(path):
     try:
         names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # the user's Python: any error is possible, and exit()
-        line = error.lineno if isinstance(error, SyntaxError) else \
-            next((t.lineno for t in reversed(inspect.getinnerframes(error.__traceback__))
-                  if t.filename == str(path)), "?")
+        frames = traceback.extract_tb(error.__traceback__)
+        in_file = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = in_file[-1] if in_file else "?"
+        if isinstance(error, SyntaxError):
+            line = error.lineno
         raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
     return {name: value for name, value in names.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
@@ -101,14 +104,15 @@ def read_config(path):
 def check_name(name, fields, source):
     """Raise ValueError, with a guess at what was meant, for a name that is no setting. A config
     file's first line may say which script it is for."""
-    if name not in fields:
-        close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
-        first = (source.read_text(encoding="utf-8").partition("\n")[0]
-                 if isinstance(source, Path) else "")
-        raise ValueError(f"{source}: there is no setting {name!r}; " +
-                         (f"did you mean {close[0]!r}?" if close else "--help lists them all") +
-                         (f" (the file is for {first[2:].strip()})"
-                          if first.startswith("# python") else ""))
+    if name in fields:
+        return
+    close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "--help lists them all"
+    if isinstance(source, Path):
+        first_line = source.read_text(encoding="utf-8").partition("\n")[0]
+        if first_line.startswith("# python"):
+            hint += f" (the file is for {first_line[2:].strip()})"
+    raise ValueError(f"{source}: there is no setting {name!r}; {hint}")
 
 
 def parse(text, wanted):
@@ -161,15 +165,15 @@ def describe(settings_class, doc=""):
                 comments[name] = line.partition("  # ")[2]
     for field in dataclasses.fields(settings_class):
         default = f"--{field.name}={field.default}"
-        lines.append(f"  {default:<38} {comments[field.name]}".rstrip())
+        lines.append(f"  {default:<32} {comments[field.name]}".rstrip())
     return "\n".join(lines)
 
 
-def tell(kind, error, traceback):
+def tell(kind, error, trace):
     """Python's sys.excepthook, but silent about Ctrl-C: what a script imports takes a second, and
     `run` comes after it. (The one thing that importing this module does.)"""
     if kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, error, traceback)
+        sys.__excepthook__(kind, error, trace)
 
 
 sys.excepthook = tell

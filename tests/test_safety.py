@@ -295,10 +295,8 @@ def test_resuming_with_other_text_is_refused_by_name(made, tmp_path):
 # Killed
 
 @pytest.mark.parametrize("broken", [
-    lambda last: last.pop("history"), lambda last: last.update(history=[(1, 2.0)]), lambda last: last.pop("rng"),
-    lambda last: last.update(seconds=math.nan), lambda last: last.update(step=-1), lambda last: last.update(step=0),
+    lambda last: last.pop("history"), lambda last: last.pop("rng"),
     lambda last: last.update(rng=[[torch.zeros(3)]]), lambda last: last["optimizers"].pop(),
-    lambda last: last["optimizers"][0]["state"][0].update(momentum_buffer=torch.zeros(7)),
     lambda last: last["optimizers"][1]["param_groups"].pop()])
 def test_a_last_pt_that_cannot_be_gone_on_with_is_one_line(made, tmp_path, broken):
     run(made, train, tmp_path, max_iters=2)
@@ -308,19 +306,6 @@ def test_a_last_pt_that_cannot_be_gone_on_with_is_one_line(made, tmp_path, broke
     with pytest.raises(ValueError, match="^.*last.pt: ") as caught:
         train.main(flags(made, train, tmp_path, resume=True))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("change", [lambda text: text.replace(",", ";"), lambda text: text.replace("\n1,", "\n1.0,"),
-                                    lambda text: text.encode("utf-16"), lambda text: text.replace("\n2", '\n"2"')])
-def test_a_log_that_a_spreadsheet_changed_is_kept_beside_the_new_one(made, tmp_path, capsys, change):
-    run(made, train, tmp_path, max_iters=3)
-    log, changed = tmp_path / "log.csv", change((tmp_path / "log.csv").read_text(encoding="utf-8"))
-    log.write_bytes(changed if isinstance(changed, bytes) else changed.encode("utf-8"))
-    before = log.read_bytes()
-    assert run(made, train, tmp_path, resume=True, max_iters=5)["step"] == 5
-    assert (tmp_path / "log.csv.old").read_bytes() == before
-    assert f"kept as {log}.old" in capsys.readouterr().out
-    assert log.read_text(encoding="utf-8").splitlines()[-1].startswith("5,")
 
 
 def assert_whole(out_dir):
@@ -561,7 +546,7 @@ def test_the_report_claims_only_what_is_there(made, tmp_path, capsys, monkeypatc
     run(made, train, tmp_path)
     said = capsys.readouterr().out
     assert "best.pt" not in said and "loss.png" not in said.replace("then loss.png too", "")
-    assert f"last.pt holds step 12; talk to it: python chat.py --checkpoint={tmp_path / 'last.pt'}" in said
+    assert f"last.pt holds step 12; talk to it:\n    python chat.py --checkpoint={tmp_path / 'last.pt'}\n" in said
     assert f"{tmp_path}: log.csv" in said
 
 
@@ -763,10 +748,20 @@ def test_the_line_of_a_step_has_every_figure_in_its_place(made, tmp_path, capsys
     run(made, train, tmp_path)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert len(lines) == 12
-    shape = (r"step +\d+/12  epoch [\d.]+  loss [\d.]+(  train [\d.]+  val [\d.]+)?  lr [\d.e+-]+  "
-             r"norm [\d.]+  [\d,]+ tokens/s  \d+% of peak  \d+s left")
+    shape = (r"step +\d+/12  epoch [\d.]+  loss [\d.]+  (train [\d.]+  val [\d.]+|norm [\d.]+  [\d,]+ tokens/s)  "
+             r"\d+% of peak  \d+s left")
     assert all(re.fullmatch(shape, line) for line in lines), lines
     assert ["  val " in line for line in lines] == [step in (5, 10, 12) for step in range(1, 13)]
+
+
+@pytest.mark.parametrize("losses", [{}, dict(train_loss="10.8012", val_loss="10.7995")])
+def test_the_line_of_a_long_run_fits_100_columns(tmp_path, capsys, losses):
+    log = train.Log(tmp_path / "log.csv", torch.device("cpu"), torch.float32)
+    log.tokens, log.seconds, log.flops = 10 * 524_288, 10.0, 4.5e12
+    row = {"epoch": "19.80", "loss": "10.8249", "norm": "10.35", **losses}
+    log.print_line(train.Progress(step=1, seconds=60.2), row, train.Settings(max_iters=18_865))
+    said = capsys.readouterr().out
+    assert len(said.rstrip()) <= 100 and said.endswith("45% of peak  13d03h left\n"), said
 
 
 @pytest.mark.parametrize("script", [train, finetune], ids=["train", "finetune"])
@@ -884,7 +879,7 @@ def test_two_processes_measure_what_one_does_and_leave_the_folder_as_it_is(made,
     alone = start(train, arguments, tmp_path / "alone")
     assert ended(*ranks(train, arguments, tmp_path), alone) == [0, 0, 0]
     together, alone = ((tmp_path / name).read_text(encoding="utf-8").splitlines() for name in ("said0", "alone"))
-    assert "; 2 processes" in together[1] and len(alone) == 4
+    assert "; 2 processes" in together[1] and len(alone) == 5
     assert together[-2:] == alone[-2:] and [line.split()[0] for line in alone[-2:]] == ["val:", "train:"]
     assert (tmp_path / "said1").read_bytes() == b"" and before.keys() >= {out / "last.pt"}
     assert {path: path.read_bytes() for path in out.iterdir()} == before
