@@ -46,7 +46,6 @@ class Settings:
     init_from: str | None = None  # instead: gpt2, gpt2-medium, ... or a folder of such weights
     prompt: str | None = None  # one message: print the reply and leave
     look: Path | None = None  # with prompt: the file for a page of all that the model did
-    attention: Path | None = None  # look's old name
     json: bool = False  # each reply as a JSON line: text, tokens, seconds, stop, ...
     turns: int = 0  # how many of your newest messages it sees; 0: as trained
     max_new_tokens: int = 200  # longest reply, in tokens
@@ -304,7 +303,7 @@ def command(talk, s, line):
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     path = Path(os.path.expanduser(rest or "out/look.html"))  # /look's usual one
-    needs_history = ("/undo", "/retry", "/save", "/tokens", "/look", "/attention")
+    needs_history = ("/undo", "/retry", "/save", "/tokens", "/look")
     if name in needs_history and not talk.history:
         raise ValueError("nothing was said yet")
     if name in ("/save", "/load") and not rest:
@@ -333,7 +332,7 @@ def command(talk, s, line):
             load(talk, path)
         case "/tokens":
             show_tokens(talk)
-        case "/look" | "/attention":
+        case "/look":
             show_look(talk, path)
         case _:
             close = difflib.get_close_matches(name, COMMANDS, 1)
@@ -720,10 +719,8 @@ def check_settings(s):
         raise ValueError(f"repetition_penalty={s.repetition_penalty}: must be from 1 to 10")
     if not 0 < s.top_p <= 1:
         raise ValueError(f"top_p={s.top_p}: must be above 0, at most 1")
-    for name in ("look", "attention"):
-        if getattr(s, name) and s.prompt is None:
-            raise ValueError(f"{name}={getattr(s, name)}: needs a --prompt=TEXT; in the chat: "
-                             "/look")
+    if s.look and s.prompt is None:
+        raise ValueError(f"look={s.look}: needs a --prompt=TEXT; in the chat: /look")
 
 
 def main(argv):
@@ -756,8 +753,8 @@ def main(argv):
         if s.prompt is None:
             return chat(talk, s)
         say(talk, enc.encode_ordinary(s.prompt), s, False)
-    if s.look or s.attention:
-        show_look(talk, s.look or s.attention)
+    if s.look:
+        show_look(talk, s.look)
 
 
 @contextlib.contextmanager

@@ -206,7 +206,7 @@ class GPT(nn.Module):
         assert start + T <= block_size, f"{start + T} tokens, block_size {block_size}"
         x = self.wte(idx) + self.wpe.weight[start:start + T]  # (B, T, C) + (T, C)
         if cache is None and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # the stream too: half the bytes
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the residuals too: half the bytes
         x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, cache.layers[i] if cache else None, start)
