@@ -11,6 +11,8 @@ import zlib
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from data.conversation import special_ids, supervised
 from data.files import write_atomically
@@ -55,7 +57,7 @@ def look(model, enc, ids, start=None, longest=256):
         stream, qkv = record(model, ids)
         came = torch.tensor([*shown[1:], shown[-1]])  # (T,)
         levels = [lens(model, x[0, -longest:], came) for x in stream]
-        weights, scores = zip(*[attend(z, model.config.n_head, ids, longest) for z in qkv])
+        weights, scores = zip(*[attend(q, k, v, ids, longest) for q, k, v in qkv])
         page = next_tokens(levels[-1][0], came)
     _, lens_ids, lens_p, lens_came = [torch.stack(z) for z in zip(*levels)]
     used = sorted({*shown, *page["next_ids"].flatten().tolist(), *lens_ids.flatten().tolist()})
@@ -78,23 +80,36 @@ def before_second_word(pieces, start):
 
 def record(model, ids):
     """What passes through a model that reads ids: the residual stream (1, T, C), before the first
-    block and after each, and each block's queries, keys and values (1, T, 3 C)."""
+    block and after each, and each block's (q, k, v), (1, nh, T, hs) each."""
     stream, qkv = [], []
+
+    def projected(layer, args, out):
+        heads = out.unflatten(2, (3, model.config.n_head, -1))  # (1, T, 3, nh, hs)
+        qkv.append(heads.permute(2, 0, 3, 1, 4))
+
+    class Attending(TorchFunctionMode):
+        """Between c_attn and the fused kernel somebody may have changed them: turned, scaled."""
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is F.scaled_dot_product_attention:
+                qkv[-1] = args[:3]
+            return function(*args, **(kwargs or {}))
+
     hooks = [model.h[0].register_forward_pre_hook(lambda _, args: stream.append(args[0]))]
     for block in model.h:
-        hooks.append(block.attn.c_attn.register_forward_hook(lambda _, args, out: qkv.append(out)))
+        hooks.append(block.attn.c_attn.register_forward_hook(projected))
         hooks.append(block.register_forward_hook(lambda _, args, out: stream.append(out)))
     try:
-        model.hidden(torch.tensor([ids], device=model.wte.weight.device))
+        with Attending():
+            model.hidden(torch.tensor([ids], device=model.wte.weight.device))
     finally:
         for hook in hooks:
             hook.remove()
     return stream, qkv
 
 
-def attend(qkv, n_head, ids, longest):
+def attend(q, k, v, ids, longest):
     """A block's attention between the newest tokens, (1 + nh, T, T), and head_scores over all."""
-    q, k, v = (z.unflatten(2, (n_head, -1)).transpose(1, 2) for z in qkv.chunk(3, dim=2))
     weights = attention(q, k, v)[1].float().cpu()  # (1, nh, all, all)
     shown = weights[0, :, -longest:, -longest:]
     return torch.cat([shown.mean(0, keepdim=True), shown]), head_scores(weights, ids)

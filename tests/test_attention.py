@@ -19,9 +19,7 @@ def tiny(**changes):
 def attention_weights(model, ids):
     """Of every head, written out from the queries and keys that each layer really has: (L, nh, T, T)."""
     _, qkv = record(model, ids)
-    heads = [[z.unflatten(2, (model.config.n_head, -1)).transpose(1, 2) for z in layer.chunk(3, dim=2)]
-             for layer in qkv]
-    return torch.cat([attention(*layer)[1] for layer in heads]).float()
+    return torch.cat([attention(*layer)[1] for layer in qkv]).float()
 
 
 @pytest.mark.parametrize("T, S", [(7, 7), (1, 7), (3, 7)])
@@ -59,6 +57,27 @@ def test_the_weights_of_a_model_are_those_it_uses(monkeypatch):
     scores = (q @ k.mT / 8**0.5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
     torch.testing.assert_close(weights[0], scores.softmax(-1), rtol=1e-5, atol=1e-6)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def turned(self, x, layer_cache=None, start=0):
+    """CausalSelfAttention.forward with queries turned round."""
+    q, k, v = (z.view(1, -1, self.n_head, 8).transpose(1, 2) for z in self.c_attn(x).split(16, dim=2))
+    y = self.kernel(-q, k, v)
+    return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+
+
+def test_the_weights_of_a_model_that_its_reader_changed_are_those_it_uses(monkeypatch):
+    ids, wanted = [5, 9, 5, 200, 7], attention_weights(tiny(n_layer=1), [5, 9, 5, 200, 7])
+    monkeypatch.setattr(gpt.CausalSelfAttention, "forward", turned)
+    layer = gpt.CausalSelfAttention
+    by_hand = staticmethod(lambda q, k, v: attention(q, k, v)[0])
+    monkeypatch.setattr(layer, "kernel", by_hand, raising=False)  # not the function that is watched
+    torch.testing.assert_close(attention_weights(tiny(n_layer=1), ids), wanted)
+    fused = staticmethod(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    monkeypatch.setattr(layer, "kernel", fused)
+    found = attention_weights(tiny(n_layer=1), ids)
+    logs = [z[0, 0, 4].log() for z in (found, wanted)]  # scores, but for a constant
+    torch.testing.assert_close(logs[0] - logs[0].mean(), logs[1].mean() - logs[1])
 
 
 def test_the_weights_of_the_faster_forms_of_a_model_are_those_of_the_model():
