@@ -86,7 +86,7 @@ def chat(talk, s):
                 if s is None:  # /quit
                     return
             else:
-                say(talk, talk.enc.encode_ordinary(line), s, tty)
+                say(talk, talk.enc.encode_ordinary(line), s, tty)  # a typed <|end|> is only text
 
 
 def say(talk, question, s, tty):
@@ -144,7 +144,7 @@ def make_prompt(talk, question, s):
     what it does not see."""
     block_size = talk.model.config.block_size
     room = min(s.max_new_tokens, block_size // 4)  # kept free for the reply
-    wanted = talk.history[-(talk.turns - 1):] if talk.turns > 1 else []  # beside this question
+    wanted = talk.history[-(talk.turns - 1):] if talk.turns > 1 else []  # [-0:] would be all
     earlier, kept = trim(wanted, question, block_size - room)
     left_out = len(wanted) - len(earlier)
     if len(kept) < len(question):

@@ -183,8 +183,8 @@ class GPT(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = layer_norm(config)
-        # The output head is tied to the token embeddings (Press & Wolf 2017): "meta" gives it no
-        # weights of its own, and the line after gives it theirs.
+        # One table reads tokens and writes them (Press & Wolf 2017): in GPT-2, 39 M weights fewer.
+        # "meta" gives the head no weights of its own, and the line after gives it the table's.
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False, device="meta")
         self.lm_head.weight = self.wte.weight
         self.init_weights()
@@ -256,7 +256,7 @@ class GPT(nn.Module):
                 # What the cache knows of the window is not computed again, but the newest token
                 # always is: its output is what we sample from.
                 known = min(common_prefix(cache.ids, window), len(window) - 1)
-                del cache.ids[known:]  # before they are overwritten: Ctrl-C may come in between
+                del cache.ids[known:]  # before keys are overwritten: Ctrl-C may come in between
                 new = torch.tensor([window[known:]], device=self.wte.weight.device)  # (1, T)
                 x = self.hidden(new, cache, start=known)  # (1, T, C)
                 cache.ids = window
@@ -345,8 +345,8 @@ def sample(logits, context, generator, *, temperature=1.0, top_k=0, top_p=1.0,
 
 # ---- the optimizer ----
 
-# Each round's (a, b, c) suit what the rounds before it leave of the singular values (Amsel et al.
-# 2025, "The Polar Express"; their coefficients, with the 1 % of safety that they recommend).
+# (a, b, c) of each round of newton_schulz, below. They suit what the rounds before leave (Amsel et
+# al. 2025, "The Polar Express"; their coefficients, with the 1 % of safety that they recommend).
 NEWTON_SCHULZ_ROUNDS = ((8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184),
                         (3.9096, -2.8234, 0.5250), (3.2856, -2.4153, 0.4853))
 
@@ -380,8 +380,8 @@ def wide_matrices(p):
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal, for the matrices of the blocks (Jordan et al. 2024).
-    Updates are scaled to the root mean square that AdamW's have (Liu et al. 2025, "Muon is
-    Scalable"), so learning rates and weight decay mean much the same in both."""
+    A gradient is large in a few directions; made orthogonal, it moves all alike. Its size is that
+    of AdamW's steps (Liu et al. 2025, "Muon is Scalable"), so rates and weight decay fit both."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, dtype=torch.float32):
         self.dtype = dtype  # of its matrix products
@@ -411,8 +411,8 @@ class Muon(torch.optim.Optimizer):
 
 def configure_optimizers(model, s, dtype=torch.float32):
     """The optimizers of a run, a list: AdamW (Loshchilov & Hutter 2019) for all, or Muon, its
-    products in `dtype`, for the blocks' matrices and AdamW for the rest. A group keeps its peak as
-    "peak_lr"."""
+    products in `dtype`, for the blocks' matrices and AdamW for the rest. s: train.py's settings.
+    Each step sets a group's "lr" to a share of its "peak_lr"."""
     matrices = [p for p in model.h.parameters() if p.dim() == 2]
     tables = [model.wte.weight, model.wpe.weight]
     vectors = [p for p in model.parameters() if p.dim() == 1]  # norms and biases: no weight decay

@@ -39,7 +39,7 @@ class Settings:
     val_fraction: float = 0.05  # rows held out for validation, of every category alike
     seed: int = 1337  # which rows are held out
     max_tokens: int = 1024  # longest conversation, in tokens
-    too_long: str = "cut"  # longer ones: cut (the end of the last answer) or drop
+    too_long: str = "cut"  # longer ones: cut (inside an answer, then <|end|>) or drop
     drop_duplicates: bool = True  # keep only the first of identical rows
     extra: Path | None = None  # a file of more rows, all for training (see data/rules.py)
     repeat: int = 1  # how often each training row of the source is there
@@ -95,7 +95,7 @@ def select(conversations, drop_duplicates, report):
 
 def split_rows(conversations, val_fraction, seed):
     """{"train": [...], "val": [...]}: the same share of every category is held out, at least one
-    row where a category has two. Raises ValueError when nothing is left for one side."""
+    row where it has two, so that each is scored. Raises ValueError when a side has nothing left."""
     by_category = defaultdict(list)
     for number, (_, category) in enumerate(conversations):
         by_category[category].append(number)

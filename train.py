@@ -100,10 +100,10 @@ def train(s, model, dataset, device, dtype, resumed=None):
     optimizers = gpt.configure_optimizers(model, s, dtype)
     progress = restore(resumed, optimizers, device) if resumed else Progress()
     autocast = mixed_precision(device, dtype)  # products in bfloat16, weights and losses float32
-    replica = make_replica(model, dataset, s)  # the same weights, where it is on compiled, shared
+    replica = make_replica(model, dataset, s)  # the same weights: compiled, or shared, where set so
     log = Log(s.out_dir / "log.csv", device, dtype)
     saved, stopped_by = True, 0  # saved: whether the newest save worked
-    saved_at = time.monotonic() if resumed else -math.inf  # so that an earlier run's file goes soon
+    saved_at = time.monotonic() if resumed else -math.inf  # never: an old last.pt is replaced soon
     model.train()
     with stop_signals() as signals:
         while not (stopped_by or is_over(s, progress)):
@@ -134,9 +134,9 @@ def train(s, model, dataset, device, dtype, resumed=None):
                 print_sample(model, dataset, s)
             if losses:
                 say_if_memorizing(progress)
-                keep_best(s, model, dataset, progress)
+                keep_best(s, model, dataset, progress)  # best.pt, if this is the lowest yet
 
-            # Once in a while: save all that an exact resume needs.
+            # Once in a while, when any process finds it due: save all that an exact resume needs.
             is_due = largest_over_ranks(device, save_is_due(s, log, progress.step, saved_at))
             if stopped_by or is_over(s, progress) or is_due:
                 saved = save_last(s, model, dataset, progress, optimizers, device)
@@ -163,8 +163,8 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
     n_tokens = sum(idx.size for idx, _, _ in batches)
     n_pairs = sum(idx.size * idx.shape[1] for idx, _, _ in batches)  # of each row, T * T
     n_targets, n_tokens, n_pairs = sum_over_ranks(device, n_targets, n_tokens, n_pairs)
-    # The model sums the loss over a batch's targets, and gradients add up from batch to batch. DDP
-    # takes the mean over processes, where we want the sum: hence world_size.
+    # The model sums the loss over a batch's targets, and backward adds to p.grad. DDP (PyTorch's
+    # DistributedDataParallel) averages p.grad over processes; we want the sum: hence world_size.
     scale = world_size / n_targets
     step_loss = 0.0
     for i, batch in enumerate(batches):
@@ -177,7 +177,7 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     [step_loss] = sum_over_ranks(device, step_loss.item() / world_size)  # undoes scale's factor
     said = f"the loss is {step_loss} and the gradient norm {norm.item()}"
-    stop_if_not_finite(step_loss + norm.item(), said, step + 1, s, model)  # finite if both are
+    stop_if_not_finite(step_loss + norm.item(), said, step + 1, s, model)  # finite only if both are
     if s.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), s.grad_clip, norm)
     for optimizer in optimizers:
@@ -189,8 +189,8 @@ def train_step(model, optimizers, dataset, step, s, device, autocast):
 
 
 def lr_factor(step, s):
-    """What the peak learning rates are multiplied by: a linear warm-up from 0 to 1, then the decay
-    to final_lr, which is such a factor too."""
+    """What the peak learning rates are multiplied by: a linear warm-up from near 0 to 1, then the
+    decay to final_lr, which is such a factor too."""
     if step < s.warmup_iters:
         return (step + 1) / (s.warmup_iters + 1)
     done = (step - s.warmup_iters) / max(s.max_iters - s.warmup_iters, 1)  # from 0 to 1
