@@ -164,8 +164,11 @@ def describe(settings_class, doc=""):
                 name = line.partition(":")[0].strip()
                 comments[name] = line.partition("  # ")[2]
     for field in dataclasses.fields(settings_class):
-        default = f"--{field.name}={field.default}"
-        lines.append(f"  {default:<32} {comments[field.name]}".rstrip())
+        default = f"  --{field.name}={field.default}"
+        if len(default) > 60:  # an address
+            lines.append(default)
+            default = ""
+        lines.append(f"{default:<34} {comments[field.name]}".rstrip())
     return "\n".join(lines)
 
 

@@ -30,7 +30,7 @@ OPERANDS = ("train", "held_out", "made_up")
 class Settings:
     rows: int = 80_000  # how many
     seed: int = 1  # which operands are held out, and which rows are drawn
-    operands: str = "train"  # train; held_out: none of training; made_up: words that do not exist
+    operands: str = "train"  # train; held_out: none of training; made_up: words of no language
     out: Path = Path("data/rules/rules.json")  # prepare_alpaca.py reads it
 
 

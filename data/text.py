@@ -22,7 +22,7 @@ BLOCK = 1 << 20  # bytes read at a time
 class Settings:
     source: str = ""  # a UTF-8 text file, or the http(s) address of one
     out_dir: Path = Path("data/text")  # where train.bin, val.bin and meta.json go
-    tokenizer: str = "bytes"  # bytes, gpt2, bpe (trained on this text) or a tokenizer.json's path
+    tokenizer: str = "bytes"  # bytes, gpt2, bpe (learned from this text) or a tokenizer.json
     vocab_size: int = 4096  # ids that bpe makes
     bpe_bytes: int = 100_000_000  # bpe learns from at most so much of the text's beginning
     val_fraction: float = 0.1  # the last part of the text is kept for validation
