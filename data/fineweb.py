@@ -30,7 +30,7 @@ HEADER = 256 * 4  # bytes
 class Settings:
     shards: int = 103  # of training, 100 million tokens each; 103 are all
     out_dir: Path = Path("data/fineweb")  # where train_000.bin ..., val_000.bin and meta.json go
-    url: str = URL  # where shards come from; {mirror}, {split} and {number} are filled in
+    url: str = URL  # where shards come from; {mirror}, {split}, {number} are filled in
 
 
 def unpack(raw, path):
