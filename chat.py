@@ -187,6 +187,8 @@ def messages(turns):
 
 # ---- what a terminal shows ----
 
+LEAVES = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"  # the end of what is typed
+
 # What a terminal would obey instead of showing: control characters as pictures of themselves.
 VISIBLE = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
 VISIBLE |= {c: 0x2426 for c in range(127, 160)}
@@ -250,7 +252,7 @@ def read_messages(tty):
             print()
             return
         except KeyboardInterrupt:
-            note("\n(Ctrl-D leaves)")
+            note(f"\n({LEAVES} leaves)")
 
 
 def use_readline():
@@ -277,7 +279,7 @@ def use_readline():
 
 # ---- commands ----
 
-HELP = """/help              this list
+HELP = f"""/help              this list
 /reset             forget what was said
 /undo              take your last message and its reply back
 /retry             another reply to your last message
@@ -286,7 +288,7 @@ HELP = """/help              this list
 /load FILE         go on with a chat from such a file
 /tokens            the ids of the chat as the model sees them
 /look [FILE]       a page of all that the model did, out/look.html or FILE
-/quit              leave, as Ctrl-D does; Ctrl-C stops a reply"""
+/quit              leave, as {LEAVES} does; Ctrl-C stops a reply"""
 COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
 CHANGEABLE = (*SAMPLING, "max_new_tokens", "seed", "turns")  # what /set changes
 
@@ -738,6 +740,8 @@ def main(argv):
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # those of a notebook have it not
             stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+    if os.name == "nt":
+        os.system("")  # from here on its console obeys colours
     if s.score:
         if s.score.is_file() and (rows := read_choices(s.score)):
             return score_choices(model, enc, turns, rows, s)
@@ -806,7 +810,7 @@ def greet(talk, name, why):
     else:
         sees = f"It sees your last {talk.turns} messages."
     commands = " /help lists the commands," if sys.stdout.isatty() else ""
-    note(f"{sees}{commands} Ctrl-D leaves.")
+    note(f"{sees}{commands} {LEAVES} leaves.")
 
 
 if __name__ == "__main__":

@@ -376,9 +376,11 @@ def reduce_over_ranks(device, numbers, operation):
 def to_device(batch, device):
     """A dataset's (idx, targets, where), NumPy arrays or None, as tensors on the device."""
     tensors = [None if a is None else torch.from_numpy(a) for a in batch]
-    if device.type == "cuda":  # from pinned memory a GPU copies while it computes
+    pinned = device.type == "cuda"  # from pinned memory a GPU copies while it computes
+    if pinned:
         tensors = [None if t is None else t.pin_memory() for t in tensors]
-    return [None if t is None else t.to(device, non_blocking=True) for t in tensors]
+    # MPS, if it is not made to wait, may read a tensor after it is gone.
+    return [None if t is None else t.to(device, non_blocking=pinned) for t in tensors]
 
 
 def exchange_gradients(model, now):

@@ -14,6 +14,7 @@ A config file is Python: assignments to those names, arithmetic allowed. Names t
 are its own.
 """
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -186,10 +187,17 @@ NO_MEMORY = "out of memory; use less data or smaller settings"
 
 
 def run(main):
-    """Call main(sys.argv[1:]) as a script's last line: a user's mistake (ValueError, OSError) ends
-    as one line on standard error and exit code 1, Ctrl-C as 130."""
+    """Call main with the command line as a script's last line: a user's mistake (ValueError,
+    OSError) ends as one line on standard error and exit code 1, Ctrl-C as 130. Zsh and cmd know no
+    comment behind a command that is typed: we leave it out."""
+    argv = sys.argv[1:]
+    if "#" in argv:
+        argv = argv[:argv.index("#")]
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # a notebook's; one whose reader has left
+            stream.reconfigure(errors="replace")  # of a file on Windows: it has no emoji
     try:
-        main(sys.argv[1:])
+        main(argv)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

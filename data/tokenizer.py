@@ -328,9 +328,13 @@ def show(text, colour):
 
 
 if __name__ == "__main__":
+    if sys.argv[2:3] == ["#"]:  # a comment that zsh and cmd take for arguments
+        del sys.argv[2:]
     if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
         sys.exit(__doc__.strip())
     sys.stdout.reconfigure(encoding="utf-8")
+    if os.name == "nt":
+        os.system("")  # from here on its console obeys colours
     # A broken byte becomes a question mark.
     text = sys.argv[1].encode("utf-8", "replace").decode("utf-8")
     for line in show(text, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ):

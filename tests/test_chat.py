@@ -209,7 +209,7 @@ def test_typed_in_a_terminal_with_the_output_in_a_file_only_replies_are_in_the_f
         chat.main([f"--checkpoint={made / 'out' / 'best.pt'}", "--device=cpu", "--temperature=0"])
     os.close(keyboard)
     out, err = capsys.readouterr()
-    assert out == "" and "Ctrl-D" in err
+    assert out == "" and chat.LEAVES in err
     assert (tmp_path / "replies.txt").read_text(encoding="utf-8").strip("\n") == TWO_TURNS[0][1]
 
 

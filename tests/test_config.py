@@ -1,5 +1,6 @@
 """Settings: defaults, then config files, then flags; casts, errors, --help and paths."""
 import dataclasses
+import io
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -242,6 +243,25 @@ def test_run_ends_a_users_mistake_as_one_line_and_an_interrupt_as_130(error, cod
     with pytest.raises(SystemExit) as caught:
         config.run(main)
     assert caught.value.code == code
+
+
+def test_a_comment_behind_a_command_is_left_out(monkeypatch):
+    """As zsh and cmd hand it over: README.md's "python -m data.rules      # a second"."""
+    seen = []
+    for argv in (["a.py", "--steps=3", "#", "a", "minute"], ["a.py", "--prompt=What is # for?"], ["a.py", "#"]):
+        monkeypatch.setattr(sys, "argv", argv)
+        config.run(seen.append)
+    assert seen == [["--steps=3"], ["--prompt=What is # for?"], []]
+
+
+def test_output_that_cannot_have_a_character_gets_a_question_mark(monkeypatch):
+    """As a file's encoding on Windows cannot: python train.py ... > log.txt."""
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    monkeypatch.setattr(sys, "argv", ["a.py"])
+    config.run(lambda argv: print("na\xefve \U0001f44b"))
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue().split() == [b"na\xefve", b"?"]
 
 
 def test_run_lets_an_error_of_our_own_through():
