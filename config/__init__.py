@@ -194,7 +194,7 @@ def run(main):
     if "#" in argv:
         argv = argv[:argv.index("#")]
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, OSError):  # a notebook's; one whose reader has left
+        with contextlib.suppress(AttributeError, OSError):  # a notebook's; no reader is left
             stream.reconfigure(errors="replace")  # of a file on Windows: it has no emoji
     try:
         main(argv)
