@@ -733,7 +733,7 @@ def main(argv):
     device, dtype, why = gpt.pick_device(s.device, "float32" if s.dtype == "int8" else s.dtype)
     if s.dtype == "int8":
         if device.type != "cpu":
-            raise ValueError(f"dtype=int8: is for the CPU; on {device} use bfloat16, or "
+            raise ValueError(f"dtype=int8: is for the CPU; on {device} leave it out, or add "
                              "--device=cpu")
         why = f"{device}, int8 weights"
     model, enc, turns, name = load_model(s, device, dtype)
