@@ -308,7 +308,8 @@ def test_the_lesson_merges_the_longest_word_step_by_step_to_one_or_more_pieces()
 FIRST_VERSIONS = r" ?[^\W\d_]+|\d| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
 
 
-@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, SPACE_BEHIND_PATTERN, FIRST_VERSIONS, r"[\s\S]", r"\w+|\W"])
+@pytest.mark.parametrize("pattern", [SPLIT_PATTERN, SPACE_BEHIND_PATTERN, FIRST_VERSIONS, r"[\s\S]", r"\w+|\W",
+                                     r"(?:[\s\S]+)+☃|[\s\S]"])  # Python's re would need years for this one
 def test_a_pattern_that_cuts_every_text_is_taken(tmp_path, pattern):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps({"pattern": pattern, "merges": [[97, 98], [256, 99]]}), encoding="utf-8")
@@ -319,7 +320,8 @@ def test_a_pattern_that_cuts_every_text_is_taken(tmp_path, pattern):
 
 @pytest.mark.parametrize("pattern, merges, told", [
     ("x*", [], "pattern"), ("", [], "pattern"), (r"\b|[\s\S]", [], "pattern"), ("a", [], "pattern"),
-    ("(" * 1000, [], "pattern"),
+    (r"(?=(a+))b|[\s\S]", [], "pattern"), (r"(\w)\1|[\s\S]", [], "pattern"), ("(" * 1000, [], "pattern"),
+    (r"(?=q)|[\s\S]", [], "pattern"), (r"(?<=q)|[\s\S]", [], "pattern"),  # no q is in the trial's text
     ("a{4294967296}|.", [], "pattern"), (r"(?:[\s\S]{1000}){1000}{1000}|[\s\S]", [], "pattern"), (7, [], "no text"),
     (r"$|[\s\S]", [], "pattern"), (SPLIT_PATTERN, [[97, 98], [97, 98]], "same token"),
     (SPLIT_PATTERN, [[97, 98], [256, 99], [98, 99], [97, 258]], "same token"), (SPLIT_PATTERN, [[97, 256]], "97, 256"),
