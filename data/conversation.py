@@ -292,10 +292,12 @@ def read_conversations(path, report=None, drop=False):
 def read_rows(path):
     """The rows of a JSON list or a JSON-lines file, gzipped or not, as Python values of any kind.
 
-    Raises FileNotFoundError, or ValueError naming the file and the line: empty, not UTF-8, not
-    JSON, cut short.
+    Raises OSError where there is no file, or ValueError naming the file and the line: empty, not
+    UTF-8, not JSON, cut short.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name a JSON or JSON-lines file")
     content = path.read_bytes()

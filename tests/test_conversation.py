@@ -224,6 +224,11 @@ def test_a_missing_file_is_named(tmp_path):
     assert "none.json: no such file" in message and "--" not in message  # chat.py reads files by other flags
 
 
+def test_a_folder_is_not_told_to_be_missing(tmp_path):
+    """As where a chat's /save names one."""
+    assert refused(tmp_path) == f"{tmp_path}: is a folder; name a file in it"
+
+
 @pytest.mark.parametrize("content", [b"", b" \n\n\t", b"\xef\xbb\xbf"])
 def test_an_empty_file_is_refused(tmp_path, content):
     path = tmp_path / "rows.json"
