@@ -649,12 +649,14 @@ def test_one_token_of_a_fast_model_goes_through_none_of_pytorchs_layers(monkeypa
     fast.hidden(random_ids(1, 1), cache, 4)
 
 
-def windowed(self, x, layer_cache=None, start=0):
-    """CausalSelfAttention.forward, by which a token sees itself and the eleven before it."""
-    q, k, v = (z.view(1, x.shape[1], self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
-    k, v = layer_cache.append(k, v, start)
-    y = m.attention(q, k[:, :, -12:], v[:, :, -12:])[0]
-    return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+def windowed(newest):
+    """CausalSelfAttention.forward, by which a token sees itself and those before it, `newest` in all."""
+    def forward(self, x, layer_cache=None, start=0):
+        q, k, v = (z.view(1, x.shape[1], self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
+        k, v = layer_cache.append(k, v, start)
+        y = m.attention(q, k[:, :, -newest:], v[:, :, -newest:])[0]
+        return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+    return forward
 
 
 def without_positions(self, idx, cache=None, start=0):
@@ -667,15 +669,15 @@ def without_positions(self, idx, cache=None, start=0):
 @pytest.mark.parametrize("owner, name, changed", [
     (m, "layer_norm", lambda config: torch.nn.RMSNorm(config.n_embd)),
     (torch.nn.functional, "gelu", lambda x, approximate: torch.relu(x)),
-    (m.CausalSelfAttention, "forward", windowed),
+    (m.CausalSelfAttention, "forward", windowed(12)), (m.CausalSelfAttention, "forward", windowed(300)),
     (m.GPT, "hidden", without_positions)])
 @torch.no_grad()
 def test_a_model_that_its_reader_changed_is_not_replaced_by_the_one_in_numpy(owner, name, changed, monkeypatch):
-    unchanged = toy()
+    unchanged = toy(block_size=400)
     m.make_fast(unchanged)
     assert type(unchanged) is m.FastGPT
     monkeypatch.setattr(owner, name, changed)
-    gpt = toy()
+    gpt = toy(block_size=400)
     m.make_fast(gpt)
     assert type(gpt) is GPT
 
