@@ -332,7 +332,7 @@ def test_files_of_several_layouts_are_prepared_together(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, parts", [
-    ("rows.json", ("name each once",)), ("none.json", ("none.json", "no such file")), ("", ("no such file",)),
+    ("rows.json", ("name each once",)), ("none.json", ("none.json", "no such file")), ("", ("is a folder",)),
     ("cut.jsonl.gz", ("cut.jsonl.gz", "gzip file that is cut short")), ("empty.json", ("empty.json", "holds no row")),
 ])
 def test_a_second_source_that_cannot_be_read_is_named(tmp_path, name, parts):
