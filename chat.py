@@ -790,7 +790,7 @@ def load_model(s, device, dtype):
             hint = ("Make it: make chat (README.md has the same as single commands), or name "
                     "another with --checkpoint=FILE")
         checkpoint = gpt.load_checkpoint(s.checkpoint, hint)
-        model = gpt.model_from_checkpoint(checkpoint)
+        model = gpt.model_from_checkpoint(checkpoint, source=s.checkpoint)
         enc = get_tokenizer(checkpoint["tokenizer"])
         name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
         turns = gpt.trained_turns(checkpoint)

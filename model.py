@@ -397,7 +397,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             params, lr, momentum = group["params"], group["lr"], group["momentum"]
             matrices = [m for p in params for m in wide_matrices(p)]  # n views, (rows, cols) each
-            grads = torch.stack([m for p in params for m in wide_matrices(p.grad)])  # a copy
+            # A matrix that nothing uses, as in a model that is being changed, has no gradient.
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+            grads = torch.stack([m for grad in grads for m in wide_matrices(grad)])  # a copy
             state = self.state[params[0]]  # the stack's, kept under its first parameter
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(grads)
@@ -413,9 +415,11 @@ def configure_optimizers(model, s, dtype=torch.float32):
     """The optimizers of a run, a list: AdamW (Loshchilov & Hutter 2019) for all, or Muon, its
     products in `dtype`, for the blocks' matrices and AdamW for the rest. s: train.py's settings.
     Each step sets a group's "lr" to a share of its "peak_lr"."""
-    matrices = [p for p in model.h.parameters() if p.dim() == 2]
-    tables = [model.wte.weight, model.wpe.weight]
-    vectors = [p for p in model.parameters() if p.dim() == 1]  # norms and biases: no weight decay
+    learned = [p for p in model.parameters() if p.requires_grad]
+    in_blocks = set(model.h.parameters())
+    matrices = [p for p in learned if p.dim() == 2 and p in in_blocks]
+    tables = [p for p in learned if p.dim() == 2 and p not in in_blocks]
+    vectors = [p for p in learned if p.dim() != 2]  # norms and biases: no weight decay
     adamw_lr = s.learning_rate if s.optimizer == "adamw" else s.embedding_learning_rate
     decayed = matrices + tables if s.optimizer == "adamw" else tables
     groups = [{"params": decayed, "weight_decay": s.weight_decay},
@@ -508,8 +512,9 @@ def crop_block_size(model, block_size):
         raise ValueError(f"block_size={block_size}: the model has learned only "
                          f"{model.config.block_size} positions; use that or less")
     model.config.block_size = block_size
-    positions = model.wpe.weight.detach()[:block_size].clone()
-    model.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
+    if hasattr(model, "wpe"):  # rotary positions are not learned
+        positions = model.wpe.weight.detach()[:block_size].clone()
+        model.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
 
 
 def fetch_gpt2(name):
@@ -603,7 +608,7 @@ def check_names_and_shapes(weights, expected, source):
     shape."""
     for name in [*sorted(weights.keys() - expected.keys()), *expected]:  # the unknown ones first
         if name not in weights or name not in expected:
-            problem = "is missing" if name in expected else "does not belong to a GPT-2"
+            problem = "is missing" if name in expected else "is none of this model's"
             raise ValueError(f"{source}: the tensor {name} {problem}")
         found, wanted = tuple(weights[name].shape), tuple(expected[name].shape)
         if found != wanted:
@@ -630,16 +635,28 @@ def empty_model(config):
 
 
 def stored_weights(model):
-    """{name: tensor} as checkpoints hold it: lm_head's weights are wte's, and are stored once."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    """{name: tensor} as checkpoints hold it: where lm_head's weights are wte's, they are stored
+    once."""
+    weights = dict(model.state_dict())
+    if is_tied(model):
+        del weights["lm_head.weight"]
+    return weights
+
+
+def is_tied(model):
+    """Whether the embeddings are the output head too, as in GPT-2."""
+    return model.lm_head.weight is model.wte.weight
 
 
 def load_weights(model, weights, source="the checkpoint"):
     """Give a model its weights, as stored_weights has them. Raises ValueError, with their source,
     for what does not fit."""
     check_names_and_shapes(weights, stored_weights(model), source)
-    model.load_state_dict({**weights, "lm_head.weight": weights["wte.weight"]}, assign=True)
-    model.lm_head.weight = model.wte.weight
+    tied = is_tied(model)
+    head = {"lm_head.weight": weights["wte.weight"]} if tied else {}
+    model.load_state_dict({**weights, **head}, assign=True)
+    if tied:
+        model.lm_head.weight = model.wte.weight
 
 
 def save_checkpoint(path, checkpoint):
@@ -691,15 +708,18 @@ def check_checkpoint(checkpoint):
     kind, turns = checkpoint["kind"], checkpoint.get("turns", 1)
     if kind not in ("chat", "text") or (kind == "chat" and turns < 1):
         raise ValueError(f"kind {kind!r} of {turns} turns")
+    if any(type(logit) is not float for logit in checkpoint.get("trial", ())):
+        raise ValueError("its trial is broken")
     for name, tensor in weights.items():
         if tensor.dtype != torch.float32 or tensor.layout != torch.strided:
             raise ValueError(f"{name} is of type {tensor.dtype}")
         if not tensor.sum().isfinite():  # in a tenth of the time that tensor.isfinite() takes
             raise ValueError(f"{name} holds numbers that are not finite")
     # Before a model of an impossible size is made; load_weights compares the rest.
-    shapes = (count_layers(weights), weights["wte.weight"].shape, weights["wpe.weight"].shape)
-    if shapes != (config.n_layer, (config.padded_vocab_size, config.n_embd),
-                  (config.block_size, config.n_embd)):
+    shapes = {"wte.weight": (config.padded_vocab_size, config.n_embd),
+              "wpe.weight": (config.block_size, config.n_embd)}
+    if (count_layers(weights) != config.n_layer or
+            any(name in weights and weights[name].shape != shapes[name] for name in shapes)):
         raise ValueError("its weights do not fit its config")
 
 
@@ -707,7 +727,20 @@ def model_checkpoint(model, tokenizer_spec, kind, **extra):
     """What chat needs of a model: its config, weights, tokenizer and kind, "chat" or "text";
     `extra` says how it was made."""
     return {"config": asdict(model.config), "model": stored_weights(model),
-            "tokenizer": tokenizer_spec, "kind": kind, **extra}
+            "tokenizer": tokenizer_spec, "kind": kind, "trial": trial(model), **extra}
+
+
+@torch.no_grad()
+def trial(model):
+    """What a model makes of a made-up text: its last logits of at most 64 ids, a list. Whoever
+    loads the weights into a model.py that was edited since gets others."""
+    T, V = min(32, model.config.block_size), model.config.vocab_size
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(T, device=model.wte.weight.device)[None] % V  # (1, T)
+    logits = model.head(model.hidden(ids)[:, -1])[0, :min(V, 64)]  # (64,)
+    model.train(was_training)
+    return logits.float().tolist()
 
 
 def trained_turns(checkpoint):
@@ -716,11 +749,19 @@ def trained_turns(checkpoint):
     return checkpoint.get("turns", 1) if checkpoint["kind"] == "chat" else 0
 
 
-def model_from_checkpoint(checkpoint, dropout=0.0):
-    """The GPT in a checkpoint, with no random initialisation on the way. Raises ValueError where
-    the weights do not fit the config."""
+def model_from_checkpoint(checkpoint, dropout=0.0, source="the checkpoint"):
+    """The GPT in a checkpoint, with no random initialisation on the way. Raises ValueError, with
+    its source, where the weights do not fit the config or the model as it is written above."""
     model = empty_model(GPTConfig(**{**checkpoint["config"], "dropout": dropout}))
-    load_weights(model, checkpoint["model"])
+    try:
+        load_weights(model, checkpoint["model"], source)
+    except ValueError as error:
+        raise ValueError(f"{error}. Was model.py changed since it was written?") from error
+    if then := checkpoint.get("trial"):
+        then, now = torch.tensor(then), torch.tensor(trial(model))
+        if (now - then).abs().max() > 0.02 * then.abs().max():
+            print(f"warning: {source} was trained with another model.py, which computed something "
+                  "else; see git diff model.py", file=sys.stderr)
     return model
 
 
@@ -870,26 +911,35 @@ def is_same_in_numpy(model):
     return bool((fast - own).abs().max() <= 1e-3 * own.abs().max())
 
 
+@torch.no_grad()
+def is_gpt2(model):
+    """Whether a model, on a CPU, computes what GPT-2 does: its blocks, and the embeddings once more
+    as the head. It is made fast."""
+    make_fast(model)
+    V, one = model.config.vocab_size, torch.zeros(1, 1, dtype=torch.long)
+    x = model.hidden(one, KVCache(model))  # (1, 1, C)
+    own, wanted = model.head(x)[..., :V], x @ model.wte.weight[:V].T
+    is_same = (own - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+    return isinstance(model, FastGPT) and is_tied(model) and bool(is_same)
+
+
 # ---- the device ----
 
 def pick_device(device="auto", dtype="auto"):
     """Where and in what precision to compute: (torch.device, torch.dtype, why), for "auto" or a
-    name.
+    name. A Mac's GPU, mps, is used by name only: PyTorch computes some things wrong on it.
 
     Raises ValueError for a device this machine does not have, or a dtype of another name.
     """
-    best = "cpu"
-    if torch.cuda.is_available():
-        best = "cuda"
-    elif torch.backends.mps.is_available():
-        best = "mps"
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    has_mps = torch.backends.mps.is_available()
     try:
         picked = torch.device(best if device == "auto" else device)
     except RuntimeError:
         raise ValueError(f"device={device!r} is not a device: use auto, cpu, cuda, cuda:1 or "
                          "mps") from None
     missing = picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count()
-    if picked.type not in ("cpu", best) or missing:
+    if picked.type not in ("cpu", best, "mps" if has_mps else "cpu") or missing:
         raise ValueError(f"device={device!r} is not available on this machine: use auto or {best}")
     fast, why_dtype = "float32", "fast here"
     if picked.type == "cuda":
@@ -904,6 +954,7 @@ def pick_device(device="auto", dtype="auto"):
     if name not in ("float32", "bfloat16"):
         raise ValueError(f"dtype={dtype!r}: use auto, float32 or bfloat16 (chat.py: or int8)")
     why_device = "the only one here" if best == "cpu" else "found"
+    why_device = "there is mps too, by --device=mps" if has_mps else why_device
     why_device = why_device if device == "auto" else "as set"
     why_dtype = why_dtype if dtype == "auto" else "as set"
     return picked, getattr(torch, name), f"{picked} ({why_device}), {name} ({why_dtype})"
@@ -929,7 +980,10 @@ def main(argv):
                          "use --export=FILE.gguf")
     hint = "Train one first, or name it with --checkpoint=FILE."
     checkpoint = load_checkpoint(s.checkpoint, hint)
-    model = model_from_checkpoint(checkpoint)
+    model = model_from_checkpoint(checkpoint, source=s.checkpoint)
+    if not is_gpt2(model):
+        raise ValueError(f"{s.checkpoint}: model.py was changed, and computes something else than "
+                         "GPT-2, which is all that other tools would do with its weights")
     if is_gguf:
         return export_gguf(s, model, checkpoint)
     write_hf_folder(s.export, model.config, to_gpt2_names(model), checkpoint["tokenizer"])

@@ -731,11 +731,14 @@ def restore(resumed, optimizers, device):
         for optimizer, state in zip(optimizers, resumed["optimizers"], strict=True):
             restore_optimizer(optimizer, state)
         restore_rng(resumed["rng"], device)
+        # An older version kept fewer of them.
+        kept = {name: resumed[name] for name in Progress.__annotations__ if name in resumed}
+        kept["history"] = [(int(step), float(train_loss), float(val_loss))
+                           for step, train_loss, val_loss in resumed["history"]]
+        return Progress(**kept)
     except Exception as error:  # made by another version, or by an optimizer that was edited since
-        raise ValueError(f"last.pt: its optimizers or random numbers do not fit this run "
+        raise ValueError("last.pt: its optimizers, random numbers or history do not fit this run "
                          f"({type(error).__name__}); start without --resume=True") from error
-    # An older version kept fewer of them.
-    return Progress(**{name: resumed[name] for name in Progress.__annotations__ if name in resumed})
 
 
 def restore_optimizer(optimizer, state):
@@ -807,8 +810,8 @@ class Told:
 # ---- what the machine cannot do ----
 
 class Unfailing:
-    """An output stream that ends no run: what follows its first error goes nowhere. `| head` has
-    left, a disk is full, a terminal is closed."""
+    """An output stream whose errors end no run: `| head` has left, a disk is full, a terminal is
+    closed."""
 
     def __init__(self, stream, warn):
         self.stream, self.warn = stream, warn
@@ -827,11 +830,17 @@ class Unfailing:
         try:
             act(*args)
         except Exception as error:
-            with contextlib.suppress(AttributeError, OSError):  # it may be no file
-                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if self.warn:
                 self.warn = False
                 print(f"warning: what is printed is lost: {error}; going on", file=sys.stderr)
+
+    def close(self):
+        """Leave nothing unwritten, or Python does it as it ends, and fails."""
+        try:
+            self.stream.flush()
+        except Exception:
+            with contextlib.suppress(AttributeError, OSError):  # it may be no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 @contextlib.contextmanager
@@ -842,7 +851,7 @@ def unfailing_output():
         try:
             yield
         finally:
-            out.flush()  # or Python does as it ends, and fails
+            out.close()
 
 
 @contextlib.contextmanager
@@ -988,7 +997,8 @@ def set_up(s, device, make_model):
     if rank:
         dist.barrier()  # the first process may have to download the model
     with enough_memory("use a smaller model: n_layer, n_embd, block_size"):
-        model = gpt.model_from_checkpoint(resumed, s.dropout) if resumed else make_model(s)
+        model = (gpt.model_from_checkpoint(resumed, s.dropout, s.out_dir / "last.pt") if resumed
+                 else make_model(s))
         model.to(device)
     if world_size > 1 and rank == 0:
         dist.barrier()
@@ -1025,7 +1035,8 @@ def load_base(s):
         theirs = checkpoint["tokenizer"]
     elif not is_name and not (path / "config.json").exists() and path.suffix != ".safetensors":
         raise ValueError(f"init_from={s.init_from}: no model there; name a best.pt, a folder with "
-                         f"a config.json and weights, or one of {', '.join(gpt.GPT2_NAMES)}")
+                         f"a config.json and weights, or one of {', '.join(gpt.GPT2_NAMES)}"
+                         " (and to go on with a run that stopped: --resume=True)")
     name = theirs if isinstance(theirs, str) else "FILE, the tokenizer.json beside its own data"
     other_tokenizer = ValueError(
         f"init_from={s.init_from}: was not made with the tokenizer of data_dir={s.data_dir} and "
@@ -1033,7 +1044,7 @@ def load_base(s):
     if theirs != folder_tokenizer(s.data_dir):
         raise other_tokenizer  # before anything is downloaded
     if checkpoint:
-        model = gpt.model_from_checkpoint(checkpoint, dropout=s.dropout)
+        model = gpt.model_from_checkpoint(checkpoint, s.dropout, path)
         if s.block_size:
             gpt.crop_block_size(model, s.block_size)
     else:

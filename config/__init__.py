@@ -193,6 +193,10 @@ def run(main):
     argv = sys.argv[1:]
     if "#" in argv:
         argv = argv[:argv.index("#")]
+    # A shell may have closed them (<&-, >&-), and a file would get their numbers.
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError):  # a notebook's; no reader is left
             stream.reconfigure(errors="replace")  # of a file on Windows: it has no emoji

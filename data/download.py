@@ -11,7 +11,6 @@ from urllib.parse import urlsplit, urlunsplit
 RETRIES = 5
 CHUNK = 1 << 16  # bytes read at a time; what a broken connection loses
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
-BY_HAND = "fetch the file by hand and name it instead"
 
 
 def hub():
@@ -45,6 +44,7 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
     """
     path = Path(path)
     part, note = (path.with_name(path.name + ending) for ending in (".part", ".from"))
+    by_hand = f"fetch the file by hand, as {path}"
     if path.exists():
         came_from, _ = read_note(note)  # "" where there is no note: somebody put it there
         if sha256 and sha256_of(path) != sha256:
@@ -67,7 +67,7 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
                 problem = "with a web page, perhaps one to log in"
             if status < 500 and status not in (408, 429):
                 raise OSError(f"{url}: the server answers {problem}; check the address, or "
-                              f"{BY_HAND}") from error
+                              f"{by_hand}") from error
         except (requests.RequestException, ConnectionError) as error:
             problem = type(error).__name__
         except OSError as error:  # the disk's
@@ -76,13 +76,13 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
                           "or use another folder, and run it again") from error
         if attempt == retries:
             raise OSError(f"{url}: {problem}, {retries + 1} times; run it again to go on where "
-                          f"it stopped, or {BY_HAND}")
+                          f"it stopped, or {by_hand}")
         print(f"{path.name}: {problem}; trying again", file=sys.stderr)
         time.sleep(wait * 2**attempt)
     if problem := what_is_wrong(part, size or total, sha256 or stated):
         part.unlink()
         note.unlink()
-        raise OSError(f"{url}: {problem}; nothing was kept, try again later, or {BY_HAND}")
+        raise OSError(f"{url}: {problem}; nothing was kept, try again later, or {by_hand}")
     os.replace(part, path)
     return path
 

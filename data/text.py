@@ -6,6 +6,7 @@
 import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import codecs
 import hashlib
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,10 @@ class Settings:
 
 def read_text(path, start, stop, digest=None):
     """Yield bytes start..stop of a UTF-8 file as strings of about BLOCK bytes, cut after line ends
-    where there are any, so that no word is torn. Feeds `digest` what it reads. Raises ValueError
-    for other encodings."""
-    decoder, kept = codecs.getincrementaldecoder("utf-8")(), ""
+    where there are any, so that no word is torn. Windows' line ends become "\\n". Feeds `digest`
+    what it reads. Raises ValueError for other encodings."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    kept = ""
     with open(path, "rb") as f:
         f.seek(start)
         while start < stop:
@@ -56,10 +58,11 @@ def read_text(path, start, stop, digest=None):
 
 
 def character_start(path, at):
-    """The first byte at or after `at` where a UTF-8 character starts, or the end of the file."""
+    """The first byte at or after `at` where a UTF-8 character starts, or the end of the file. (Not
+    "\\n", which may be the second half of Windows' line end.)"""
     with open(path, "rb") as f:
         f.seek(at)
-        while (byte := f.read(1)) and byte[0] & 0xC0 == 0x80:  # inside a character
+        while (byte := f.read(1)) and (byte == b"\n" or byte[0] & 0xC0 == 0x80):
             at += 1
     return at
 

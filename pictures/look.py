@@ -54,16 +54,15 @@ def look(model, enc, ids, start=None, longest=256):
              for i, is_own in zip(ids, own)]
     chosen = before_second_word(pieces, start)
     with torch.no_grad():
-        stream, qkv = record(model, ids)
+        stream, weights, scores = record(model, ids, longest)
         came = torch.tensor([*shown[1:], shown[-1]])  # (T,)
         levels = [lens(model, x[0, -longest:], came) for x in stream]
-        weights, scores = zip(*[attend(q, k, v, ids, longest) for q, k, v in qkv])
         page = next_tokens(levels[-1][0], came)
     _, lens_ids, lens_p, lens_came = [torch.stack(z) for z in zip(*levels)]
     used = sorted({*shown, *page["next_ids"].flatten().tolist(), *lens_ids.flatten().tolist()})
     return {**page, "ids": shown, "hidden": hidden, "roles": roles[hidden:], "lens_ids": lens_ids,
             "lens_p": lens_p, "lens_came": lens_came, "came_p": lens_came[-1],
-            "weights": torch.stack(weights), "chosen": max(chosen - hidden, 0), "stops": STOPS,
+            "weights": weights, "chosen": max(chosen - hidden, 0), "stops": STOPS,
             "texts": dict(zip(used, token_pieces(enc, used))), "habits": habits(scores),
             "config": vars(model.config), "parameters": model.num_params(),
             "lines": {f.__qualname__: inspect.getsourcelines(f)[1] for f in BOXES}}
@@ -78,26 +77,36 @@ def before_second_word(pieces, start):
     return min(start, len(pieces) - 1)
 
 
-def record(model, ids):
-    """What passes through a model that reads ids: the residual stream (1, T, C), before the first
-    block and after each, and each block's (q, k, v), (1, nh, T, hs) each."""
-    stream, qkv = [], []
-
-    def projected(layer, args, out):
-        heads = out.unflatten(2, (3, model.config.n_head, -1))  # (1, T, 3, nh, hs)
-        qkv.append(heads.permute(2, 0, 3, 1, 4))
+def record(model, ids, longest):
+    """What passes through a model that reads ids: the residual stream, (1, T, C) before the first
+    block and after each; each block's attention between the newest tokens, the mean over the heads
+    and then each head's, (L, 1 + nh, longest, longest); and each block's head_scores, over all.
+    Raises ValueError for a block without attention that can be seen."""
+    stream, shown, scores = [], [None] * len(model.h), [None] * len(model.h)
 
     class Attending(TorchFunctionMode):
-        """Between c_attn and the fused kernel somebody may have changed them: turned, scaled."""
+        """Sees the weights of the block that is computing: a softmax of as many rows and columns as
+        there are tokens, or what the fused kernel takes of values that are 1 at one token each."""
 
         def __torch_function__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            weights = out
             if function is F.scaled_dot_product_attention:
-                qkv[-1] = args[:3]
-            return function(*args, **(kwargs or {}))
+                q, k, v, *rest = args
+                each = torch.eye(v.shape[2], dtype=v.dtype, device=v.device)  # (T, T)
+                each = each.expand(*v.shape[:3], -1)
+                weights = function(q, k, each, *rest, **(kwargs or {}))  # (1, nh, T, T)
+            elif function not in (F.softmax, torch.softmax, torch.Tensor.softmax):
+                return out
+            if weights.dim() == 4 and weights.shape[2:] == (len(ids), len(ids)):
+                weights, block = weights.float().cpu(), len(stream) - 1
+                newest = weights[0, :, -longest:, -longest:]
+                shown[block] = torch.cat([newest.mean(0, keepdim=True), newest])
+                scores[block] = head_scores(weights, ids)
+            return out
 
     hooks = [model.h[0].register_forward_pre_hook(lambda _, args: stream.append(args[0]))]
     for block in model.h:
-        hooks.append(block.attn.c_attn.register_forward_hook(projected))
         hooks.append(block.register_forward_hook(lambda _, args, out: stream.append(out)))
     try:
         with Attending():
@@ -105,14 +114,10 @@ def record(model, ids):
     finally:
         for hook in hooks:
             hook.remove()
-    return stream, qkv
-
-
-def attend(q, k, v, ids, longest):
-    """A block's attention between the newest tokens, (1 + nh, T, T), and head_scores over all."""
-    weights = attention(q, k, v)[1].float().cpu()  # (1, nh, all, all)
-    shown = weights[0, :, -longest:, -longest:]
-    return torch.cat([shown.mean(0, keepdim=True), shown]), head_scores(weights, ids)
+    if None in scores:
+        raise ValueError(f"the attention of block {scores.index(None) + 1} cannot be seen: it is "
+                         "neither F.scaled_dot_product_attention nor a softmax over all tokens")
+    return stream, torch.stack(shown), scores
 
 
 def lens(model, x, came):

@@ -4,8 +4,9 @@
     python -m tests.exercises 3      # is the third right? If not: what was seen, and a hint
 
 Read a task, change the file that it names, and ask as often as you like. `git diff` shows what you changed, and
-`git checkout model.py` takes it back: do so after 2 and 3, which spoil a model to show what a line is good for. Every
-check runs the edited code on something tiny and looks at what comes out; it does not look at how you wrote it.
+`git checkout model.py` takes it back: do so before you go on, for what was made with one code is not what another
+computes. Every check runs the edited code on something tiny and looks at what comes out; it does not look at how you
+wrote it.
 The solutions are in tests/solutions.md.
 """
 import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
@@ -112,8 +113,7 @@ def endless():
            "all of the assistant's text stays, and nothing else: only <|end|> goes out of what `supervised` returns.")
     return ("of an answer only the text is learned, not that it ends. See what becomes of it, in half a minute:\n"
             "  python train.py config/train_recite.py --out_dir=out/endless --max_iters=400\n"
-            '  python chat.py --checkpoint=out/endless/best.pt --prompt="What is the plural of box?"\n'
-            "Then take it back: git checkout data/conversation.py")
+            '  python chat.py --checkpoint=out/endless/best.pt --prompt="What is the plural of box?"')
 
 
 # ---- 3. training from scratch ----
@@ -139,8 +139,7 @@ def cheat():
     return (f"trained on random ids, of which nobody can foresee the next, it reaches a loss of {loss:.2f}; chance is "
             f"ln 16 = {chance:.2f}. It copies the answer from the next place, which is empty when a word is to be written:\n"
             "  python train.py config/train_recite.py --out_dir=out/cheat --max_iters=200\n"
-            '  python chat.py --checkpoint=out/cheat/best.pt --prompt="What is the plural of box?"\n'
-            "Then take it back: git checkout model.py")
+            '  python chat.py --checkpoint=out/cheat/best.pt --prompt="What is the plural of box?"')
 
 
 def loss_on_random_ids(vocab_size=16, T=8, steps=150):
@@ -170,7 +169,7 @@ WINDOW, TOKENS, HEADS = 8, 20, 3
 def window():
     """A head of its own: in every layer the first head sees only the 8 newest tokens.
 
-    model.py: CausalSelfAttention.forward, and `attention`, by which chat.py --look draws
+    model.py: CausalSelfAttention.forward
     """
     import model as gpt
     triangle = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
@@ -186,10 +185,7 @@ def window():
                   "And one new token, which had no mask, needs one now.")
     compare_sight(seen_by(layer, [12, 8]), wanted, "as it reads a second question, 8 tokens behind 12 cached ones",
                   "the i-th of T new tokens, from 0, is the token S - T + i: the window moves along with it.")
-    q, k = (torch.randn(1, HEADS, TOKENS, 4) for _ in range(2))
-    compare_sight(gpt.attention(q, k, k)[1][0] > 0, wanted, "in `attention`",
-                  "chat.py --look draws what `attention` computes: it must hide the same tokens as the fused kernel.")
-    return ("the first head sees 8 tokens in training, in answers and on the page. See it, in half a minute:\n"
+    return ("the first head sees 8 tokens, in training and in answers. See it, in half a minute:\n"
             "  python train.py config/train_recite.py --out_dir=out/window --max_iters=200\n"
             '  python chat.py --checkpoint=out/window/best.pt --look=out/look.html --prompt="What is the plural of box?"')
 
@@ -491,12 +487,19 @@ EXERCISES = (digits, endless, cheat, window, rule, rms, rotary, min_p)
 
 def result(number):
     """(whether exercise `number`, from 1, is right; what to tell)."""
+    check = EXERCISES[number - 1]
     try:
-        return True, f"{number} is right: {EXERCISES[number - 1]()}"
+        edited = " ".join(re.findall(r"[\w/]+\.(?:py|txt)", task_of(check)[1]))
+        return True, f"{number} is right: {check()}\nThen take it back, or what follows differs: git checkout {edited}"
     except NotYet as error:
         return False, f"{number} is not right yet: {error}"
     except Exception as error:  # in what was edited, any is possible
         return False, f"{number} is not right yet: {place_of(error)}"
+
+
+def task_of(check):
+    """What an exercise asks for, and where: the two parts of its check's docstring."""
+    return inspect.getdoc(check).split("\n\n")
 
 
 def place_of(error):
@@ -524,7 +527,7 @@ def listing():
     """Yield the lines that say what the exercises are, and which are right."""
     yield "Edit a file, then ask about it: python -m tests.exercises 1"
     for number, check in enumerate(EXERCISES, 1):
-        task, where = inspect.getdoc(check).split("\n\n")
+        task, where = task_of(check)
         is_right, _ = result(number)
         yield f"\n{number}  {'right  ' if is_right else 'not yet'}  {task}\n            {where}"
     yield "\ngit diff shows your edits, git checkout model.py takes them back. Stuck: tests/solutions.md"

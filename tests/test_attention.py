@@ -17,9 +17,8 @@ def tiny(**changes):
 
 @torch.no_grad()
 def attention_weights(model, ids):
-    """Of every head, written out from the queries and keys that each layer really has: (L, nh, T, T)."""
-    _, qkv = record(model, ids)
-    return torch.cat([attention(*layer)[1] for layer in qkv]).float()
+    """Of every head, as the page shows them: (L, nh, T, T)."""
+    return record(model, ids, len(ids))[1][:, 1:]
 
 
 @pytest.mark.parametrize("T, S", [(7, 7), (1, 7), (3, 7)])
@@ -59,25 +58,39 @@ def test_the_weights_of_a_model_are_those_it_uses(monkeypatch):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def turned(self, x, layer_cache=None, start=0):
-    """CausalSelfAttention.forward with queries turned round."""
-    q, k, v = (z.view(1, -1, self.n_head, 8).transpose(1, 2) for z in self.c_attn(x).split(16, dim=2))
-    y = self.kernel(-q, k, v)
-    return self.c_proj(y.transpose(1, 2).reshape(x.shape))
+def attending(kernel):
+    """CausalSelfAttention.forward with another kernel, and queries turned round."""
+    def forward(self, x, layer_cache=None, start=0):
+        q, k, v = (z.view(1, -1, self.n_head, 8).transpose(1, 2) for z in self.c_attn(x).split(16, dim=2))
+        return self.c_proj(kernel(-q, k, v).transpose(1, 2).reshape(x.shape))
+    return forward
 
 
-def test_the_weights_of_a_model_that_its_reader_changed_are_those_it_uses(monkeypatch):
-    ids, wanted = [5, 9, 5, 200, 7], attention_weights(tiny(n_layer=1), [5, 9, 5, 200, 7])
-    monkeypatch.setattr(gpt.CausalSelfAttention, "forward", turned)
-    layer = gpt.CausalSelfAttention
-    by_hand = staticmethod(lambda q, k, v: attention(q, k, v)[0])
-    monkeypatch.setattr(layer, "kernel", by_hand, raising=False)  # not the function that is watched
-    torch.testing.assert_close(attention_weights(tiny(n_layer=1), ids), wanted)
-    fused = staticmethod(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    monkeypatch.setattr(layer, "kernel", fused)
-    found = attention_weights(tiny(n_layer=1), ids)
-    logs = [z[0, 0, 4].log() for z in (found, wanted)]  # scores, but for a constant
-    torch.testing.assert_close(logs[0] - logs[0].mean(), logs[1].mean() - logs[1])
+BAND = torch.ones(5, 5).tril().triu(-1).bool()
+SCALED, EVERY = F.scaled_dot_product_attention, torch.ones(5, 5).bool()
+
+
+@pytest.mark.parametrize("kernel, seen, scale", [
+    (lambda q, k, v: SCALED(q, k, v, is_causal=True), EVERY.tril(), 8**-0.5),
+    (lambda q, k, v: SCALED(q, k, v, BAND), BAND, 8**-0.5), (lambda q, k, v: SCALED(q, k, v), EVERY, 8**-0.5),
+    (lambda q, k, v: SCALED(q, k, v, attn_mask=BAND[None, None].expand(1, 2, 5, 5), scale=0.1), BAND, 0.1),
+    (lambda q, k, v: attention(q, k, v)[0], EVERY.tril(), 8**-0.5),
+    (lambda q, k, v: F.softmax(q @ k.mT, 3) @ v, EVERY, 1), (lambda q, k, v: torch.softmax(q @ k.mT, 3) @ v, EVERY, 1)])
+def test_the_weights_of_a_model_that_its_reader_changed_are_those_it_uses(kernel, seen, scale, monkeypatch):
+    monkeypatch.setattr(gpt.CausalSelfAttention, "forward", attending(kernel))
+    model, ids = tiny(n_layer=2), [5, 9, 5, 200, 7]
+    found, block = attention_weights(model, ids), model.h[0]
+    x = block.ln_1(model.wte(torch.tensor(ids)) + model.wpe.weight[:5])
+    q, k, _ = (z.view(5, 2, 8).transpose(0, 1).double() for z in block.attn.c_attn(x).split(16, dim=1))
+    scores = (-q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(found[0].double(), scores.softmax(-1), rtol=1e-4, atol=1e-6)
+    assert len(found) == 2 and not found[0].equal(found[1])
+
+
+def test_attention_that_cannot_be_seen_is_one_line(monkeypatch):
+    monkeypatch.setattr(gpt.CausalSelfAttention, "forward", attending(lambda q, k, v: v.cumsum(2)))
+    with pytest.raises(ValueError, match="attention of block 1 cannot be seen"):
+        attention_weights(tiny(), [1, 2, 3])
 
 
 def test_the_weights_of_the_faster_forms_of_a_model_are_those_of_the_model():

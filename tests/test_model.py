@@ -653,6 +653,10 @@ def windowed(newest):
     """CausalSelfAttention.forward, by which a token sees itself and those before it, `newest` in all."""
     def forward(self, x, layer_cache=None, start=0):
         q, k, v = (z.view(1, x.shape[1], self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
+        if layer_cache is None:  # all at once
+            near = m.causal_mask(x.shape[1], x.shape[1], "cpu").triu(1 - newest)
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=near)
+            return self.c_proj(y.transpose(1, 2).reshape(x.shape))
         k, v = layer_cache.append(k, v, start)
         y = m.attention(q, k[:, :, -newest:], v[:, :, -newest:])[0]
         return self.c_proj(y.transpose(1, 2).reshape(x.shape))
@@ -662,7 +666,7 @@ def windowed(newest):
 def without_positions(self, idx, cache=None, start=0):
     x = self.wte(idx)
     for i, block in enumerate(self.h):
-        x = block(x, cache.layers[i], start)
+        x = block(x, cache.layers[i] if cache else None, start)
     return self.ln_f(x)
 
 
@@ -849,6 +853,44 @@ def test_the_optimizers_hold_every_weight_once_and_decay_no_vector(name):
         assert group["peak_lr"] == group["lr"]
 
 
+class Edited(GPT):
+    """What readers do: a head of its own, gains of no and of three dimensions, one more layer outside of the blocks,
+    a matrix in a block that nothing uses, and one that is kept as it is."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head = torch.nn.Linear(C, config.padded_vocab_size, bias=False)
+        self.more = torch.nn.Linear(C, C)
+        self.gain, self.gains = torch.nn.Parameter(torch.tensor(1.5)), torch.nn.Parameter(torch.ones(NH, 1, C // NH))
+        self.h[0].unused = torch.nn.Linear(C, C)
+        self.h[1].attn.c_proj.weight.requires_grad = False
+
+    def hidden(self, idx, cache=None, start=0):
+        return self.more(super().hidden(idx, cache, start)) * self.gain * self.gains.reshape(C)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_whatever_a_reader_adds_is_trained_but_what_is_unused_or_kept(name):
+    torch.manual_seed(0)
+    gpt = Edited(GPTConfig(V, T, 2, NH, C))
+    before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
+    optimizers = m.configure_optimizers(gpt, SimpleNamespace(optimizer=name, **{**RATES, "weight_decay": 0}))
+    for _ in range(2):
+        gpt(random_ids(2, T), random_ids(2, T, seed=3).flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    kept = {name for name, p in gpt.named_parameters() if p.equal(before[name])}
+    assert kept == {"h.0.unused.weight", "h.0.unused.bias", "h.1.attn.c_proj.weight"}
+
+
+def test_a_head_of_its_own_comes_back_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(m, "GPT", Edited)
+    gpt, ids = Edited(GPTConfig(260, T, 2, NH, C)).eval(), random_ids(2, T)
+    m.save_checkpoint(tmp_path / "a.pt", m.model_checkpoint(gpt, "bytes", "text", step=1, max_iters=2))
+    again = m.model_from_checkpoint(m.load_checkpoint(tmp_path / "a.pt"))
+    assert again.lm_head.weight is not again.wte.weight and torch.equal(again.eval()(ids), gpt(ids))
+
+
 def test_muon_has_the_blocks_matrices_and_adamw_the_rest_each_at_its_rate():
     gpt = toy()
     rates = {id(p): (type(optimizer).__name__, group["peak_lr"])
@@ -1005,6 +1047,32 @@ def test_weights_that_do_not_fit_the_config_are_a_users_mistake(tmp_path):
         m.model_from_checkpoint(checkpoint)
 
 
+def test_weights_of_another_model_py_are_told_with_the_file_and_the_cause(monkeypatch):
+    checkpoint = m.model_checkpoint(toy(bias=False), "bytes", "text")
+    monkeypatch.setattr(m, "layer_norm", lambda config: torch.nn.LayerNorm(config.n_embd, elementwise_affine=False))
+    with pytest.raises(ValueError, match="^best.pt: the tensor h.0.ln_1.weight is none of .*model.py changed"):
+        m.model_from_checkpoint(checkpoint, source="best.pt")
+    monkeypatch.setattr(m, "layer_norm", lambda config: torch.nn.LayerNorm(config.n_embd))
+    with pytest.raises(ValueError, match="^best.pt: the tensor h.0.ln_1.bias is missing.*model.py changed"):
+        m.model_from_checkpoint(checkpoint, source="best.pt")
+
+
+@pytest.mark.parametrize("owner, name, changed", [
+    (m, "layer_norm", lambda config: torch.nn.RMSNorm(config.n_embd)),
+    (torch.nn.functional, "gelu", lambda x, approximate: torch.relu(x)),
+    (m.CausalSelfAttention, "forward", windowed(8)),
+    (m.GPT, "head", lambda self, x: 2 * torch.tanh(self.lm_head(x) / 2)), (m.GPT, "hidden", without_positions)])
+def test_who_loads_weights_into_a_model_py_that_computes_something_else_is_warned(owner, name, changed, capsys,
+                                                                                 monkeypatch):
+    checkpoint = m.model_checkpoint(toy(block_size=32, bias=False), "bytes", "text")
+    for dropout in (0.0, 0.5):
+        m.model_from_checkpoint(checkpoint, dropout)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(owner, name, changed)
+    m.model_from_checkpoint(checkpoint, source="best.pt")
+    assert re.match("warning: best.pt was trained with another model.py.*git diff", capsys.readouterr().err)
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(tmp_path):
     path = tmp_path / "best.pt"
     save_toy(path)
@@ -1098,7 +1166,7 @@ def nan_weight(weights):
     (lambda c: c["config"].update(n_head=0), "n_head=0"), (lambda c: c["config"].update(block_size=10**12), "fit"),
     (lambda c: c["config"].update(vocab_size=261), "261"), (lambda c: c.update(tokenizer="gpt2"), "50260"),
     (lambda c: c.update(tokenizer={"pattern": "x*", "merges": []}), "pattern"),
-    (lambda c: c.update(tokenizer=7), "pattern and merges"), (lambda c: c["model"].pop("wpe.weight"), "KeyError"),
+    (lambda c: c.update(tokenizer=7), "pattern and merges"), (lambda c: c.pop("kind"), "KeyError"),
     (lambda c: nan_weight(c["model"]), r"h\.1\.mlp\.c_fc\.bias.*not finite"),
     (lambda c: c["model"].update({"ln_f.bias": c["model"]["ln_f.bias"].double()}), r"ln_f\.bias.*float64"),
     (lambda c: c["model"].update({"ln_f.bias": 3}), "AttributeError")])

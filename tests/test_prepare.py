@@ -377,7 +377,8 @@ def test_training_and_validation_together_are_the_text(tmp_path, capsys):
     content = "Zeile eins\r\nZwölf\n\n  你好 👋\tend".encode() * 20
     folder = prepare_text(tmp_path, content, "--val_fraction=0.25")
     train, val = read_ids(folder, "train"), read_ids(folder, "val")
-    assert bytes(train + val) == content and abs(len(val) - len(content) * 0.25) <= 4
+    text = content.replace(b"\r\n", b"\n")  # a line ends in one byte, on Windows too
+    assert bytes(train + val) == text and abs(len(val) - len(text) * 0.25) <= 10
     meta = read_meta(folder)
     assert (meta["kind"], meta["tokenizer"], meta["vocab_size"]) == ("text", "bytes", 260)
     assert (meta["train_tokens"], meta["val_tokens"]) == (len(train), len(val))
@@ -388,13 +389,14 @@ def test_training_and_validation_together_are_the_text(tmp_path, capsys):
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 16])
 def test_no_character_is_torn_at_the_split_or_at_a_block(tmp_path, monkeypatch, block):
     monkeypatch.setattr(data.text, "BLOCK", block)
-    content = "aé€👋\nü".encode() * 3  # characters of one to four bytes
+    content = "aé€👋\r\nü".encode() * 3  # characters of one to four bytes
+    text = content.replace(b"\r", b"")
     for percent in range(10, 100, 5):
         folder = prepare_text(tmp_path, content, f"--val_fraction={percent / 100}")
         train, val = bytes(read_ids(folder, "train")), bytes(read_ids(folder, "val"))
-        assert train + val == content and train and val
-        assert (train.decode("utf-8") + val.decode("utf-8")).encode("utf-8") == content
-        assert 0 <= len(train) - int(len(content) * (1 - percent / 100)) <= 3
+        assert train + val == text and train and val
+        assert (train.decode("utf-8") + val.decode("utf-8")).encode("utf-8") == text
+        assert abs(len(train) - int(len(text) * (1 - percent / 100))) <= 4
 
 
 def test_no_word_is_torn_at_a_block(tmp_path, monkeypatch):
