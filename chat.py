@@ -97,6 +97,8 @@ def say(talk, question, s, tty):
             if not s.json:
                 print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
     print(json.dumps(talk.last, ensure_ascii=False) if s.json else "", flush=True)
+    if not talk.last["tokens"]:
+        note("(the reply is empty)")
 
 
 def reply(talk, question, s):
@@ -455,6 +457,7 @@ def score(model, enc, s):
             cells[key, r["rows"]].append(r)
     table = {key: summary(rows) for key, rows in cells.items()}
     print_scores(table, list(groups))
+    note("right: the same words; F1: the share of words in common; loss: of the expected answer")
     flat = [{"category": name, "rows": group, **t} for (name, group), t in table.items()]
     write_scores(path, s, flat, answers)
 

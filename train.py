@@ -756,13 +756,14 @@ def load_resumed(s):
     model, batch or seed."""
     path = s.out_dir / "last.pt"
     resumed = gpt.load_checkpoint(path, "Start without --resume=True.")
-    if not {"optimizers", "rng", "history", "settings", "data"} <= resumed.keys():
+    settings = resumed.get("settings")
+    if not {"optimizers", "rng", "history", "data"} <= resumed.keys() or type(settings) is not dict:
         raise ValueError(f"{path}: holds no optimizer state, so a run cannot go on from it; it may "
                          "be a best.pt")
     for name in ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",
                  "batch_size", "gradient_accumulation", "best_by", "seed", "read_iters"):
         now = getattr(s, name, None)
-        then = resumed["settings"].get(name, 0 if name == "read_iters" else None)  # it came later
+        then = settings.get(name, 0 if name == "read_iters" else None)  # it came later
         if then != now:
             raise ValueError(f"{path}: was made with {name}={then}, this run has {name}={now}; use "
                              "the same, or another out_dir")
@@ -1007,7 +1008,7 @@ def set_up(s, device, make_model):
     made_of = dataset.tokenizer, dataset.fingerprint
     if resumed and (resumed["tokenizer"], resumed["data"]) != made_of:
         raise ValueError(f"{s.out_dir / 'last.pt'}: was made with other data or another tokenizer "
-                         f"(data_dir={resumed['settings']['data_dir']}, as it was then) than "
+                         f"(data_dir={resumed['settings'].get('data_dir')}, as it was then) than "
                          f"data_dir={s.data_dir} has now; use the same, or another out_dir")
     torch.manual_seed(s.seed + rank)  # of dropout
     return model, dataset, resumed
@@ -1075,6 +1076,9 @@ def run(s, model, dataset, device, dtype, why, resumed):
     print(f"{s.data_dir}: {dataset.n_tokens('train'):,} training tokens, {dataset.vocab_size} ids\n"
           f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x "
           f"{model.config.n_embd}; {how}{together}\ndevice: {why}{compiled}", flush=True)
+    if s.read_iters and not s.eval_only:
+        print(f"up to step {s.read_iters} questions are learned too, and their loss is counted; "
+              "then the answers alone", flush=True)
     if resumed:
         rest = ""
         if resumed["step"] >= s.max_iters:

@@ -817,7 +817,11 @@ def main(argv):
     results = []
     for name in names:
         part, _ = PARTS[name]
-        results += part(s)
+        try:
+            results += part(s)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{name} compares with {error.name}, which is not installed: "
+                             "pip install -r requirements-dev.txt") from error
         if s.json:
             write_json(s.json, results)
 

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -310,6 +309,7 @@ def raise_too_long(number, frame):
 @contextlib.contextmanager
 def limits():
     """Within it a case too long or too large ends, and training neither draws nor measures."""
+    import resource  # Windows has none
     old_limit, old_handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, raise_too_long)
     statm = Path("/proc/self/statm")  # where there is none, memory has no limit
     if statm.exists():
@@ -361,6 +361,8 @@ def fuzz(s, names):
 def main(argv):
     """Try, print the table, and leave with exit code 1 where something broke. Raises ValueError."""
     s = config.load(Settings, argv, __doc__)
+    if os.name == "nt":
+        raise ValueError("it needs fork, alarms and limits of memory, which Windows does not have")
     if s.family not in (None, *FAMILIES):
         raise ValueError(f"family={s.family}: use one of {', '.join(FAMILIES)}")
     torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """Settings: defaults, then config files, then flags; casts, errors, --help and paths."""
 import dataclasses
 import io
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -298,3 +299,11 @@ def test_ctrl_c_while_importing_leaves_no_traceback(problem, silent):
     program = [sys.executable, "-c", f"import config, _thread, time\n{problem}"]
     done = subprocess.run(program, cwd=REPO, capture_output=True, restore_signals=True)
     assert (done.stderr == b"") == silent and done.returncode, done
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell's")
+def test_streams_that_the_shell_closed_are_empty_ones(tmp_path):
+    program = [sys.executable, "-c", "import sys, config\ndef main(argv):\n    print(sys.stdin.read(), sys.stdout.isatty())\n"
+               f"    open({str(tmp_path / 'a')!r}, 'w').close()\nconfig.run(main)"]
+    assert subprocess.run(program, cwd=REPO, preexec_fn=lambda: os.closerange(0, 3)).returncode == 0
+    assert (tmp_path / "a").read_text() == ""

@@ -313,6 +313,32 @@ def export(request, tmp_path_factory):
                  tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "hf"))
 
 
+@pytest.mark.parametrize("changed", ["activation", "head", "untied"])
+def test_a_model_that_its_reader_changed_is_not_exported(changed, tmp_path, monkeypatch):
+    class Untied(GPT):
+        def __init__(self, config):
+            super().__init__(config)
+            self.lm_head = torch.nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+
+    if changed == "activation":
+        monkeypatch.setattr(F, "gelu", lambda x, approximate: F.relu(x).square())
+    elif changed == "head":
+        head = GPT.head
+        monkeypatch.setattr(GPT, "head", lambda self, x: 3 * torch.tanh(head(self, x) / 3))
+    else:
+        monkeypatch.setattr(m, "GPT", Untied)
+    torch.manual_seed(5)
+    gpt = m.GPT(GPTConfig(260, 64, n_layer=2, n_head=2, n_embd=32)).eval()
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.add_(torch.randn_like(p) * 0.15)
+    m.save_checkpoint(tmp_path / "best.pt", m.model_checkpoint(gpt, "bytes", "chat", step=1, max_iters=1))
+    for out in ("hf", "it.gguf"):
+        with pytest.raises(ValueError, match="best.pt: model.py was changed"):
+            m.main([f"--checkpoint={tmp_path / 'best.pt'}", f"--export={tmp_path / out}"])
+        assert not (tmp_path / out).exists()
+
+
 def test_transformers_opens_an_export_and_has_the_same_logits(export):
     hf, info = transformers.AutoModelForCausalLM.from_pretrained(export.folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

@@ -1109,6 +1109,13 @@ def test_auto_takes_what_there_is(only_cpu):
     assert m.pick_device("cpu", "bfloat16")[:2] == (torch.device("cpu"), torch.bfloat16)
 
 
+def test_a_macs_gpu_is_used_by_name_only(only_cpu, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device, _, why = m.pick_device()
+    assert device == torch.device("cpu") and "--device=mps" in why
+    assert m.pick_device("mps")[:2] == (torch.device("mps"), torch.float32)
+
+
 @pytest.mark.parametrize("device", ["gpu", "tpu!", "cuda", "cuda:1", "mps", "meta"])
 def test_a_device_that_is_not_there_is_refused(only_cpu, device):
     with pytest.raises(ValueError, match=f"device='{device}'.*auto"):

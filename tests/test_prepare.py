@@ -331,6 +331,12 @@ def test_files_of_several_layouts_are_prepared_together(tmp_path, capsys):
     assert meta["sha256"] == ",".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
 
 
+def test_a_comma_in_a_files_own_name_does_not_part_it(tmp_path):
+    (tmp_path / "a, b.json").write_text(json.dumps(rows_of(9)), encoding="utf-8")
+    prepare_alpaca.main([f"--source={tmp_path / 'a, b.json'}", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes"])
+    assert len(read_rows(tmp_path / "out")) == 9
+
+
 @pytest.mark.parametrize("name, parts", [
     ("rows.json", ("name each once",)), ("none.json", ("none.json", "no such file")), ("", ("is a folder",)),
     ("cut.jsonl.gz", ("cut.jsonl.gz", "gzip file that is cut short")), ("empty.json", ("empty.json", "holds no row")),

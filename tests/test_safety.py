@@ -2,6 +2,7 @@
 import csv
 import functools
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -297,7 +298,8 @@ def test_resuming_with_other_text_is_refused_by_name(made, tmp_path):
 @pytest.mark.parametrize("broken", [
     lambda last: last.pop("history"), lambda last: last.pop("rng"),
     lambda last: last.update(rng=[[torch.zeros(3)]]), lambda last: last["optimizers"].pop(),
-    lambda last: last["optimizers"][1]["param_groups"].pop()])
+    lambda last: last["optimizers"][1]["param_groups"].pop(), lambda last: last.update(history=[(1, 2)]),
+    lambda last: last.update(history=None), lambda last: last.update(settings=[])])
 def test_a_last_pt_that_cannot_be_gone_on_with_is_one_line(made, tmp_path, broken):
     run(made, train, tmp_path, max_iters=2)
     last = torch.load(tmp_path / "last.pt")
@@ -506,6 +508,22 @@ def test_output_that_nobody_takes_ends_no_run(made, tmp_path, monkeypatch, scrip
         run(made, script, tmp_path / "out", sample_interval=4)
     run(made, script, tmp_path / "out", sample_interval=4, resume=True)
     assert_same_run(tmp_path / "out", tmp_path / "straight")
+
+
+def test_what_is_printed_after_a_passing_error_is_there(monkeypatch):
+    class FullForOnce(io.StringIO):
+        def write(self, text):
+            if text == "two":
+                raise OSError(28, "No space left on device")
+            return super().write(text)
+
+    out, err = FullForOnce(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with train.unfailing_output():
+        for text in ("one", "two", "three"):
+            print(text)
+    assert out.getvalue().split() == ["one", "three"] and err.getvalue().count("No space left") == 1
 
 
 def close_the_pipe():
