@@ -70,7 +70,7 @@ class Talk:
     def __init__(self, model, enc, turns):
         self.model, self.enc, self.cache = model, enc, gpt.KVCache(model)
         self.trained_turns = turns  # of the longest chat it learned from; 0: it learned plain text
-        self.turns = turns  # how many of the person's messages it sees
+        self.turns = turns  # how many of the person's messages it sees; 0: it knows no chats
         self.history = []  # the turns so far: [(the person's ids, the model's ids), ...]
         self.left_out = 0  # of the turns that it may see, how many did not fit into the context
         self.last = None  # what came of the newest reply, see `reply`

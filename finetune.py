@@ -5,9 +5,9 @@
     python finetune.py config/finetune_alpaca.py         # GPT-2 on Stanford Alpaca, for a GPU
     python finetune.py --init_from=out/mine/best.pt --data_dir=data/my_chats --out_dir=out/my_chat
 
-The loop, the checkpoints, --resume and the signals are train.py's; what differs is where the
-weights come from, and that it counts epochs. Only the assistant's words and its <|end|> are
-learned (data/conversation.py, `supervised`).
+The loop, the checkpoints, --resume and the signals are train.py's; what differs is the defaults,
+and that it counts epochs. Only the assistant's words and its <|end|> are learned
+(data/conversation.py, `supervised`, by which data/tokens.py makes a batch's targets).
 """
 import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 from dataclasses import dataclass

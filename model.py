@@ -320,7 +320,7 @@ def seeded_generator(seed):
 
 def sample(logits, context, generator, *, temperature=1.0, top_k=0, top_p=1.0,
            repetition_penalty=1.0, exempt=()):
-    """Choose the next id from logits (V,), by these rules, in this order.
+    """Choose the next id from logits (V,), as if by these rules, in this order.
 
     repetition_penalty, above 1: ids in `context` become less likely (Keskar et al. 2019), but not
     those that are `exempt`, or replies would not end. temperature: 0 takes the likeliest id, 1
@@ -343,7 +343,7 @@ def sample(logits, context, generator, *, temperature=1.0, top_k=0, top_p=1.0,
     return int(ids[torch.multinomial(probs, 1, generator=generator)])
 
 
-# ---- the optimizer ----
+# ---- the optimizer: it moves every weight a little against its gradient (skip it at first) ----
 
 # (a, b, c) of each round of newton_schulz, below. They suit what the rounds before leave (Amsel et
 # al. 2025, "The Polar Express"; their coefficients, with the 1 % of safety that they recommend).
@@ -371,7 +371,7 @@ def newton_schulz(x, dtype=torch.float32):
 
 def wide_matrices(p):
     """The matrices that a parameter holds, as views with no more rows than columns: three of c_attn
-    (query, key, value), one of others. c_fc is turned, so that it shares a stack with c_proj."""
+    (query, key, value), one of others. c_fc is turned, to share a stack with the MLP's c_proj."""
     rows, cols = p.shape
     if rows == 3 * cols:  # c_attn
         return list(p.view(3, cols, cols))
@@ -756,7 +756,8 @@ def model_from_checkpoint(checkpoint, dropout=0.0, source="the checkpoint"):
     try:
         load_weights(model, checkpoint["model"], source)
     except ValueError as error:
-        raise ValueError(f"{error}. Was model.py changed since it was written?") from error
+        raise ValueError(f"{error}. If model.py was edited since, take the "
+                         "edit back (git checkout model.py), or train again") from error
     if then := checkpoint.get("trial"):
         then, now = torch.tensor(then), torch.tensor(trial(model))
         if (now - then).abs().max() > 0.02 * then.abs().max():

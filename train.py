@@ -47,8 +47,8 @@ class LoopSettings:
     resume: bool = False  # go on from out_dir/last.pt
     eval_only: bool = False  # only measure init_from's model: loss, perplexity, bits per byte
     # one step
-    batch_size: int = 8  # windows of block_size tokens; or chats, as many tokens in all
-    gradient_accumulation: int = 1  # batches summed up for one step, over all processes
+    batch_size: int = 8  # windows of block_size tokens; or chats, cut to it, as many tokens in all
+    gradient_accumulation: int = 1  # batches of a step, over all processes: a multiple of them
     max_iters: int = 2000  # steps
     read_iters: int = 0  # the first steps, in which a chat's questions are learned too
     dropout: float = 0.0  # share of activations zeroed while training; slows memorizing
@@ -56,11 +56,11 @@ class LoopSettings:
     optimizer: str = "muon"  # muon (the blocks' matrices; AdamW for the rest) or adamw (all)
     learning_rate: float = 0.01  # peak, of muon, or of adamw where it has all
     embedding_learning_rate: float = 0.003  # peak, of the AdamW beside muon
-    warmup_iters: int = 20  # steps from 0 to the peak
+    warmup_iters: int = 20  # steps from near 0 to the peak
     decay: str = "linear"  # after that: linear, cosine or constant
     final_lr: float = 0.0  # where the decay ends, as a fraction of the peak
     weight_decay: float = 0.0  # pull of weights towards 0; not of norms and biases
-    momentum: float = 0.9  # of muon: how much of its last step it keeps
+    momentum: float = 0.9  # of muon: how much it keeps of the mean gradient so far
     beta1: float = 0.9  # of AdamW: the same
     beta2: float = 0.99  # of AdamW: how much it keeps of the mean squared gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
@@ -76,7 +76,7 @@ class LoopSettings:
     # the machine
     seed: int = 1337  # of the first weights, the batches and the dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
-    dtype: str = "auto"  # auto, float32 or bfloat16 (of products; weights stay float32)
+    dtype: str = "auto"  # auto, float32 or bfloat16 (weights stay float32)
     compile: str = "auto"  # torch.compile: auto, on or off
 
 
@@ -100,10 +100,10 @@ def train(s, model, dataset, device, dtype, resumed=None):
     optimizers = gpt.configure_optimizers(model, s, dtype)
     progress = restore(resumed, optimizers, device) if resumed else Progress()
     autocast = mixed_precision(device, dtype)  # products in bfloat16, weights and losses float32
-    replica = make_replica(model, dataset, s)  # the same weights: compiled, or shared, where set so
+    replica = make_replica(model, dataset, s)  # the same weights, compiled or shared
     log = Log(s.out_dir / "log.csv", device, dtype)
     saved, stopped_by = True, 0  # saved: whether the newest save worked
-    saved_at = time.monotonic() if resumed else -math.inf  # never: an old last.pt is replaced soon
+    saved_at = time.monotonic() if resumed else -math.inf  # so the first save is soon due
     model.train()
     with stop_signals() as signals:
         while not (stopped_by or is_over(s, progress)):
@@ -146,12 +146,12 @@ def train(s, model, dataset, device, dtype, resumed=None):
 
 
 def train_step(model, optimizers, dataset, step, s, device, autocast):
-    """Step number `step`, from 0: returns (mean loss per target, gradient norm, counts), where
-    counts are the step's (targets, tokens read, pairs of tokens in attention).
+    """Step number `step`, from 0. With one batch and one process it is no more than this:
+    (model(idx, targets, where) / n_targets).backward(), and a step of each optimizer.
 
-    The gradient is that of the mean over all the step's targets, however they fall into batches
-    and processes. Raises ValueError if the loss or the gradient is not a finite number; the
-    weights are then still those before.
+    Returns (mean loss per target, gradient norm, counts), these the step's (targets, tokens read,
+    pairs of tokens in attention). The gradient is that of the mean over all targets, in whatever
+    batches. Raises ValueError for a loss or a gradient that is not finite; the weights then stay.
     """
     # A batch depends on its number alone, so a resumed run finds its place in the data by the step.
     # Gradient accumulation: a step has several batches, and the processes deal them out like cards.

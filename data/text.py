@@ -73,7 +73,7 @@ def make_tokenizer(s, path, stop):
     if s.tokenizer != "bpe":
         is_file = s.tokenizer.endswith(".json")
         return read_spec(config.local_path(s.tokenizer) if is_file else s.tokenizer)
-    print(f"training a byte-pair encoding of {s.vocab_size} ids ...", file=sys.stderr)
+    print(f"training a byte-pair encoding of up to {s.vocab_size} ids ...", file=sys.stderr)
     stop = min(stop, character_start(path, s.bpe_bytes))
     return train_bpe(read_text(path, 0, stop), s.vocab_size)
 

@@ -259,7 +259,8 @@ def rule():
     expect(all(rows[name] for name in new), f"of 4,000 rows none is of {', '.join(n for n in new if not rows[n])}.",
            "the number in RULES is how often it comes, beside those of the others, which add up to about 130.")
     question, answer = asked["held_out"][0][-1]
-    return (f"{new[-1]}: {question!r} -> {answer!r}; {rows[new[-1]]} of 4,000 rows. Is the rule learned? Four minutes:\n"
+    return (f"{new[-1]}: {question!r} -> {answer!r}; {rows[new[-1]]} of 4,000 rows. Is the rule learned? Four minutes\n"
+            "(it is the first half of make chat, which has about half of all right, and needs the second for more):\n"
             "  python -m data.rules\n"
             "  python prepare_alpaca.py config/prepare_rules.py\n"
             "  python train.py config/train_rules.py --out_dir=out/my_rule\n"

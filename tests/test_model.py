@@ -1050,10 +1050,10 @@ def test_weights_that_do_not_fit_the_config_are_a_users_mistake(tmp_path):
 def test_weights_of_another_model_py_are_told_with_the_file_and_the_cause(monkeypatch):
     checkpoint = m.model_checkpoint(toy(bias=False), "bytes", "text")
     monkeypatch.setattr(m, "layer_norm", lambda config: torch.nn.LayerNorm(config.n_embd, elementwise_affine=False))
-    with pytest.raises(ValueError, match="^best.pt: the tensor h.0.ln_1.weight is none of .*model.py changed"):
+    with pytest.raises(ValueError, match="^best.pt: the tensor h.0.ln_1.weight is none of .*model.py was edited"):
         m.model_from_checkpoint(checkpoint, source="best.pt")
     monkeypatch.setattr(m, "layer_norm", lambda config: torch.nn.LayerNorm(config.n_embd))
-    with pytest.raises(ValueError, match="^best.pt: the tensor h.0.ln_1.bias is missing.*model.py changed"):
+    with pytest.raises(ValueError, match="^best.pt: the tensor h.0.ln_1.bias is missing.*model.py was edited"):
         m.model_from_checkpoint(checkpoint, source="best.pt")
 
 
