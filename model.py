@@ -737,8 +737,8 @@ def trial(model):
     T, V = min(16, model.config.block_size), model.config.vocab_size
     was_training = model.training
     model.eval()
-    ids = torch.arange(T, device=model.wte.weight.device)[None] % V  # (1, T)
-    logits = model.head(model.hidden(ids)[:, -1])[0, :min(V, 64)]  # (64,)
+    ids = torch.arange(T, device=next(model.parameters()).device)[None] % V  # (1, T)
+    logits = model(ids)[0, -1, :min(V, 64)]
     model.train(was_training)
     return logits.float().tolist()
 

@@ -164,7 +164,7 @@ def fetch(source, out_dir):
 def fetch_all(sources, out_dir):
     """The local paths of sources with commas between them, or of one with commas in its name; see
     fetch."""
-    names = [sources] if config.local_path(sources).exists() else sources.split(",")
+    names = [sources] if config.is_file(sources) else sources.split(",")
     paths = [fetch(name.strip(), out_dir) for name in names]
     if len(set(paths)) < len(paths):
         raise ValueError(f"source={sources}: two files are one, or have one name; name each once")

@@ -70,7 +70,13 @@ def local_path(text):
     repository."""
     # An unknown ~user stays as it is, and is then no such file.
     path = Path(os.path.expanduser(text))
-    return path if path.exists() or not (REPO / path).exists() else REPO / path
+    is_in_repo_only = os.path.exists(REPO / path) and not os.path.exists(path)
+    return REPO / path if is_in_repo_only else path
+
+
+def is_file(text):
+    """Whether a text, however long, is the name of a file, here or in the repository."""
+    return os.path.isfile(local_path(text))
 
 
 def find_config(arg):
