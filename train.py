@@ -835,7 +835,7 @@ class Unfailing:
                 self.warn = False
                 print(f"warning: what is printed is lost: {error}; going on", file=sys.stderr)
 
-    def close(self):
+    def finish(self):
         """Leave nothing unwritten, or Python does it as it ends, and fails."""
         try:
             self.stream.flush()
@@ -852,7 +852,7 @@ def unfailing_output():
         try:
             yield
         finally:
-            out.close()
+            out.finish()
 
 
 @contextlib.contextmanager
