@@ -184,9 +184,9 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = layer_norm(config)
         # One table reads tokens and writes them (Press & Wolf 2017): in GPT-2, 39 M weights fewer.
-        # "meta" gives the head no weights of its own, and the line after gives it the table's.
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False, device="meta")
-        self.lm_head.weight = self.wte.weight
+        self.lm_head = nn.utils.skip_init(
+            nn.Linear, config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight  # the head's own were not even drawn
         self.init_weights()
 
     def init_weights(self):

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -889,6 +890,20 @@ def test_a_head_of_its_own_comes_back_from_a_checkpoint(tmp_path, monkeypatch):
     m.save_checkpoint(tmp_path / "a.pt", m.model_checkpoint(gpt, "bytes", "text", step=1, max_iters=2))
     again = m.model_from_checkpoint(m.load_checkpoint(tmp_path / "a.pt"))
     assert again.lm_head.weight is not again.wte.weight and torch.equal(again.eval()(ids), gpt(ids))
+
+
+def test_without_the_line_that_ties_it_the_head_has_weights_of_its_own(tmp_path):
+    text, line = Path(m.__file__).read_text(encoding="utf-8"), "        self.lm_head.weight = self.wte.weight"
+    assert text.count(line) == 1
+    (tmp_path / "untied_model.py").write_text(text.replace(line, "        "), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        import untied_model as u
+    torch.manual_seed(0)
+    gpt, ids = u.GPT(u.GPTConfig(260, T, 2, NH, C)).eval(), random_ids(2, T)
+    assert 0.018 < gpt.lm_head.weight.std() < 0.022 and gpt.num_params() == toy(vocab_size=260).num_params() + 320 * C
+    again = u.model_from_checkpoint(u.model_checkpoint(gpt, "bytes", "text"))
+    assert torch.equal(again.eval()(ids), gpt(ids))
 
 
 def test_muon_has_the_blocks_matrices_and_adamw_the_rest_each_at_its_rate():
