@@ -898,11 +898,15 @@ def pick_compile(s, model, dataset, device):
 
 
 @contextlib.contextmanager
-def compiling(s):
-    """Within it, an error of torch.compile becomes a ValueError of one line."""
+def torch_errors(s):
+    """Within it, an error of torch.compile becomes a ValueError of one line, and so does DDP's."""
     try:
         yield
     except RuntimeError as error:
+        if "parameters that were not used" in str(error):
+            raise ValueError("a parameter of model.py has no part in the loss, which processes "
+                             "that train together do not allow: take it out, or leave torchrun "
+                             "out") from error
         compiler_said = isinstance(error, torch._dynamo.exc.TorchDynamoException)
         if s.compile != "on" or not compiler_said or "out of memory" in str(error):
             raise
@@ -1087,7 +1091,7 @@ def run(s, model, dataset, device, dtype, why, resumed):
     if device.type == "cuda" and dataset.kind == "text":
         dataset = ReadAhead(dataset, world_size, s.gradient_accumulation // world_size)
     advice = f"the last checkpoint is kept. Try {smaller_batches(s)}"
-    with enough_memory(advice), compiling(s):
+    with enough_memory(advice), torch_errors(s):
         if s.eval_only:
             return measure(s, model, dataset, device, dtype)
         if not s.resume and (s.out_dir / "best.pt").exists():

@@ -974,6 +974,18 @@ def test_a_gradient_that_is_no_number_on_one_process_stops_both(made, tmp_path, 
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == len(read_log(tmp_path / "out")) == 3
 
 
+@POSIX
+def test_a_parameter_that_nothing_uses_is_told_where_processes_train_together(made, tmp_path):
+    both = ranks(train, flags(made, train, tmp_path / "out", gradient_accumulation=2), tmp_path, use_no_mlp)
+    assert ended(*both) == [1, 1]
+    line = (tmp_path / "said0").read_text(encoding="utf-8").splitlines()[-1]
+    assert line.startswith("error: a parameter of model.py has no part in the loss"), line
+
+
+def use_no_mlp():
+    train.gpt.Block.forward = lambda self, x, cache=None, start=0: x + self.attn(self.ln_1(x), cache, start)
+
+
 def spoil_on_rank_1(value):
     real = train.gpt.GPT.forward
     calls = iter(range(1000))
