@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from data.files import rename
+
 RETRIES = 5
 CHUNK = 1 << 16  # bytes read at a time; what a broken connection loses
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next bytes
@@ -83,7 +85,7 @@ def download(url, path, sha256=None, size=None, retries=RETRIES, wait=1.0):
         part.unlink()
         note.unlink()
         raise OSError(f"{url}: {problem}; nothing was kept, try again later, or {by_hand}")
-    os.replace(part, path)
+    rename(part, path)
     return path
 
 

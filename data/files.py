@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import struct
+import sys
 import time
 from pathlib import Path
 
@@ -50,10 +51,20 @@ def replace_file(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        rename(part, path)
     except BaseException:  # Ctrl-C among them
         part.unlink(missing_ok=True)
         raise
+
+
+def rename(source, target):
+    """os.replace. On Windows a virus scanner may have a new file open, so there it is tried for a
+    second."""
+    for _ in range(10 if sys.platform == "win32" else 0):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.1)
+    os.replace(source, target)
 
 
 def write_text(path, text):
@@ -161,7 +172,7 @@ def move_up(part, path):
         shutil.copymode(path, part)
     with open(part, "rb+") as f:
         os.fsync(f.fileno())
-    os.replace(part, path)
+    rename(part, path)
 
 
 # ---- safetensors ----

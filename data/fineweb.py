@@ -8,7 +8,6 @@ hub. FineWeb: Penedo et al. 2024; these shards: the hub's kjj0/fineweb10B-gpt2, 
 Karpathy's llm.c.
 """
 import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data.download import delete, download, hub, name_in
-from data.files import locked
+from data.files import locked, rename
 from data.tokenizer import GPT2_VOCAB_SIZE, ROLE_TOKENS
 from data.tokens import SPLITS, shards, write_meta
 
@@ -49,7 +48,7 @@ def unpack(raw, path):
         part = path.with_name(path.name + ".part")
         with open(part, "wb") as out:
             shutil.copyfileobj(f, out, 1 << 20)
-    os.replace(part, path)
+    rename(part, path)
     delete(raw)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data.files import is_special, locked, new_files, write_atomically
+from data.files import is_special, locked, new_files, write_atomically, write_text
 from data.tokens import read_meta
 
 REPO = Path(__file__).parent.parent
@@ -158,3 +158,21 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tmp_path):
             (part / "a").write_text("new", encoding="utf-8")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_on_windows_a_file_that_a_scanner_has_open_is_replaced_as_soon_as_it_may(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("old", encoding="utf-8")
+    real, refusals = os.replace, iter([True, True, False])
+
+    def replace(source, target):
+        if next(refusals):
+            raise PermissionError(13, "Access is denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="denied"):
+        write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old"
+    monkeypatch.setattr(sys, "platform", "win32")
+    write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "new" and not list(tmp_path.glob(".a*"))
