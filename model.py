@@ -194,7 +194,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2 * n_layer of these add up in the stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif p.dim() == 2:
+            elif p.dim() == 2 and name.endswith("weight"):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -604,8 +604,8 @@ def count_layers(weights):
 
 
 def check_names_and_shapes(weights, expected, source):
-    """Raise ValueError for the first of the weights that is missing, unknown or of another
-    shape."""
+    """Raise ValueError for the first of the weights that is missing, unknown or of another shape
+    or type."""
     for name in [*sorted(weights.keys() - expected.keys()), *expected]:  # the unknown ones first
         if name not in weights or name not in expected:
             problem = "is missing" if name in expected else "is none of this model's"
@@ -614,23 +614,26 @@ def check_names_and_shapes(weights, expected, source):
         if found != wanted:
             raise ValueError(f"{source}: {name} has the shape {found}, which does not fit; "
                              f"expected {wanted}")
+        if (dtype := weights[name].dtype) != expected[name].dtype:
+            raise ValueError(f"{source}: {name} is of type {dtype}, expected "
+                             f"{expected[name].dtype}")
 
 
 # ---- checkpoints ----
 
 class NoInit(TorchFunctionMode):
-    """Within it, new modules draw no random numbers: loaded weights will replace them anyway.
-    (Drawing them for the meta device would also import half of torch, which takes a second.)"""
+    """Within it, new modules draw no random numbers: loaded weights will replace them anyway."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is nn.init.normal_:
+        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return kwargs["tensor"]
         return function(*args, **(kwargs or {}))
 
 
 def empty_model(config):
-    """A GPT without memory for its weights, which load_weights gives it."""
-    with torch.device("meta"), NoInit():
+    """A GPT whose weights were not drawn, so that they take no memory until load_weights puts
+    others in their place. (On the meta device buffers of a reader's would be lost.)"""
+    with NoInit():
         return GPT(config)
 
 
@@ -711,7 +714,8 @@ def check_checkpoint(checkpoint):
     if any(type(logit) is not float for logit in checkpoint.get("trial", ())):
         raise ValueError("its trial is broken")
     for name, tensor in weights.items():
-        if tensor.dtype != torch.float32 or tensor.layout != torch.strided:
+        is_other_float = tensor.is_floating_point() and tensor.dtype != torch.float32
+        if is_other_float or tensor.layout != torch.strided:
             raise ValueError(f"{name} is of type {tensor.dtype}")
         if not tensor.sum().isfinite():  # in a tenth of the time that tensor.isfinite() takes
             raise ValueError(f"{name} holds numbers that are not finite")
@@ -756,13 +760,13 @@ def model_from_checkpoint(checkpoint, dropout=0.0, source="the checkpoint"):
     try:
         load_weights(model, checkpoint["model"], source)
     except ValueError as error:
-        raise ValueError(f"{error}. If model.py was edited since, take the "
-                         "edit back (git checkout model.py), or train again") from error
+        raise ValueError(f"{error}. It was made by another model.py than this one: edit it to be "
+                         "that again, or train again") from error
     if then := checkpoint.get("trial"):
         then, now = torch.tensor(then), torch.tensor(trial(model))
         if (now - then).abs().max() > 0.02 * then.abs().max():
-            print(f"warning: {source} was trained with another model.py, which computed something "
-                  "else; see git diff model.py", file=sys.stderr)
+            print(f"warning: {source} was trained with another model.py than this one, which "
+                  "computes something else with its weights", file=sys.stderr)
     return model
 
 

@@ -33,8 +33,8 @@ def read_text(path, start, stop, digest=None):
     """Yield bytes start..stop of a UTF-8 file as strings of about BLOCK bytes, cut after line ends
     where there are any, so that no word is torn. Windows' line ends become "\\n". Feeds `digest`
     what it reads. Raises ValueError for other encodings."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    kept = ""
+    decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()  # sig: Notepad's
+    decoder, kept = io.IncrementalNewlineDecoder(decoder, translate=True), ""
     with open(path, "rb") as f:
         f.seek(start)
         while start < stop:

@@ -221,7 +221,7 @@ def try_texts(rng, world, folder):
         enc, ids = get_tokenizer(folder_tokenizer(folder / "data")), []
         for split in SPLITS:
             ids += memoryview((folder / "data" / f"{split}.bin").read_bytes()).cast("H")
-        if enc.decode_bytes(ids).decode() != (folder / "text.txt").read_text(encoding="utf-8"):
+        if enc.decode_bytes(ids).decode() != (folder / "text.txt").read_text(encoding="utf-8-sig"):
             raise Broken("the ids decode to another text")
 
 

@@ -855,25 +855,32 @@ def test_the_optimizers_hold_every_weight_once_and_decay_no_vector(name):
 
 
 class Edited(GPT):
-    """What readers do: a head of its own, gains of no and of three dimensions, one more layer outside of the blocks,
-    a matrix in a block that nothing uses, and one that is kept as it is."""
+    """What readers do: a head of its own, gains of any dimensions, one more layer outside of the blocks, a matrix in a
+    block that nothing uses, and one that is kept as it is; buffers and a plain tensor that hold what is computed."""
 
     def __init__(self, config):
         super().__init__(config)
         self.lm_head = torch.nn.Linear(C, config.padded_vocab_size, bias=False)
         self.more = torch.nn.Linear(C, C)
         self.gain, self.gains = torch.nn.Parameter(torch.tensor(1.5)), torch.nn.Parameter(torch.ones(NH, 1, C // NH))
+        self.per_head = torch.nn.Parameter(torch.ones(NH, C // NH))
         self.h[0].unused = torch.nn.Linear(C, C)
         self.h[1].attn.c_proj.weight.requires_grad = False
+        self.register_buffer("kept", torch.arange(C) % 5 > 0)  # booleans
+        self.register_buffer("computed", torch.arange(C) / C, persistent=False)
+        self.plain = torch.arange(C) / C
+        self.init_weights()
 
     def hidden(self, idx, cache=None, start=0):
-        return self.more(super().hidden(idx, cache, start)) * self.gain * self.gains.reshape(C)
+        x = self.more(super().hidden(idx, cache, start)) * self.gain * (self.gains[:, 0] * self.per_head).reshape(C)
+        return (x + self.computed + self.plain) * self.kept
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_whatever_a_reader_adds_is_trained_but_what_is_unused_or_kept(name):
     torch.manual_seed(0)
     gpt = Edited(GPTConfig(V, T, 2, NH, C))
+    assert (gpt.per_head == 1).all(), "what is no layer's weight begins as its maker says"
     before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
     optimizers = m.configure_optimizers(gpt, SimpleNamespace(optimizer=name, **{**RATES, "weight_decay": 0}))
     for _ in range(2):
@@ -884,12 +891,13 @@ def test_whatever_a_reader_adds_is_trained_but_what_is_unused_or_kept(name):
     assert kept == {"h.0.unused.weight", "h.0.unused.bias", "h.1.attn.c_proj.weight"}
 
 
-def test_a_head_of_its_own_comes_back_from_a_checkpoint(tmp_path, monkeypatch):
+def test_what_a_reader_adds_comes_back_from_a_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(m, "GPT", Edited)
     gpt, ids = Edited(GPTConfig(260, T, 2, NH, C)).eval(), random_ids(2, T)
     m.save_checkpoint(tmp_path / "a.pt", m.model_checkpoint(gpt, "bytes", "text", step=1, max_iters=2))
     again = m.model_from_checkpoint(m.load_checkpoint(tmp_path / "a.pt"))
     assert again.lm_head.weight is not again.wte.weight and torch.equal(again.eval()(ids), gpt(ids))
+    assert capsys.readouterr().err == ""
 
 
 def test_without_the_line_that_ties_it_the_head_has_weights_of_its_own(tmp_path):
@@ -1062,13 +1070,20 @@ def test_weights_that_do_not_fit_the_config_are_a_users_mistake(tmp_path):
         m.model_from_checkpoint(checkpoint)
 
 
+def test_a_weight_of_integers_is_refused():
+    checkpoint = m.model_checkpoint(toy(), "bytes", "text")
+    checkpoint["model"]["h.0.ln_1.bias"] = torch.zeros(C, dtype=torch.int64)
+    with pytest.raises(ValueError, match="h.0.ln_1.bias is of type torch.int64"):
+        m.model_from_checkpoint(checkpoint)
+
+
 def test_weights_of_another_model_py_are_told_with_the_file_and_the_cause(monkeypatch):
     checkpoint = m.model_checkpoint(toy(bias=False), "bytes", "text")
     monkeypatch.setattr(m, "layer_norm", lambda config: torch.nn.LayerNorm(config.n_embd, elementwise_affine=False))
-    with pytest.raises(ValueError, match="^best.pt: the tensor h.0.ln_1.weight is none of .*model.py was edited"):
+    with pytest.raises(ValueError, match="^best.pt: the tensor h.0.ln_1.weight is none of .*It was made by another model.py"):
         m.model_from_checkpoint(checkpoint, source="best.pt")
     monkeypatch.setattr(m, "layer_norm", lambda config: torch.nn.LayerNorm(config.n_embd))
-    with pytest.raises(ValueError, match="^best.pt: the tensor h.0.ln_1.bias is missing.*model.py was edited"):
+    with pytest.raises(ValueError, match="^best.pt: the tensor h.0.ln_1.bias is missing.*It was made by another model.py"):
         m.model_from_checkpoint(checkpoint, source="best.pt")
 
 
@@ -1085,7 +1100,7 @@ def test_who_loads_weights_into_a_model_py_that_computes_something_else_is_warne
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(owner, name, changed)
     m.model_from_checkpoint(checkpoint, source="best.pt")
-    assert re.match("warning: best.pt was trained with another model.py.*git diff", capsys.readouterr().err)
+    assert re.match("warning: best.pt was trained with another model.py than", capsys.readouterr().err)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(tmp_path):
