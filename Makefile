@@ -56,7 +56,7 @@ clean:
 	find . -path ./.venv -prune -o -name __pycache__ -exec rm -rf {} +
 
 .venv/runtime: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15) and "Python 3.10 to 3.14 is needed: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@

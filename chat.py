@@ -106,7 +106,7 @@ def reply(talk, question, s):
     character, never a role token. It ends with <|end|>, after max_new_tokens, or where the context
     is full. Then, or when it is closed before, talk.history has both messages, and talk.last says
     what came of it."""
-    began, prompt, answer = time.monotonic(), [], []
+    began, prompt, answer = time.perf_counter(), [], []
     stop = "interrupted"  # unless the reply comes to its end
     # A character may be spread over several tokens: the decoder waits until it is whole.
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -134,7 +134,7 @@ def reply(talk, question, s):
             yield text
     finally:
         talk.history.append((question, answer))
-        seconds = time.monotonic() - began
+        seconds = time.perf_counter() - began
         talk.last = {"text": talk.enc.decode(answer), "tokens": len(answer),
                      "seconds": round(seconds, 4),
                      "tokens_per_second": round(len(answer) / max(seconds, 1e-6), 2),
@@ -788,7 +788,7 @@ def load_model(s, device, dtype):
             raise ValueError(f"init_from={s.init_from}: its {model.config.vocab_size} ids are not "
                              "GPT-2's; talk to the checkpoint it was made from: --checkpoint=FILE")
     else:
-        hint = "The config file with its out_dir makes it; that file's first line says how."
+        hint = "The config file with its out_dir makes it; that file's first lines say how."
         if s.checkpoint.absolute() == config.REPO / Settings.checkpoint:
             hint = ("Make it: make chat (README.md has the same as single commands), or name "
                     "another with --checkpoint=FILE")

@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import runpy
 import sys
 import traceback
@@ -110,15 +111,15 @@ def read_config(path):
 
 def check_name(name, fields, source):
     """Raise ValueError, with a guess at what was meant, for a name that is no setting. A config
-    file's first line may say which script it is for."""
+    file's first lines are commands, of which the last says which script it is for."""
     if name in fields:
         return
     close = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else "--help lists them all"
     if isinstance(source, Path):
-        first_line = source.read_text(encoding="utf-8").partition("\n")[0]
-        if first_line.startswith("# python"):
-            hint += f" (the file is for {first_line[2:].strip()})"
+        commands = re.match(r"(# (?:python|torchrun) .+\n)*", source.read_text(encoding="utf-8"))
+        if commands[1]:
+            hint += f" (the file is for {commands[1][2:].strip()})"
     raise ValueError(f"{source}: there is no setting {name!r}; {hint}")
 
 

@@ -1,4 +1,5 @@
-# python prepare_alpaca.py && python finetune.py config/finetune_alpaca.py
+# python prepare_alpaca.py
+# python finetune.py config/finetune_alpaca.py
 # GPT-2 124M on one consumer GPU with 8 GB. On several: torchrun --nproc_per_node=2 finetune.py ...
 init_from = "gpt2"
 data_dir = "data/alpaca"

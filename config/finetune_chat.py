@@ -1,4 +1,5 @@
-# python prepare_alpaca.py config/prepare_chat.py && python finetune.py config/finetune_chat.py
+# python prepare_alpaca.py config/prepare_chat.py
+# python finetune.py config/finetune_chat.py
 # Then what it is to know by heart, without forgetting the rules: what `make chat` talks to.
 init_from = "out/rules/best.pt"
 data_dir = "data/chat"

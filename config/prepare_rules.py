@@ -1,4 +1,5 @@
-# python -m data.rules && python prepare_alpaca.py config/prepare_rules.py
+# python -m data.rules
+# python prepare_alpaca.py config/prepare_rules.py
 # Rows without end, and among them, once each, the hand-written rows that are not held out.
 source = "data/instruction/instruction-data.json"
 extra = "data/rules/rules.json"

@@ -1,4 +1,5 @@
-# python -m data.fineweb && torchrun --nproc_per_node=8 train.py config/train_gpt2.py
+# python -m data.fineweb
+# torchrun --nproc_per_node=8 train.py config/train_gpt2.py
 # GPT-2 124M from scratch on 10 billion tokens of FineWeb. Expect a validation loss of about 3.28 to
 # 3.3: the figure of llm.c (its discussion 481: 3.29; 90 minutes on 8 A100 80GB), of whose command
 # (scripts/run_gpt2_124M.sh there) these are the steps, batch, rate and schedule. It was not run

@@ -1,4 +1,5 @@
-# python prepare_alpaca.py config/prepare_instruction.py && python train.py config/train_recite.py
+# python prepare_alpaca.py config/prepare_instruction.py
+# python train.py config/train_recite.py
 # The hand-written rows alone: it recites.
 data_dir = "data/instruction"
 out_dir = "out/recite"

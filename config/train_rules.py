@@ -1,4 +1,5 @@
-# python prepare_alpaca.py config/prepare_rules.py && python train.py config/train_rules.py
+# python prepare_alpaca.py config/prepare_rules.py
+# python train.py config/train_rules.py
 # First the rules. config/finetune_chat.py goes on from here.
 data_dir = "data/rules"
 out_dir = "out/rules"

@@ -1,4 +1,5 @@
-# python -m data.text config/prepare_shakespeare.py && python train.py config/train_shakespeare.py
+# python -m data.text config/prepare_shakespeare.py
+# python train.py config/train_shakespeare.py
 data_dir = "data/shakespeare"
 out_dir = "out/shakespeare"
 block_size = 64

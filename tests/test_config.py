@@ -148,7 +148,7 @@ def test_a_missing_config_file_is_named_with_a_guess():
 
 
 def test_a_config_file_for_another_script_says_for_which(tmp_path):
-    path = write(tmp_path, "# python other.py config/mine.py\nstps = 3")
+    path = write(tmp_path, "# python prepare.py\n# python other.py config/mine.py\n# It is mine.\nstps = 3")
     assert refused(path).endswith("did you mean 'steps'? (the file is for python other.py config/mine.py)")
 
 

@@ -73,14 +73,14 @@ def test_of_two_that_write_at_once_each_leaves_a_whole_file(tmp_path):
 
 
 def test_a_locked_folder_names_who_is_there_and_a_killed_process_leaves_no_lock(tmp_path):
-    program = ("import sys, time; from pathlib import Path; from data.files import locked\n"
+    program = ("import os, sys, time; from pathlib import Path; from data.files import locked\n"
                "assert 'torch' not in sys.modules\n"  # half a second, for those who only write
-               f"with locked(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(60)")
+               f"with locked(Path({str(tmp_path)!r})): print(os.getpid(), flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, stdout=subprocess.PIPE)
-    assert other.stdout.readline().rstrip() == b"in"
+    pid = other.stdout.readline().decode().strip()  # on Windows not other.pid, which is a launcher's
     with pytest.raises(OSError) as refused, locked(tmp_path):
         raise AssertionError("not reached")
-    assert re.fullmatch(rf"{re.escape(str(tmp_path))}: process {other.pid} has been writing there since "
+    assert re.fullmatch(rf"{re.escape(str(tmp_path))}: process {pid} has been writing there since "
                         r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d; .*another folder", str(refused.value))
     other.kill()
     other.communicate()

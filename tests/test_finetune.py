@@ -517,7 +517,7 @@ def test_resuming_with_other_chats_is_refused(made, tmp_path, monkeypatch):
 def as_a_program(path, arguments, folder):
     """Run a script as Python runs it, in a process of its own; what it prints goes to two files."""
     for fd, name in ((1, "said"), (2, "errors")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), fd)
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | getattr(os, "O_BINARY", 0)), fd)
     os.chdir(folder)
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")
