@@ -28,7 +28,7 @@ class Settings(train.LoopSettings):
     block_size: int = 0  # a shorter context than the model has learned; 0: all of it
     epochs: int = 3  # times each conversation is seen; the last step may see a few more
     max_iters: int = 0  # steps; 0: as many as the epochs have
-    eval_interval: int = 0  # steps between evaluations; 0: one after each epoch
+    eval_interval: int = 0  # steps between evaluations; 0: one after each epoch, 20 in all
     optimizer: str = "adamw"  # adamw (all), or muon (the blocks' matrices; AdamW for the rest)
     learning_rate: float = 5e-5  # peak
     embedding_learning_rate: float = 5e-5  # peak, of the AdamW beside muon
@@ -53,7 +53,7 @@ def count_steps(s, dataset):
     for each epoch."""
     steps = ceil(dataset.batches_until("train", s.epochs) / s.gradient_accumulation)
     s.max_iters = s.max_iters or steps
-    s.eval_interval = s.eval_interval or ceil(steps / s.epochs)
+    s.eval_interval = s.eval_interval or ceil(steps / min(s.epochs, 20))
 
 
 # ==================================================================================================

@@ -498,7 +498,8 @@ def load_gpt2(name_or_path, vocab_size=None, block_size=None, dropout=0.0):
     if n_head < 1 or n_embd % n_head:
         raise ValueError(f"{path}: its {n_embd} channels cannot be split into {n_head} equal "
                          "heads; check n_head in the config.json beside it")
-    config = GPTConfig(vocab_size, longest, count_layers(weights), n_head, n_embd, dropout)
+    config = GPTConfig(vocab_size=vocab_size, block_size=longest, n_layer=count_layers(weights),
+                       n_head=n_head, n_embd=n_embd, dropout=dropout)
     model = empty_model(config)
     load_weights(model, weights, path)
     crop_block_size(model, block_size or longest)
@@ -554,7 +555,8 @@ def read_gpt2_weights(path, vocab_size):
             if vocab_size < rows:
                 raise ValueError(f"vocab_size={vocab_size}: {path} has {rows} ids; use that or "
                                  "more")
-            tensor = grow_rows(tensor, vocab_size, GPTConfig(vocab_size).padded_vocab_size)
+            padded = GPTConfig(vocab_size=vocab_size).padded_vocab_size
+            tensor = grow_rows(tensor, vocab_size, padded)
         weights[name] = tensor.float().contiguous()
         if not weights[name].sum().isfinite():
             raise ValueError(f"{file}: {name} holds numbers that are not finite; fetch it again")
@@ -637,29 +639,33 @@ def empty_model(config):
         return GPT(config)
 
 
+def shared(model):
+    """{name: the earlier name of the same parameter}: in GPT-2 lm_head.weight is wte.weight."""
+    first, later = {}, {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(p, name) != name:
+            later[name] = first[p]
+    return later
+
+
 def stored_weights(model):
-    """{name: tensor} as checkpoints hold it: where lm_head's weights are wte's, they are stored
-    once."""
+    """{name: tensor} as checkpoints hold it: all but lm_head's, where they are wte's."""
     weights = dict(model.state_dict())
-    if is_tied(model):
+    if "lm_head.weight" in shared(model):
         del weights["lm_head.weight"]
     return weights
-
-
-def is_tied(model):
-    """Whether the embeddings are the output head too, as in GPT-2."""
-    return model.lm_head.weight is model.wte.weight
 
 
 def load_weights(model, weights, source="the checkpoint"):
     """Give a model its weights, as stored_weights has them. Raises ValueError, with their source,
     for what does not fit."""
     check_names_and_shapes(weights, stored_weights(model), source)
-    tied = is_tied(model)
-    head = {"lm_head.weight": weights["wte.weight"]} if tied else {}
-    model.load_state_dict({**weights, **head}, assign=True)
-    if tied:
-        model.lm_head.weight = model.wte.weight
+    twice = shared(model)  # assign makes two parameters of what was one
+    weights = {**weights, **{name: weights[earlier] for name, earlier in twice.items()}}
+    model.load_state_dict(weights, assign=True)
+    for name, earlier in twice.items():
+        module, _, last = name.rpartition(".")
+        setattr(model.get_submodule(module), last, model.get_parameter(earlier))
 
 
 def save_checkpoint(path, checkpoint):
@@ -677,7 +683,8 @@ def load_checkpoint(path, hint=""):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint. {hint}".strip())
+        what = "is a folder; name the best.pt in it" if path.is_dir() else "no such checkpoint"
+        raise FileNotFoundError(f"{path}: {what}. {hint}".strip())
     try:
         with zipfile.ZipFile(path) as members:
             if changed := members.testzip():
@@ -884,12 +891,13 @@ def make_fast(model, int8=False):
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
-            if isinstance(layer, nn.Linear) and int8:
+            is_linear = type(layer) is nn.Linear  # a subclass may compute something else
+            if is_linear and int8:
                 setattr(parent, name, Int8Linear(layer.weight, layer.bias))
-            elif isinstance(layer, (nn.Linear, nn.LayerNorm)):
+            elif is_linear or type(layer) is nn.LayerNorm:
                 layer.weight_array = layer.weight.numpy()
                 layer.bias_array = None if layer.bias is None else layer.bias.numpy()
-            if isinstance(layer, nn.Linear) and not int8:
+            if is_linear and not int8:
                 layer.__class__ = FastLinear
     try:
         model.wte_array, model.wpe_array = model.wte.weight.numpy(), model.wpe.weight.numpy()
@@ -925,7 +933,8 @@ def is_gpt2(model):
     x = model.hidden(one, KVCache(model))  # (1, 1, C)
     own, wanted = model.head(x)[..., :V], x @ model.wte.weight[:V].T
     is_same = (own - wanted).abs().max() <= 1e-3 * wanted.abs().max()
-    return isinstance(model, FastGPT) and is_tied(model) and bool(is_same)
+    is_tied = shared(model) == {"lm_head.weight": "wte.weight"}
+    return isinstance(model, FastGPT) and is_tied and bool(is_same)
 
 
 # ---- the device ----

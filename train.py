@@ -20,7 +20,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -944,6 +944,7 @@ def check_settings(s, may_be_0=()):
         if not ok:
             raise ValueError(f"{name}={getattr(s, name)}: must be {what}")
 
+    s.compile = {"True": "on", "False": "off"}.get(s.compile, s.compile)  # as nanoGPT has it
     if s.eval_only:
         may_be_0 = (*may_be_0, "block_size")
         if s.resume or s.init_from == "scratch":
@@ -1025,8 +1026,9 @@ def new_model(s):
     vocab_size = read_meta(s.data_dir)["vocab_size"]
     # All at once, or layers would be made until the system ends the program.
     torch.empty((vocab_size + s.block_size) * s.n_embd + 12 * s.n_layer * s.n_embd**2)
-    return gpt.GPT(gpt.GPTConfig(vocab_size, s.block_size, s.n_layer, s.n_head, s.n_embd, s.dropout,
-                                 s.bias))
+    # By name: a field that a reader adds to GPTConfig need only be a setting too.
+    shape = {f.name: getattr(s, f.name) for f in fields(gpt.GPTConfig) if hasattr(s, f.name)}
+    return gpt.GPT(gpt.GPTConfig(vocab_size=vocab_size, **shape))
 
 
 def load_base(s):

@@ -55,8 +55,8 @@ def load(settings_class, argv, doc="", start=None, typed="the command line"):
         name, equals, text = arg.lstrip("-").partition("=")
         check_name(name, fields, typed)
         if not equals:
-            raise ValueError(f"--{name} has no value: write --{name}=VALUE "
-                             f"(for a switch --{name}=True)")
+            value = "True" if fields[name] is bool else "VALUE"
+            raise ValueError(f"--{name} has no value: write --{name}={value}")
         values[name] = cast(name, parse(text, fields[name]), fields[name], typed, Path())
     return settings_class(**values)
 

@@ -671,6 +671,21 @@ def without_positions(self, idx, cache=None, start=0):
     return self.ln_f(x)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_linear_layer_of_a_readers_own_stays_as_it_is(int8):
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    gpt, ids = toy(), random_ids(1, T)
+    gpt.h[0].mlp.c_fc.__class__ = Scaled
+    before = gpt(ids)
+    m.make_fast(gpt, int8)
+    assert type(gpt) is GPT and type(gpt.h[0].mlp.c_fc) is Scaled
+    torch.testing.assert_close(gpt(ids), before, rtol=0, atol=0.2 if int8 else 1e-4)
+
+
 @pytest.mark.parametrize("owner, name, changed", [
     (m, "layer_norm", lambda config: torch.nn.RMSNorm(config.n_embd)),
     (torch.nn.functional, "gelu", lambda x, approximate: torch.relu(x)),
@@ -865,6 +880,7 @@ class Edited(GPT):
         self.gain, self.gains = torch.nn.Parameter(torch.tensor(1.5)), torch.nn.Parameter(torch.ones(NH, 1, C // NH))
         self.per_head = torch.nn.Parameter(torch.ones(NH, C // NH))
         self.h[0].unused = torch.nn.Linear(C, C)
+        self.h[1].mlp.c_fc.weight = self.h[0].mlp.c_fc.weight
         self.h[1].attn.c_proj.weight.requires_grad = False
         self.register_buffer("kept", torch.arange(C) % 5 > 0)  # booleans
         self.register_buffer("computed", torch.arange(C) / C, persistent=False)
@@ -897,6 +913,7 @@ def test_what_a_reader_adds_comes_back_from_a_checkpoint(tmp_path, monkeypatch, 
     m.save_checkpoint(tmp_path / "a.pt", m.model_checkpoint(gpt, "bytes", "text", step=1, max_iters=2))
     again = m.model_from_checkpoint(m.load_checkpoint(tmp_path / "a.pt"))
     assert again.lm_head.weight is not again.wte.weight and torch.equal(again.eval()(ids), gpt(ids))
+    assert again.h[1].mlp.c_fc.weight is again.h[0].mlp.c_fc.weight and again.num_params() == gpt.num_params()
     assert capsys.readouterr().err == ""
 
 
