@@ -512,10 +512,11 @@ def crop_block_size(model, block_size):
     if block_size > model.config.block_size:
         raise ValueError(f"block_size={block_size}: the model has learned only "
                          f"{model.config.block_size} positions; use that or less")
+    if block_size < model.config.block_size and hasattr(model, "wpe"):  # not with rotary ones
+        learned = model.wpe.weight
+        positions = learned.detach()[:block_size].clone()
+        model.wpe = nn.Embedding.from_pretrained(positions, freeze=not learned.requires_grad)
     model.config.block_size = block_size
-    if hasattr(model, "wpe"):  # rotary positions are not learned
-        positions = model.wpe.weight.detach()[:block_size].clone()
-        model.wpe = nn.Embedding.from_pretrained(positions, freeze=False)
 
 
 def fetch_gpt2(name):
@@ -758,6 +759,23 @@ def trained_turns(checkpoint):
     """How many questions the longest chat had that a checkpoint's model learned from; 0: it learned
     plain text."""
     return checkpoint.get("turns", 1) if checkpoint["kind"] == "chat" else 0
+
+
+@torch.no_grad()
+def cache_agrees(model):
+    """Whether a model reads a text in parts, with the cache, as it does at once. Who changes how
+    tokens see each other, for instance the mask where T = S alone, may forget the one or the
+    other, and chats would not hear what was trained."""
+    T = min(256, model.config.block_size)
+    device, was_training, cache = model.wte.weight.device, model.training, KVCache(model)
+    ids = torch.arange(T, device=device)[None] % model.config.vocab_size  # (1, T)
+    model.eval()
+    parts = [(0, T // 2), (T // 2, T - 1), (T - 1, T)]
+    read = [model.hidden(ids[:, a:b], cache, a) for a, b in parts if a < b]
+    whole, read = model.hidden(ids), torch.cat(read, 1)  # (1, T, C) both
+    model.train(was_training)
+    exactness = 1e-4 if device.type == "cpu" else 1e-2  # a GPU's products are shorter
+    return bool((whole - read).abs().max() <= exactness * whole.abs().max())
 
 
 def model_from_checkpoint(checkpoint, dropout=0.0, source="the checkpoint"):

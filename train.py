@@ -1082,6 +1082,11 @@ def run(s, model, dataset, device, dtype, why, resumed):
     print(f"{s.data_dir}: {dataset.n_tokens('train'):,} training tokens, {dataset.vocab_size} ids\n"
           f"model: {model.num_params():,} parameters, {model.config.n_layer} layers x "
           f"{model.config.n_embd}; {how}{together}\ndevice: {why}{compiled}", flush=True)
+    if not s.eval_only and is_first():
+        with only_telling("the KV cache"):
+            if not gpt.cache_agrees(model):
+                raise ValueError("model.py computes something else with it than without, so chats "
+                                 "and samples will not be what is trained here")
     if s.read_iters and not s.eval_only:
         print(f"up to step {s.read_iters} questions are learned too, and their loss is counted; "
               "then the answers alone", flush=True)

@@ -1,3 +1,4 @@
+# python prepare_alpaca.py config/prepare_instruction.py
 # python prepare_alpaca.py config/prepare_alpaca_small.py
 # Alpaca's short rows in the small instruction data's vocabulary, to train a small model on first.
 out_dir = "data/alpaca_small"

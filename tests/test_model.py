@@ -702,6 +702,29 @@ def test_a_model_that_its_reader_changed_is_not_replaced_by_the_one_in_numpy(own
     assert type(gpt) is GPT
 
 
+def shifted(self, x, layer_cache=None, start=0):
+    x = x + torch.nn.functional.pad(x, (0, 0, 1, -1))  # each token with the one before, of those that are new
+    x = x + self.attn(self.ln_1(x), layer_cache, start)
+    return x + self.mlp(self.ln_2(x))
+
+
+def window_where_all_is_new(self, x, layer_cache=None, start=0):
+    """A window of 8, but only where T = S."""
+    return windowed(8 if layer_cache is None else 999)(self, x, layer_cache, start)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 40])
+def test_a_cache_that_is_forgotten_in_an_edit_is_noticed(block_size, monkeypatch):
+    for gpt in (toy(block_size=block_size), GPT(GPTConfig(V, block_size, 4, NH, C)).train()):
+        assert m.cache_agrees(gpt)
+    assert gpt.training
+    for owner, forward in ((m.Block, shifted), (m.CausalSelfAttention, window_where_all_is_new)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, "forward", forward)
+            for gpt in (toy(block_size=block_size), GPT(GPTConfig(V, block_size, 4, NH, C))):  # large weights, first ones
+                assert m.cache_agrees(gpt) == (block_size == 1 or owner is m.CausalSelfAttention and block_size < 9)
+
+
 def test_in_bfloat16_a_model_stays_as_it_is():
     gpt = toy().to(torch.bfloat16)
     for int8 in (False, True):
@@ -1085,6 +1108,16 @@ def test_weights_that_do_not_fit_the_config_are_a_users_mistake(tmp_path):
     checkpoint["config"] = {**checkpoint["config"], "n_embd": 2 * C}
     with pytest.raises(ValueError, match="fit"):
         m.model_from_checkpoint(checkpoint)
+
+
+def test_positions_that_a_reader_froze_stay_frozen_in_a_shorter_context():
+    gpt = toy()
+    gpt.wpe.weight.requires_grad = False
+    for block_size in (T, T - 1):
+        m.crop_block_size(gpt, block_size)
+        assert gpt.wpe.weight.shape == (block_size, C) and not gpt.wpe.weight.requires_grad
+    with pytest.raises(ValueError, match=f"block_size={T}"):
+        m.crop_block_size(gpt, T)
 
 
 def test_a_weight_of_integers_is_refused():

@@ -729,6 +729,18 @@ def test_a_run_that_memorizes_says_so_once(folders, tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("Validation has turned up") == 1
 
 
+def test_an_edit_that_forgets_the_cache_is_told_and_trained_all_the_same(folders, tmp_path, monkeypatch, capsys):
+    run(folders["text"], tmp_path, max_iters=1)
+    assert "KV cache" not in capsys.readouterr().err
+    forward = train.gpt.Block.forward
+    monkeypatch.setattr(train.gpt.Block, "forward", lambda self, x, *args: forward(self, x + x.roll(1, 1), *args))
+    run(folders["text"], tmp_path, max_iters=1)
+    assert capsys.readouterr().err.count("warning: the KV cache: model.py computes something else") == 1
+    monkeypatch.setattr(train.gpt.GPT, "hidden", lambda self, idx: self.wte(idx))  # which has none
+    run(folders["text"], tmp_path, max_iters=1, sample_interval=0)
+    assert "warning: the KV cache: " in capsys.readouterr().err
+
+
 # What goes wrong
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
