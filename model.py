@@ -742,6 +742,12 @@ def model_checkpoint(model, tokenizer_spec, kind, **extra):
             "tokenizer": tokenizer_spec, "kind": kind, "trial": trial(model), **extra}
 
 
+def trained_turns(checkpoint):
+    """How many questions the longest chat had that a checkpoint's model learned from; 0: it learned
+    plain text."""
+    return checkpoint.get("turns", 1) if checkpoint["kind"] == "chat" else 0
+
+
 @torch.no_grad()
 def trial(model):
     """What a model makes of a made-up text: its last logits of at most 64 ids, a list. Whoever
@@ -753,12 +759,6 @@ def trial(model):
     logits = model(ids)[0, -1, :min(V, 64)]
     model.train(was_training)
     return logits.float().tolist()
-
-
-def trained_turns(checkpoint):
-    """How many questions the longest chat had that a checkpoint's model learned from; 0: it learned
-    plain text."""
-    return checkpoint.get("turns", 1) if checkpoint["kind"] == "chat" else 0
 
 
 @torch.no_grad()
@@ -788,8 +788,9 @@ def model_from_checkpoint(checkpoint, dropout=0.0, source="the checkpoint"):
         raise ValueError(f"{error}. It was made by another model.py than this one: edit it to be "
                          "that again, or train again") from error
     if then := checkpoint.get("trial"):
-        then, now = torch.tensor(then), torch.tensor(trial(model))
-        if (now - then).abs().max() > 0.02 * then.abs().max():
+        now = trial(model)
+        furthest = max(map(abs, then))
+        if any(abs(a - b) > 0.02 * furthest for a, b in zip(now, then)):
             print(f"warning: {source} was trained with another model.py than this one, which "
                   "computes something else with its weights", file=sys.stderr)
     return model
