@@ -708,7 +708,7 @@ def check_checkpoint(checkpoint):
         if type(checkpoint.get(name)) is not kind:
             raise ValueError(f"its {name} is missing or broken")
     for name in checkpoint["config"].keys() - {field.name for field in fields(GPTConfig)}:
-        raise ValueError(f"its config has an unknown {name!r}")
+        raise ValueError(f"its config has an unknown {name!r}, of another model.py")
     config, weights = GPTConfig(**checkpoint["config"]), checkpoint["model"]
     for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
         value = getattr(config, name)
