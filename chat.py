@@ -12,7 +12,6 @@
 Only replies go to standard output; all else goes to standard error. A model trained on plain text
 has no turns: it goes on writing what you began.
 """
-import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import codecs
 import contextlib
 import difflib
@@ -30,14 +29,20 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+import config
 import model as gpt
+from config import UserError
 from data import conversation as chats
 from data.conversation import special_ids
+from data.datasets import folder_tokenizer, open_dataset, read_meta, row_categories
 from data.files import write_atomically, write_json
-from data.hellaswag import read_choices
-from data.tokenizer import get_tokenizer, token_pieces
-from data.tokens import folder_tokenizer, open_dataset, read_meta, row_categories
-from pictures.look import look, write_page
+from data.tokenizer import GPT2_VOCAB_SIZE, get_tokenizer, token_pieces
+from data.weights import GPT2_NAMES
+from runtime.checkpoint import load_checkpoint, max_turns
+from runtime.checkpoint import load_model as load_checkpoint_model
+from runtime.devices import pick_device
+from runtime.look import look, write_page
+from runtime.multiple_choice import read_choices
 
 
 @dataclass
@@ -231,7 +236,7 @@ def mistakes_are_told(tty):
     with ctrl_c_stops_only_this(tty):
         try:
             yield
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             if not tty:
                 raise
             note(error)
@@ -309,9 +314,9 @@ def command(talk, s, line):
     path = Path(os.path.expanduser(rest or "out/look.html"))  # /look's usual one
     needs_history = ("/undo", "/retry", "/save", "/tokens", "/look")
     if name in needs_history and not talk.history:
-        raise ValueError("nothing was said yet")
+        raise UserError("nothing was said yet")
     if name in ("/save", "/load") and not rest:
-        raise ValueError(f"{name} needs a file: {name} chat.jsonl")
+        raise UserError(f"{name} needs a file: {name} chat.jsonl")
     match name:
         case "/help":
             note(HELP)
@@ -341,7 +346,7 @@ def command(talk, s, line):
         case _:
             close = difflib.get_close_matches(name, COMMANDS, 1)
             advice = f"did you mean {close[0]}?" if close else "/help lists the commands"
-            raise ValueError(f"there is no {name}; {advice}")
+            raise UserError(f"there is no {name}; {advice}")
     return s
 
 
@@ -366,7 +371,7 @@ def change(s, flags):
     for flag in flags:
         name = flag[2:].partition("=")[0]
         if name not in CHANGEABLE:
-            raise ValueError(f"{name}: cannot be set here; {', '.join(CHANGEABLE)} can")
+            raise UserError(f"{name}: cannot be set here; {', '.join(CHANGEABLE)} can")
     changed = config.load(Settings, flags, start=s, typed="/set")
     check_settings(changed)
     return changed
@@ -378,7 +383,7 @@ def save(talk, path):
     if path.exists():
         mine = [[{"messages": said[:n]}] for n in range(len(said) + 1)]  # nothing but this chat
         if chats.read_rows(path) not in mine:
-            raise ValueError(f"{path}: is there already, and holds something else than this chat; "
+            raise UserError(f"{path}: is there already, and holds something else than this chat; "
                              "use another name")
     text = json.dumps({"messages": said}, ensure_ascii=False) + "\n"
     write_atomically(path, lambda f: f.write(text.encode("utf-8")))
@@ -388,10 +393,10 @@ def save(talk, path):
 def load(talk, path):
     """Take over the chat in a file, the last one if it has several."""
     if not talk.turns:
-        raise ValueError("this model knows no turns")
+        raise UserError("this model knows no turns")
     conversations = chats.read_conversations(path)
     if not conversations:
-        raise ValueError(f"{path}: holds no chat")
+        raise UserError(f"{path}: holds no chat")
     said, _ = conversations[-1]
     ids = [talk.enc.encode_ordinary(m["content"]) for m in said]
     go_on_from(talk, list(zip(ids[0::2], ids[1::2])))  # they alternate
@@ -469,7 +474,7 @@ def score_path(s):
         folder = config.repo_folder() / "out" / Path(s.init_from).name
     path = s.score_file or folder / "score.json"
     if path.is_dir():
-        raise ValueError(f"score_file={path}: is a folder; name a file")
+        raise UserError(f"score_file={path}: is a folder; name a file")
     return path
 
 
@@ -484,7 +489,7 @@ def check_lengths(rows, short_enough, s):
     if rows > short_enough:
         note(f"{rows - short_enough} rows are longer than this model's context and were left out")
     if not short_enough:
-        raise ValueError(f"score={s.score}: no row is short enough for this model's context")
+        raise UserError(f"score={s.score}: no row is short enough for this model's context")
 
 
 def write_scores(path, s, summary, answers):
@@ -508,10 +513,10 @@ def rows_to_score(source, wanted):
     if not source.is_dir():
         rows = chats.read_conversations(source)
         if not rows:
-            raise ValueError(f"score={source}: holds no row")
+            raise UserError(f"score={source}: holds no row")
         return {"rows": spread(rows, wanted or len(rows))}
     if read_meta(source)["kind"] != "chat":
-        raise ValueError(f"score={source}: holds plain text; score a folder of chats or a file of "
+        raise UserError(f"score={source}: holds plain text; score a folder of chats or a file of "
                          "them")
     dataset, enc = open_dataset(source, 2**20, 1), get_tokenizer(folder_tokenizer(source))
     groups = {}
@@ -719,13 +724,13 @@ def check_settings(s):
     for name, low in least.items():
         value = getattr(s, name)
         if value is not None and value < low:
-            raise ValueError(f"{name}={value}: must be {low} or more")
+            raise UserError(f"{name}={value}: must be {low} or more")
     if not 1 <= s.repetition_penalty <= 10:
-        raise ValueError(f"repetition_penalty={s.repetition_penalty}: must be from 1 to 10")
+        raise UserError(f"repetition_penalty={s.repetition_penalty}: must be from 1 to 10")
     if not 0 < s.top_p <= 1:
-        raise ValueError(f"top_p={s.top_p}: must be above 0, at most 1")
+        raise UserError(f"top_p={s.top_p}: must be above 0, at most 1")
     if s.look and s.prompt is None:
-        raise ValueError(f"look={s.look}: needs a --prompt=TEXT; in the chat: /look")
+        raise UserError(f"look={s.look}: needs a --prompt=TEXT; in the chat: /look")
 
 
 def main(argv):
@@ -733,10 +738,10 @@ def main(argv):
     mistake that a user can fix."""
     s = config.load(Settings, argv, __doc__)
     check_settings(s)
-    device, dtype, why = gpt.pick_device(s.device, "float32" if s.dtype == "int8" else s.dtype)
+    device, dtype, why = pick_device(s.device, "float32" if s.dtype == "int8" else s.dtype)
     if s.dtype == "int8":
         if device.type != "cpu":
-            raise ValueError(f"dtype=int8: is for the CPU; on {device} leave it out, or add "
+            raise UserError(f"dtype=int8: is for the CPU; on {device} leave it out, or add "
                              "--device=cpu")
         why = f"{device}, int8 weights"
     model, enc, turns, name = load_model(s, device, dtype)
@@ -749,7 +754,7 @@ def main(argv):
         if s.score.is_file() and (rows := read_choices(s.score)):
             return score_choices(model, enc, turns, rows, s)
         if not turns:
-            raise ValueError(f"score={s.score}: this model knows no chats, so there are no answers "
+            raise UserError(f"score={s.score}: this model knows no chats, so there are no answers "
                              "to score; it can choose among given ones (see data/hellaswag.py)")
         return score(model, enc, s)
     talk = Talk(model, enc, turns)
@@ -773,33 +778,32 @@ def only_finite(name):
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
-        raise ValueError(f"{name}: its numbers overflow, as no trained model's do; the file is "
+        raise UserError(f"{name}: its numbers overflow, as no trained model's do; the file is "
                          "damaged, use another") from error
 
 
 def load_model(s, device, dtype):
     """(model, tokenizer, turns as in Talk, what to call it). Raises ValueError or OSError."""
     if s.init_from:  # weights as they came: they know no turns and go on with a text
-        original = s.init_from in gpt.GPT2_NAMES
+        original = s.init_from in GPT2_NAMES
         model = gpt.load_gpt2(s.init_from if original else config.local_path(s.init_from),
-                              gpt.GPT2_VOCAB_SIZE if original else None)
+                              GPT2_VOCAB_SIZE if original else None)
         enc, turns, name = get_tokenizer("gpt2"), 0, s.init_from
-        if model.config.vocab_size not in (gpt.GPT2_VOCAB_SIZE, enc.n_vocab):
-            raise ValueError(f"init_from={s.init_from}: its {model.config.vocab_size} ids are not "
+        if model.config.vocab_size not in (GPT2_VOCAB_SIZE, enc.n_vocab):
+            raise UserError(f"init_from={s.init_from}: its {model.config.vocab_size} ids are not "
                              "GPT-2's; talk to the checkpoint it was made from: --checkpoint=FILE")
     else:
         hint = "The config file with its out_dir makes it; that file's first lines say how."
         if s.checkpoint.absolute() == config.REPO / Settings.checkpoint:
             hint = ("Make it: make chat (README.md has the same as single commands), or name "
                     "another with --checkpoint=FILE")
-        checkpoint = gpt.load_checkpoint(s.checkpoint, hint)
-        model = gpt.model_from_checkpoint(checkpoint, source=s.checkpoint)
+        checkpoint = load_checkpoint(s.checkpoint, hint)
+        model = load_checkpoint_model(checkpoint, source=s.checkpoint)
         enc = get_tokenizer(checkpoint["tokenizer"])
         name = f"{s.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
-        turns = gpt.trained_turns(checkpoint)
+        turns = max_turns(checkpoint)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
     model = model.to(device, dtype).eval()
-    gpt.make_fast(model, int8=s.dtype == "int8")
     return model, enc, turns, name
 
 

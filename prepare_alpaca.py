@@ -9,7 +9,6 @@ A source is a JSON list, or JSON lines, of {"instruction", "input", "output"}, o
 chat_corpus.txt (the same chats for people to read), train.bin, val.bin and meta.json, and reports
 what it kept.
 """
-import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import random
 import re
 import sys
@@ -19,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+import config
+from config import UserError
 from data import conversation as chats
 from data import tokenizer as tokenizers
+from data.datasets import SPLITS, write_meta, write_tokens
 from data.download import download, name_in, sha256_of
 from data.files import new_files
-from data.tokens import SPLITS, write_meta, write_tokens
 
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 
@@ -107,7 +108,7 @@ def split_rows(conversations, val_fraction, seed):
     splits = {"train": [c for number, c in enumerate(conversations) if number not in held_out],
               "val": [c for number, c in enumerate(conversations) if number in held_out]}
     if not splits["train"] or not splits["val"]:
-        raise ValueError(f"{len(conversations)} rows are too few to train on some and hold out "
+        raise UserError(f"{len(conversations)} rows are too few to train on some and hold out "
                          "others; use at least two rows of one category")
     return splits
 
@@ -167,7 +168,7 @@ def fetch_all(sources, out_dir):
     names = [sources] if config.is_file(sources) else sources.split(",")
     paths = [fetch(name.strip(), out_dir) for name in names]
     if len(set(paths)) < len(paths):
-        raise ValueError(f"source={sources}: two files are one, or have one name; name each once")
+        raise UserError(f"source={sources}: two files are one, or have one name; name each once")
     return paths
 
 
@@ -179,9 +180,9 @@ def read_files(paths, bad_rows, report):
         try:
             found = chats.read_conversations(path, report, drop=bad_rows == "drop")
         except chats.BadRow as error:
-            raise ValueError(f"{error} (--bad_rows=drop leaves such rows out)") from error
+            raise UserError(f"{error} (--bad_rows=drop leaves such rows out)") from error
         if not found:
-            raise ValueError(f"{path}: holds no row")
+            raise UserError(f"{path}: holds no row")
         conversations += found
     return conversations
 
@@ -285,22 +286,22 @@ def print_report(s, paths, report, meta):
 def check_settings(s):
     """Raise ValueError for the first setting out of its range."""
     if s.too_long not in ("cut", "drop"):
-        raise ValueError(f"too_long={s.too_long!r}: use cut or drop")
+        raise UserError(f"too_long={s.too_long!r}: use cut or drop")
     if s.bad_rows not in ("error", "drop"):
-        raise ValueError(f"bad_rows={s.bad_rows!r}: use error or drop")
+        raise UserError(f"bad_rows={s.bad_rows!r}: use error or drop")
     if not 0 < s.val_fraction < 1:
-        raise ValueError(f"val_fraction={s.val_fraction}: must be between 0 and 1, such as 0.05")
+        raise UserError(f"val_fraction={s.val_fraction}: must be between 0 and 1, such as 0.05")
     for name, low in (("repeat", 1), ("join", 1), ("max_tokens", 8)):
         value = getattr(s, name)
         if value < low:
-            raise ValueError(f"{name}={value}: must be {low} or more")
+            raise UserError(f"{name}={value}: must be {low} or more")
 
 
 def check_rows(rows, s):
     """Raise ValueError where a split has no row left."""
     for split in SPLITS:
         if not rows[split]:
-            raise ValueError(f"{s.source}: no {split} row is left at max_tokens={s.max_tokens}; "
+            raise UserError(f"{s.source}: no {split} row is left at max_tokens={s.max_tokens}; "
                              "use more")
 
 

@@ -27,6 +27,11 @@ import types
 import typing
 from pathlib import Path
 
+
+class UserError(Exception):
+    """A mistake that a user can fix: printed as one line, without a traceback."""
+
+
 REPO = Path(__file__).resolve().parent.parent
 
 
@@ -56,7 +61,7 @@ def load(settings_class, argv, doc="", start=None, typed="the command line"):
         check_name(name, fields, typed)
         if not equals:
             value = "True" if fields[name] is bool else "VALUE"
-            raise ValueError(f"--{name} has no value: write --{name}={value}")
+            raise UserError(f"--{name} has no value: write --{name}={value}")
         values[name] = cast(name, parse(text, fields[name]), fields[name], typed, Path())
     return settings_class(**values)
 
@@ -86,12 +91,12 @@ def find_config(arg):
         if path.is_file() and path.suffix == ".py":
             return path
         if path.exists():
-            raise ValueError(f"{arg}: is no config file; settings are written --name=value, "
+            raise UserError(f"{arg}: is no config file; settings are written --name=value, "
                              f"such as --checkpoint={arg}")
     known = [f"config/{p.name}" for p in sorted((REPO / "config").glob("*.py"))]
     close = difflib.get_close_matches(arg, known, 1)
     hint = f"did you mean {close[0]}?" if close else "settings are written --name=value"
-    raise ValueError(f"{arg}: no such config file; {hint}")
+    raise UserError(f"{arg}: no such config file; {hint}")
 
 
 def read_config(path):
@@ -104,7 +109,7 @@ def read_config(path):
         line = in_file[-1] if in_file else "?"
         if isinstance(error, SyntaxError):
             line = error.lineno
-        raise ValueError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
     return {name: value for name, value in names.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
 
@@ -120,7 +125,7 @@ def check_name(name, fields, source):
         commands = re.match(r"(# (?:python|torchrun) .+\n)*", source.read_text(encoding="utf-8"))
         if commands[1]:
             hint += f" (the file is for {commands[1][2:].strip()})"
-    raise ValueError(f"{source}: there is no setting {name!r}; {hint}")
+    raise UserError(f"{source}: there is no setting {name!r}; {hint}")
 
 
 def parse(text, wanted):
@@ -144,13 +149,13 @@ def cast(name, value, wanted, source, base):
     for option in options:
         if option is Path and isinstance(value, (str, Path)) and str(value):
             if "\0" in str(value):
-                raise ValueError(f"{source}: {name}={value!r}: no path can have this character")
+                raise UserError(f"{source}: {name}={value!r}: no path can have this character")
             return base / os.path.expanduser(value)
         if option is int and type(value) is float and value.is_integer():
             value = int(value)
         if option in (int, float) and type(value) is int:
             if abs(value) >= 2**63:  # more than any machine counts
-                raise ValueError(f"{source}: {name} is too large a number; use one below 2**63")
+                raise UserError(f"{source}: {name} is too large a number; use one below 2**63")
             return option(value)
         if option is tuple and isinstance(value, list):
             return tuple(value)
@@ -158,7 +163,7 @@ def cast(name, value, wanted, source, base):
             return value
     names = " or ".join("None" if o is type(None) else getattr(o, "__name__", str(o))
                         for o in options)
-    raise ValueError(f"{source}: {name}={value!r} is of type {type(value).__name__}; "
+    raise UserError(f"{source}: {name}={value!r} is of type {type(value).__name__}; "
                      f"{name} must be {names}")
 
 
@@ -180,17 +185,23 @@ def describe(settings_class, doc=""):
     return "\n".join(lines)
 
 
-def tell(kind, error, trace):
-    """Python's sys.excepthook, but silent about Ctrl-C: what a script imports takes a second, and
-    `run` comes after it. (The one thing that importing this module does.)"""
-    if kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = tell
-
-
-NO_MEMORY = "out of memory; use less data or smaller settings"
+def check(cfg, **allowed):
+    """Raise UserError for the first setting outside its range. allowed: by name (low, high), either
+    of which may be None, or a tuple of the strings that are allowed. Settings that cfg does not
+    have, or that are None, are skipped."""
+    for name, values in allowed.items():
+        value = getattr(cfg, name, None)
+        if value is None:
+            continue
+        if isinstance(values[0], str):
+            if value not in values:
+                raise UserError(f"{name}={value}: must be {' or '.join(values)}")
+            continue
+        low, high = values
+        if (low is not None and value < low) or (high is not None and value > high):
+            limits = [f"at least {low}"] if low is not None else []
+            limits += [f"at most {high}"] if high is not None else []
+            raise UserError(f"{name}={value}: must be {' and '.join(limits)}")
 
 
 def run(main):
@@ -212,9 +223,7 @@ def run(main):
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
-    except MemoryError:
-        sys.exit(f"error: {NO_MEMORY}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -18,6 +18,7 @@ from reprlib import repr as short  # cuts what is long or deep
 
 import numpy as np
 
+from config import UserError
 from data.tokenizer import END_OF_TEXT, ROLE_TOKENS
 
 USER, ASSISTANT, END = ROLE_TOKENS
@@ -135,7 +136,7 @@ OTHER_DATA = {"chosen": "preference data", "rejected": "preference data",
               "choices": "multiple choice", "endings": "multiple choice"}
 
 
-class BadRow(ValueError):
+class BadRow(UserError):
     """A row that gives no conversation; `reason` says why in a few words, to count such rows by."""
 
     def __init__(self, reason, message):
@@ -285,7 +286,7 @@ def read_conversations(path, report=None, drop=False):
                 raise
             report[f"dropped: {error.reason}"] += 1
     if first and not conversations:
-        raise ValueError(f"{first}; no row of the file is better")
+        raise UserError(f"{first}; no row of the file is better")
     return conversations
 
 
@@ -306,13 +307,13 @@ def read_rows(path):
             content = gzip.decompress(content)
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: a gzip file that is cut short or broken; "
+        raise UserError(f"{path}: a gzip file that is cut short or broken; "
                          "fetch it again") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start}); "
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); "
                          "save it as UTF-8") from error
     if not text.strip():
-        raise ValueError(f"{path}: the file is empty; expected a JSON list of rows")
+        raise UserError(f"{path}: the file is empty; expected a JSON list of rows")
     is_list = text.lstrip().startswith("[")
     try:
         if is_list:
@@ -326,12 +327,12 @@ def read_rows(path):
     except json.JSONDecodeError as error:
         line = error.lineno if is_list else number
         if not is_list and not rows:
-            raise ValueError(f"{path}, line {line}: not a whole JSON object; expected a list "
+            raise UserError(f"{path}, line {line}: not a whole JSON object; expected a list "
                              "of rows, [{...}, ...], or an object on every line") from error
         at_end = error.pos >= len(error.doc.rstrip()) - 1 or error.msg.startswith("Unterminated")
         cut = "; the file seems cut short" if at_end else ""
-        raise ValueError(f"{path}, line {line}: not JSON: {error.msg}{cut}") from error
+        raise UserError(f"{path}, line {line}: not JSON: {error.msg}{cut}") from error
     except (RecursionError, ValueError) as error:  # brackets in brackets; digits without end
-        raise ValueError(f"{path}: holds more than can be read ({error}); "
+        raise UserError(f"{path}: holds more than can be read ({error}); "
                          "expected a list of rows") from error
     return rows

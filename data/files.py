@@ -1,18 +1,13 @@
-"""Files that are written whole or not at all, folders that one process writes at a time, JSON, and
-the safetensors format."""
+"""Write files atomically, lock folders."""
 import contextlib
 import errno
 import json
-import math
 import os
 import secrets
 import shutil
-import struct
 import sys
 import time
 from pathlib import Path
-
-import numpy as np
 
 
 def write_atomically(path, write):
@@ -78,8 +73,8 @@ def write_json(path, value):
 
 
 @contextlib.contextmanager
-def locked(folder):
-    """Within it no other process gets into a locked() of the same folder: what two write at once
+def lock_folder(folder):
+    """Within it no other process gets into a lock_folder() of the same folder: what two write at once
     is a mixture. Raises OSError that names the one that is there. The lock is the system's, and
     goes with its process however that ends."""
     folder = Path(folder)
@@ -105,7 +100,7 @@ def locked(folder):
 
 
 def open_locked(path):
-    """The file `path`, open and locked. Raises OSError where another process has locked it."""
+    """The file `path`, open and lock_folder. Raises OSError where another process has lock_folder it."""
     while True:
         f = open(path, "ab+", buffering=0)
         try:
@@ -126,7 +121,7 @@ def lock(f):
     """Lock an open file, or raise OSError at once."""
     try:
         import fcntl
-    except ImportError:  # Windows, where nobody else can read a byte that is locked: one far behind
+    except ImportError:  # Windows, where nobody else can read a byte that is lock_folder: one far behind
         import msvcrt
         f.seek(1 << 20)
         msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
@@ -145,7 +140,7 @@ def new_files(folder, deciding="meta.json"):
     """
     folder = Path(folder)
     part = folder / ".part"
-    with locked(folder):
+    with lock_folder(folder):
         shutil.rmtree(part, ignore_errors=True)  # of one that was killed
         part.mkdir()
         try:
@@ -173,90 +168,3 @@ def move_up(part, path):
     with open(part, "rb+") as f:
         os.fsync(f.fileno())
     rename(part, path)
-
-
-# ---- safetensors ----
-# 8 bytes, the length of the header; the header; then the bytes of the tensors.
-# The header is JSON: {name: {"dtype": ..., "shape": [...], "data_offsets": [start, stop]}}.
-
-DTYPES = {"F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-          "BOOL": ("bool", 1), "U8": ("uint8", 1)}  # torch's name, and the bytes of one number
-
-
-def read_safetensors(path):
-    """Yield (name, tensor) for each tensor of a safetensors file, the largest first, in memory of
-    its own.
-
-    Every number is checked before it is used. Raises ValueError for a file that is cut short or
-    says anything impossible.
-    """
-    import torch  # what only writes files needs no torch, and starts faster without it
-    with open(path, "rb") as f:
-        data_start, entries = read_safetensors_header(f, path)
-        for name, dtype, shape, start, stop in entries:
-            # NumPy's memory is reused better than torch's, once freed.
-            raw = np.empty(stop - start, np.uint8)
-            f.seek(data_start + start)
-            if f.readinto(raw) != stop - start:
-                raise broken(path, f"{name!r} is cut short")
-            tensor = torch.from_numpy(raw) if raw.size else torch.empty(0, dtype=torch.uint8)
-            yield name, tensor.view(getattr(torch, dtype)).view(shape)
-            del raw, tensor
-
-
-def read_safetensors_header(f, path):
-    """(where the tensors' bytes begin, [(name, dtype, shape, start, stop), ...], the largest
-    first)."""
-    size = os.fstat(f.fileno()).st_size
-    length = int.from_bytes(f.read(8), "little")
-    if not 2 <= length <= min(size - 8, 100_000_000):
-        raise broken(path, "its header does not fit in it")
-    try:
-        header = json.loads(f.read(length).decode("utf-8"))
-        header.pop("__metadata__", None)
-        found = [(name, entry["dtype"], list(entry["shape"]), list(entry["data_offsets"]))
-                 for name, entry in header.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        found = None
-    if not found:
-        raise broken(path, "its header is broken or empty")
-    entries = []
-    for name, kind, shape, offsets in found:
-        if not isinstance(kind, str) or kind not in DTYPES:
-            raise broken(path, f"{name!r} is of unknown type {kind!r}")
-        whole_numbers = all(type(n) is int and n >= 0 for n in shape + offsets)
-        if len(offsets) != 2 or not whole_numbers or math.prod(n or 1 for n in shape) >= 2**60:
-            raise broken(path, f"{name!r} has impossible numbers")
-        start, stop = offsets
-        if not start <= stop <= size - 8 - length:
-            raise broken(path, f"{name!r} ends beyond the file")
-        dtype, itemsize = DTYPES[kind]
-        if stop - start != math.prod(shape) * itemsize:
-            raise broken(path, f"{name!r} has another size than its shape")
-        entries.append((name, dtype, shape, start, stop))
-    entries.sort(key=lambda entry: entry[4] - entry[3], reverse=True)  # by stop - start
-    return 8 + length, entries
-
-
-def broken(path, what):
-    """The error for a safetensors file that cannot be read."""
-    return ValueError(f"{path}: not a whole safetensors file ({what}); fetch it again")
-
-
-def write_safetensors(path, tensors):
-    """Write {name: tensor} as float32 in the format that read_safetensors reads; never half a
-    file."""
-    header, start = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        stop = start + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-
-    def write(f):
-        f.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            f.write(tensor.detach().float().cpu().contiguous().numpy().data)
-
-    write_atomically(path, write)

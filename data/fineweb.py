@@ -7,17 +7,18 @@ A shard that is there already is not fetched again. The variable HF_ENDPOINT nam
 hub. FineWeb: Penedo et al. 2024; these shards: the hub's kjj0/fineweb10B-gpt2, in the format of
 Karpathy's llm.c.
 """
-import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+import config
+from config import UserError
+from data.datasets import SPLITS, shards, write_meta
 from data.download import delete, download, hub, name_in
-from data.files import locked, rename
+from data.files import lock_folder, rename
 from data.tokenizer import GPT2_VOCAB_SIZE, ROLE_TOKENS
-from data.tokens import SPLITS, shards, write_meta
 
 URL = "{mirror}/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{split}_{number:06}.bin"
 # The first numbers of a shard's header; the third is the count of tokens.
@@ -38,12 +39,12 @@ def unpack(raw, path):
     with open(raw, "rb") as f:
         header = np.frombuffer(f.read(HEADER).ljust(HEADER, b"\0"), "<i4")
         if header[0] != MAGIC or header[1] != VERSION:
-            raise ValueError(f"{raw}: no shard of tokens (its header begins "
+            raise UserError(f"{raw}: no shard of tokens (its header begins "
                              f"{header[:3].tolist()}, not {MAGIC}, {VERSION}); "
                              "delete it and try again")
         size = raw.stat().st_size
         if size != HEADER + 2 * int(header[2]):
-            raise ValueError(f"{raw}: {size:,} bytes, but its header tells of {header[2]:,} "
+            raise UserError(f"{raw}: {size:,} bytes, but its header tells of {header[2]:,} "
                              "tokens; delete it and try again")
         part = path.with_name(path.name + ".part")
         with open(part, "wb") as out:
@@ -61,10 +62,10 @@ def main(argv):
     """Fetch and unpack the shards that are not there yet. Raises ValueError or OSError."""
     s = config.load(Settings, argv, __doc__)
     if not 1 <= s.shards <= 103:
-        raise ValueError(f"shards={s.shards}: must be from 1 to 103")
+        raise UserError(f"shards={s.shards}: must be from 1 to 103")
     wanted = [("val", "val_000.bin")]
     wanted += [("train", f"train_{n:03}.bin") for n in range(s.shards)]
-    with locked(s.out_dir):
+    with lock_folder(s.out_dir):
         for number, (split, name) in enumerate(wanted):  # the hub counts on from val's 0
             path = s.out_dir / name
             if not path.exists():

@@ -11,7 +11,6 @@ invented, since the rules hold for "florp" too; questions are worded as in data/
 operand of the hand-written rows is of the tenth, and none of their questions is asked again, though
 the same may be asked in other words.
 """
-import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import json
 import random
 import re
@@ -19,6 +18,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import config
+from config import UserError
 from data.conversation import read_conversations
 from data.files import write_text
 
@@ -474,9 +475,9 @@ def main(argv):
     """Write rows. Raises ValueError or OSError for a mistake that a user can fix."""
     s = config.load(Settings, argv, __doc__)
     if s.rows < 1:
-        raise ValueError(f"rows={s.rows}: must be 1 or more")
+        raise UserError(f"rows={s.rows}: must be 1 or more")
     if s.operands not in OPERANDS:
-        raise ValueError(f"operands={s.operands!r}: use {', '.join(OPERANDS)}")
+        raise UserError(f"operands={s.operands!r}: use {', '.join(OPERANDS)}")
     lines = map(json.dumps, make_rows(s.rows, s.seed, s.operands))
     write_text(s.out, "[\n" + ",\n".join(lines) + "\n]\n")
     print(f"{s.rows:,} rows -> {s.out}")

@@ -3,7 +3,6 @@
     python -m data.text config/prepare_shakespeare.py    # downloads tiny Shakespeare
     python -m data.text --source=my.txt --out_dir=data/mine --tokenizer=bpe
 """
-import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 import codecs
 import hashlib
 import io
@@ -11,10 +10,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import config
+from config import UserError
+from data.datasets import write_meta, write_tokens
 from data.download import download, name_in
 from data.files import new_files
 from data.tokenizer import get_tokenizer, read_spec, train_bpe, write_spec
-from data.tokens import write_meta, write_tokens
 
 BLOCK = 1 << 20  # bytes read at a time
 
@@ -40,14 +41,14 @@ def read_text(path, start, stop, digest=None):
         while start < stop:
             block = f.read(min(BLOCK, stop - start))
             if not block:
-                raise ValueError(f"{path}: became shorter while it was read; run it again")
+                raise UserError(f"{path}: became shorter while it was read; run it again")
             start += len(block)
             if digest:
                 digest.update(block)
             try:
                 kept += decoder.decode(block, final=start >= stop)
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}: not UTF-8 text "
+                raise UserError(f"{path}: not UTF-8 text "
                                  f"(near byte {start - len(block) + error.start}); "
                                  "save it as UTF-8") from error
             at = kept.rfind("\n") + 1 or len(kept)
@@ -83,21 +84,21 @@ def main(argv):
     can fix."""
     settings = config.load(Settings, argv, __doc__)
     if not settings.source:
-        raise ValueError("no text given: use --source=FILE, or config/prepare_shakespeare.py")
+        raise UserError("no text given: use --source=FILE, or config/prepare_shakespeare.py")
     if not 0 < settings.val_fraction < 1:
-        raise ValueError(f"val_fraction={settings.val_fraction}: "
+        raise UserError(f"val_fraction={settings.val_fraction}: "
                          "use a value between 0 and 1, such as 0.1")
     if settings.bpe_bytes < 1:
-        raise ValueError(f"bpe_bytes={settings.bpe_bytes}: must be 1 or more")
+        raise UserError(f"bpe_bytes={settings.bpe_bytes}: must be 1 or more")
     path = config.local_path(settings.source)
     if settings.source.startswith(("http://", "https://")):
         path = download(settings.source, settings.out_dir / name_in(settings.source))
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; name a text with --source=FILE")
+        raise UserError(f"{path}: no such file; name a text with --source=FILE")
     size = path.stat().st_size
     split = character_start(path, int(size * (1 - settings.val_fraction)))  # here validation starts
     if not 0 < split < size:
-        raise ValueError(f"{path}: {size} bytes are too few to split into training and validation")
+        raise UserError(f"{path}: {size} bytes are too few to split into training and validation")
     with new_files(settings.out_dir) as part:
         spec = make_tokenizer(settings, path, split)
         enc, name = get_tokenizer(spec), spec

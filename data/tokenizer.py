@@ -16,6 +16,8 @@ from pathlib import Path
 
 import tiktoken
 
+from config import UserError
+
 END_OF_TEXT = "<|endoftext|>"
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 GPT2_VOCAB_SIZE = 50257  # ids in GPT-2's own files, which know no role tokens
@@ -120,14 +122,14 @@ def read_spec(spec):
         return spec
     path = Path(spec)
     if not path.is_file():
-        raise ValueError(f"tokenizer {str(spec)!r}: no such file; use gpt2, bytes or the path of a "
+        raise UserError(f"tokenizer {str(spec)!r}: no such file; use gpt2, bytes or the path of a "
                          "tokenizer.json")
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         count_ids(spec)
     except (ValueError, RecursionError) as error:
         why = f" ({error})" if type(error) is ValueError else ""  # of JSON and UTF-8: no reason
-        raise ValueError(f"{path}: not a tokenizer.json of this project{why}; "
+        raise UserError(f"{path}: not a tokenizer.json of this project{why}; "
                          "prepare the data again to make a new one") from error
     return {"pattern": spec["pattern"], "merges": spec["merges"]}
 
@@ -190,7 +192,7 @@ def load_gpt2():
     except Exception as error:  # requests, urllib3 and tiktoken each have their own
         folder = (os.environ.get("TIKTOKEN_CACHE_DIR") or
                   os.environ.get("DATA_GYM_CACHE_DIR") or "unset")
-        raise ValueError(
+        raise UserError(
             f"GPT-2's vocabulary could not be loaded ({type(error).__name__}). It is two files, "
             "vocab.bpe and encoder.json, that tiktoken downloads once. Without a network, copy "
             "tiktoken's cache folder from another machine and set TIKTOKEN_CACHE_DIR to it "
@@ -205,7 +207,7 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
     "merges": [[id, id], ...]}. Raises ValueError for fewer than 256 ids.
     """
     if vocab_size < 256:
-        raise ValueError(f"vocab_size={vocab_size}: a byte-pair encoding starts from 256 bytes; "
+        raise UserError(f"vocab_size={vocab_size}: a byte-pair encoding starts from 256 bytes; "
                          "use 256 or more")
     splitter, word_counts = re.compile(pattern), Counter()
     for text in texts:
@@ -322,7 +324,7 @@ def show(text, colour):
             yield f"     merge {i + 1:>4}: {paint(token_pieces(enc, ids), False)}"
     try:
         enc = get_tokenizer("gpt2")
-    except ValueError as error:
+    except UserError as error:
         yield f"\n6. GPT-2's byte pairs: not shown. {error}"
         return
     ids = enc.encode_ordinary(text)

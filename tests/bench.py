@@ -31,6 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from data.export import write_gguf, write_hf_model
+from data.tokens import SPLITS, ReadAhead, open_dataset, write_meta, write_tokens
 
 import chat
 import config
@@ -40,10 +42,8 @@ import finetune
 import prepare_alpaca
 import train
 from data.conversation import read_conversations, supervised
-from data.export import write_gguf, write_hf_model
 from data.files import write_json
 from data.tokenizer import get_tokenizer
-from data.tokens import SPLITS, ReadAhead, open_dataset, write_meta, write_tokens
 from model import (
     GPT,
     GPTConfig,

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures.look import record
 
 import model as gpt
 from model import GPT, GPTConfig, attention
-from pictures.look import record
 
 
 def tiny(**changes):

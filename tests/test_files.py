@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from data.tokens import read_meta
 
 from data.files import is_special, locked, new_files, write_atomically, write_text
-from data.tokens import read_meta
 
 REPO = Path(__file__).parent.parent
 

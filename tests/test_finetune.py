@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from data.export import write_hf_model
+from data.tokens import ChatDataset, open_dataset
 
 import config
 import data.text
 import finetune
 import prepare_alpaca
 import train
-from data.export import write_hf_model
-from data.tokens import ChatDataset, open_dataset
 from model import GPT, GPT2_NAMES, GPTConfig, load_checkpoint, model_from_checkpoint, to_gpt2_names
 from tests.conftest import POSIX, error_of_script
 from tests.test_safety import FORK, ended

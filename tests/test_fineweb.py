@@ -5,10 +5,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from data.tokens import open_dataset
 
 import data.download
 from data.fineweb import main
-from data.tokens import open_dataset
 from tests.conftest import serving
 
 FOLDER = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/"

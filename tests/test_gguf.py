@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from data.export import ids_may_differ
 
 import chat
 import model as m
 from data.conversation import encode_conversation, special_ids
-from data.export import ids_may_differ
 from data.tokenizer import SPACE_BEHIND_PATTERN, SPLIT_PATTERN, get_tokenizer, train_bpe
 from model import GPT, GPTConfig
 from tests.conftest import largest_file

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pictures.look import habits, head_scores, look, write_page
 
 import chat
 import model as code
@@ -18,7 +19,6 @@ from data.conversation import encode_conversation, special_ids
 from data.tokenizer import build, get_tokenizer
 from model import GPT, GPTConfig, make_fast, sample
 from pictures import look as pictures_look
-from pictures.look import habits, head_scores, look, write_page
 
 REPO = Path(__file__).parent.parent
 BYTES = get_tokenizer("bytes")

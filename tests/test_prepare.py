@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data.tokens import open_dataset
 
 import data.text
 import prepare_alpaca
 from data.tokenizer import get_tokenizer, train_bpe, write_spec
-from data.tokens import open_dataset
 from tests.conftest import error_of_script, largest_file
 
 REPO = Path(__file__).parent.parent

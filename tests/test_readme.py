@@ -4,12 +4,12 @@ import re
 import shlex
 from pathlib import Path
 
+import data.hellaswag
 import pytest
 
 import chat
 import config
 import data.fineweb
-import data.hellaswag
 import data.rules
 import data.text
 import finetune

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from data.tokens import TokenDataset
 
 import config
 import data.text
 import finetune
 import prepare_alpaca
 import train
-from data.tokens import TokenDataset
 from model import load_checkpoint
 from tests.conftest import POSIX
 

@@ -19,15 +19,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from data.export import write_hf_model
+from data.tokens import open_dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import data.text
 import prepare_alpaca
 import train
-from data.export import write_hf_model
 from data.tokenizer import get_tokenizer
-from data.tokens import open_dataset
 from model import (
     GPT,
     GPTConfig,

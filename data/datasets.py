@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from config import UserError
 from data.conversation import special_ids, supervised
 from data.files import write_text
 from data.tokenizer import bytes_per_id, count_ids, get_tokenizer, read_spec
@@ -31,7 +32,7 @@ def write_tokens(path, chunks):
             ids = np.asarray(ids)
             if ids.size and not 0 <= ids.min() <= ids.max() < 2**16:
                 wrong = ids.max() if ids.max() >= 2**16 else ids.min()
-                raise ValueError(f"{path}: token id {wrong} does not fit in 16 bits; use a smaller "
+                raise UserError(f"{path}: token id {wrong} does not fit in 16 bits; use a smaller "
                                  "vocabulary")
             f.write(ids.astype(np.uint16).tobytes())
             total += ids.size
@@ -55,11 +56,11 @@ def read_meta(folder):
         if not 0 < meta["vocab_size"] <= 2**16:
             raise ValueError
     except FileNotFoundError:
-        raise ValueError(f"{folder}: no meta.json there; prepare the data first: "
+        raise UserError(f"{folder}: no meta.json there; prepare the data first: "
                          "python prepare_alpaca.py config/prepare_instruction.py (chats), "
                          "or python -m data.text (plain text)") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a meta.json of this project; "
+        raise UserError(f"{path}: not a meta.json of this project; "
                          "prepare the folder again") from error
     return meta
 
@@ -71,7 +72,7 @@ def folder_tokenizer(folder):
     name = meta["tokenizer"]
     spec = read_spec(Path(folder) / name if name.endswith(".json") else name)
     if (ids := count_ids(spec)) != meta["vocab_size"]:
-        raise ValueError(f"{folder}/meta.json: vocab_size={meta['vocab_size']}, but its tokenizer "
+        raise UserError(f"{folder}/meta.json: vocab_size={meta['vocab_size']}, but its tokenizer "
                          f"{name} has {ids} ids; prepare the folder again")
     return spec
 
@@ -86,20 +87,20 @@ def row_categories(folder, split, count):
     except (KeyError, IndexError, TypeError):
         fits = False
     if not fits:
-        raise ValueError(f"{folder}/meta.json: its categories or {split}_categories are missing or "
+        raise UserError(f"{folder}/meta.json: its categories or {split}_categories are missing or "
                          f"do not fit {split}.bin; prepare the folder again")
     return names or [""] * count
 
 
-def open_dataset(folder, block_size, batch_size, seed=0, read_batches=0):
+def open_dataset(folder, block_size, batch_size, seed=0, prompt_loss_batches=0):
     """The TokenDataset or ChatDataset of a prepared folder, as its meta.json says. Raises
     ValueError."""
     kind = read_meta(folder)["kind"]
     if kind == "text":
         return TokenDataset(folder, block_size, batch_size, seed)
     if kind == "chat":
-        return ChatDataset(folder, block_size, batch_size, seed, read_batches)
-    raise ValueError(f"{folder}/meta.json: kind {kind!r} is neither 'text' nor 'chat'")
+        return ChatDataset(folder, block_size, batch_size, seed, prompt_loss_batches)
+    raise UserError(f"{folder}/meta.json: kind {kind!r} is neither 'text' nor 'chat'")
 
 
 def shards(folder, split):
@@ -108,7 +109,7 @@ def shards(folder, split):
     whole = Path(folder) / f"{split}.bin"
     paths = [whole] if whole.is_file() else sorted(Path(folder).glob(f"{split}_*.bin"))
     if not paths:
-        raise ValueError(f"{whole}: no such file; prepare the folder again")
+        raise UserError(f"{whole}: no such file; prepare the folder again")
     return paths
 
 
@@ -118,7 +119,7 @@ def open_split(folder, split, meta):
     tokens = [open_tokens(path, meta["vocab_size"]) for path in shards(folder, split)]
     found, stated = sum(map(len, tokens)), meta.get(f"{split}_tokens")
     if stated not in (None, found):
-        raise ValueError(f"{Path(folder) / split}.bin: holds {found} tokens, but meta.json says "
+        raise UserError(f"{Path(folder) / split}.bin: holds {found} tokens, but meta.json says "
                          f"{stated}; a file was cut or exchanged, prepare the folder again")
     return tokens
 
@@ -128,7 +129,7 @@ def open_tokens(path, vocab_size):
     right."""
     size = path.stat().st_size
     if size == 0 or size % 2:
-        raise ValueError(f"{path}: {size} bytes are not 16-bit token ids; the file is cut short "
+        raise UserError(f"{path}: {size} bytes are not 16-bit token ids; the file is cut short "
                          "or empty, prepare the folder again")
     tokens = np.memmap(path, dtype=np.uint16, mode="r")
     check_ids(tokens[:CHECKED], vocab_size, path)
@@ -138,7 +139,7 @@ def open_tokens(path, vocab_size):
 def check_ids(ids, vocab_size, path):
     """Raise ValueError where `ids`, those of the file `path`, are not all below vocab_size."""
     if ids.max() >= vocab_size:
-        raise ValueError(f"{path}: holds token id {ids.max()}, but the vocabulary has "
+        raise UserError(f"{path}: holds token id {ids.max()}, but the vocabulary has "
                          f"{vocab_size}; it was made with another tokenizer, "
                          "prepare the folder again")
 
@@ -154,7 +155,7 @@ def check_turns(ids, enc, path):
     # No text stands before the first, nor between <|endoftext|> or <|end|> and what follows it.
     at_once = np.diff(places, append=len(ids))[np.isin(kinds, (0, 3))] == 1
     if not in_turns or not at_once.all() or places[0] != 0:
-        raise ValueError(f"{path}: holds no conversation, or not only conversations in turns of "
+        raise UserError(f"{path}: holds no conversation, or not only conversations in turns of "
                          "user and assistant; prepare the folder again")
 
 
@@ -201,7 +202,7 @@ class TokenDataset:
             self.tokens[split] = open_split(folder, split, meta)
             for path, tokens in zip(shards(folder, split), self.tokens[split]):
                 if len(tokens) <= block_size:
-                    raise ValueError(f"{path}: {len(tokens)} tokens are too few for "
+                    raise UserError(f"{path}: {len(tokens)} tokens are too few for "
                                      f"block_size={block_size}; use more text, or "
                                      f"--block_size={max(len(tokens) - 1, 1)}")
             self.ends[split] = np.cumsum([len(tokens) - block_size
@@ -215,6 +216,10 @@ class TokenDataset:
         None: every position has a target."""
         rng = np.random.default_rng([self.seed, SPLITS.index(split), index])
         return self.windows(split, rng.integers(0, self.ends[split][-1], self.batch_size))
+
+    def n_targets(self, split, index):
+        """Number of targets in a batch, without reading it."""
+        return self.batch_size * self.block_size
 
     def epochs(self, split, index):
         """How many times a token has been read, on average, in the batches before `index`."""
@@ -283,7 +288,7 @@ class ChatDataset:
     A batch holds as many conversations as fit into batch_size * block_size tokens, padding counted,
     so it costs the memory that a batch of text does. Every epoch sorts by length, equals in a new
     random order, cuts at a random phase and shuffles the batches. Only the assistant's tokens are
-    targets; in training's first `read_batches` batches the questions' are too. A conversation
+    targets; in training's first `prompt_loss_batches` batches the questions' are too. A conversation
     longer than block_size + 1 is cut there; one that has no target left is dropped (`dropped`
     counts them by split).
     """
@@ -291,16 +296,17 @@ class ChatDataset:
     kind = "chat"
     turns = 1  # of the longest conversation, once it is open
 
-    def __init__(self, folder, block_size, batch_size, seed=0, read_batches=0):
+    def __init__(self, folder, block_size, batch_size, seed=0, prompt_loss_batches=0):
         self.folder, self.block_size, self.seed = Path(folder), block_size, seed
         self.budget = batch_size * block_size  # tokens per batch, padding counted
-        self.read_batches = read_batches
+        self.prompt_loss_batches = prompt_loss_batches
         meta = read_meta(folder)
         self.tokenizer, self.vocab_size = folder_tokenizer(folder), meta["vocab_size"]
         self.fingerprint = fingerprint(meta)
         enc = get_tokenizer(self.tokenizer)
         self.pad_id = special_ids(enc)[0]
         self.tokens, self.targets, self.starts, self.lengths, self.dropped = {}, {}, {}, {}, {}
+        self.row_targets = {}
         for split in SPLITS:
             parts = open_split(folder, split, meta)
             tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -310,10 +316,11 @@ class ChatDataset:
             lengths = np.minimum(np.diff(starts, append=len(tokens)), block_size + 1)
             is_target = supervised(tokens, enc)
             before = np.concatenate([[0], np.cumsum(is_target)])  # targets before each position
-            kept = before[starts + lengths] > before[starts]
+            row_targets = before[starts + lengths] - before[starts]
+            kept = row_targets > 0
             self.dropped[split] = int((~kept).sum())
             if not kept.any():
-                raise ValueError(f"{folder}/{split}.bin: at block_size={block_size} no "
+                raise UserError(f"{folder}/{split}.bin: at block_size={block_size} no "
                                  "conversation has anything of the assistant's left; "
                                  "use a larger block_size")
             # The <|user|>s of each conversation.
@@ -321,6 +328,7 @@ class ChatDataset:
             self.turns = max(self.turns, int(turns.max()))
             self.tokens[split], self.targets[split] = tokens, is_target
             self.starts[split], self.lengths[split] = starts[kept], lengths[kept]
+            self.row_targets[split] = row_targets[kept]
         self._plans = {}  # the newest epoch's batches, by split
         self._first_batch = {split: [0] for split in SPLITS}  # of each epoch, as far as known
 
@@ -362,8 +370,16 @@ class ChatDataset:
         """The index-th batch, counted from the first epoch on: ids (B, T) int64, targets (N,)
         int64, and where (N,), the flat positions b * T + t whose next token is targets."""
         epoch, place = self.find(split, index)
-        all_tokens = split == "train" and index < self.read_batches
+        all_tokens = split == "train" and index < self.prompt_loss_batches
         return self.rows(split, self.plan(split, epoch)[place], all_tokens)
+
+    def n_targets(self, split, index):
+        """Number of targets in the index-th batch, without reading it."""
+        epoch, place = self.find(split, index)
+        numbers = self.plan(split, epoch)[place]
+        if split == "train" and index < self.prompt_loss_batches:
+            return int((self.lengths[split][numbers] - 1).sum())
+        return int(self.row_targets[split][numbers].sum())
 
     def eval_batches(self, split, max_tokens):
         """Fixed conversations, spread evenly and together about max_tokens at most, in batches like

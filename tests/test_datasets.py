@@ -7,8 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-from data.tokenizer import get_tokenizer
 from data.tokens import (
     ChatDataset,
     ReadAhead,
@@ -19,6 +17,8 @@ from data.tokens import (
     write_meta,
     write_tokens,
 )
+
+from data.tokenizer import get_tokenizer
 
 START, USER, ASSISTANT, END = 256, 257, 258, 259  # of the bytes tokenizer
 META = {"tokenizer": "bytes", "vocab_size": 260}

@@ -20,10 +20,11 @@ EleutherAI's lm-evaluation-harness prepares the text otherwise (the activity's n
 brackets) and divides by characters instead of tokens. It finds 28.92 and 31.14 % for gpt2, 40.04
 and 50.89 % for gpt2-xl, as hellaswag.py quotes it.
 """
-import config  # isort: skip  # first: from here on Ctrl-C leaves no traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import config
+from config import UserError
 from data.conversation import check_characters, check_text, read_rows
 from data.download import download, name_in
 
@@ -55,7 +56,7 @@ def read_choices(path):
     _, first, _ = read[0]
     for number, (_, choices, _) in enumerate(read, 1):
         if len(choices) != len(first):
-            raise ValueError(f"{path}, row {number}: {len(choices)} choices, but row 1 has "
+            raise UserError(f"{path}, row {number}: {len(choices)} choices, but row 1 has "
                              f"{len(first)}; put rows of different counts into files of their own")
     return read
 
@@ -70,19 +71,19 @@ def to_choices(row, where):
     row in the ValueError that a row of another shape raises."""
     expected = " or ".join("{" + ", ".join(map(repr, names)) + "}" for names in LAYOUTS)
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected {expected}, found {type(row).__name__}")
+        raise UserError(f"{where}: expected {expected}, found {type(row).__name__}")
     names = layout_of(row)
     if not names or not all(name in row for name in names):
-        raise ValueError(f"{where}: expected {expected}, found "
+        raise UserError(f"{where}: expected {expected}, found "
                          f"{', '.join(map(repr, row)) or 'no field'}")
     question = check_text(row, names[0], where)
     choices, right = row[names[1]], row[names[2]]
     if not isinstance(choices, list) or len(choices) < 2:
-        raise ValueError(f"{where}: field {names[1]!r} must be a list of two texts or more, found "
+        raise UserError(f"{where}: field {names[1]!r} must be a list of two texts or more, found "
                          f"{str(choices)[:40]!r}")
     for n, choice in enumerate(choices):
         if not isinstance(choice, str) or not choice.strip():
-            raise ValueError(f"{where}: {names[1]}[{n}] must be a text that is not empty, found "
+            raise UserError(f"{where}: {names[1]}[{n}] must be a text that is not empty, found "
                              f"{str(choice)[:40]!r}")
     check_characters([question, *choices], where)
     if isinstance(right, str) and choices.count(right) == 1:
@@ -90,7 +91,7 @@ def to_choices(row, where):
     elif isinstance(right, str) and right.isascii() and right.isdecimal():  # as the hub's rows
         right = int(right)
     if type(right) is not int or not 0 <= right < len(choices):
-        raise ValueError(f"{where}: field {names[2]!r} must be a number from 0 to "
+        raise UserError(f"{where}: field {names[2]!r} must be a number from 0 to "
                          f"{len(choices) - 1}, or the text of just one of the {names[1]}; found "
                          f"{right!r:.40}")
     return question, choices, right

@@ -6,7 +6,7 @@ import gc
 from data.files import write_atomically
 
 
-def draw_losses(out_dir, history):
+def plot_losses(out_dir, history):
     """Where matplotlib is installed, loss.png in out_dir: every step's loss of log.csv, the
     evaluations, and where validation was lowest. history: (step, train loss, val loss) of each
     evaluation. Raises what matplotlib or a damaged log.csv raises."""
@@ -39,7 +39,7 @@ def draw_losses(out_dir, history):
     gc.collect()
 
 
-def draw_rows(path, results):
+def plot_rows(path, results):
     """Where matplotlib is installed, a picture of python -m tests.bench rows: over the number of
     different rows, the shares right of those trained on and of held-out ones. results: dicts with
     rows, "trained on" and "held out"."""

@@ -14,16 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from config import UserError
 from data.conversation import special_ids, supervised
 from data.files import write_atomically
 from data.tokenizer import token_pieces
-from model import GPT, MLP, CausalSelfAttention, attention, sample
+from model import GPT, MLP, CausalSelfAttention, sample
 
 KEPT = 256  # logits that the page has of each position, the largest: its top_k goes so far
 STOPS = {"temperature": [n / 20 for n in range(41)],  # of its sliders
          "top_k": [*range(1, 11), 15, 20, 30, 40, 50, 75, 100, 150, 200, 0],
          "top_p": [n / 20 for n in range(1, 20)] + [0.99, 1]}
-BOXES = (GPT.forward, GPT.hidden, CausalSelfAttention.forward, attention, MLP.forward, GPT.head,
+BOXES = (GPT.forward, GPT.hidden, CausalSelfAttention.forward, MLP.forward, GPT.head,
          sample)
 
 
@@ -43,7 +44,7 @@ def look(model, enc, ids, start=None, longest=256):
     What came after the last token means nothing. Raises ValueError where there is no token.
     """
     if not ids:
-        raise ValueError("there is no token to look from")
+        raise UserError("there is no token to look from")
     special, pieces = special_ids(enc), token_pieces(enc, ids)
     shown, hidden = ids[-longest:], len(ids[:-longest])
     if start is None:
@@ -115,7 +116,7 @@ def record(model, ids, longest):
         for hook in hooks:
             hook.remove()
     if None in scores:
-        raise ValueError(f"the attention of block {scores.index(None) + 1} cannot be seen: it is "
+        raise UserError(f"the attention of block {scores.index(None) + 1} cannot be seen: it is "
                          "neither F.scaled_dot_product_attention nor a softmax over all tokens")
     return stream, torch.stack(shown), scores
 

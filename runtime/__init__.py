@@ -1,0 +1,1 @@
+"""Everything around the idea: checkpoints, logging, processes, terminal, scoring, export."""

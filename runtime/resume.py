@@ -1,0 +1,144 @@
+"""best.pt and last.pt of a run: saving them, and resuming exactly where last.pt left off."""
+import contextlib
+import math
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from config import UserError
+from data.files import lock_folder
+from runtime.checkpoint import load_checkpoint, model_state, save_checkpoint
+from runtime.distributed import is_rank_0, rank_and_world_size
+
+# A resumed run must have the same.
+SAME_SETTINGS = ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",
+                 "batch_size", "gradient_accumulation", "best_by", "seed", "prompt_loss_iters")
+
+
+@dataclass
+class TrainState:
+    """The state of a run, besides its model and optimizers."""
+    step: int = 0  # steps done; it also fixes the place in the data
+    seconds: float = 0.0  # of training, over all resumptions
+    best: float = math.inf  # the lowest loss of cfg.best_by that was evaluated
+    history: list = field(default_factory=list)  # (step, train loss, val loss) of each evaluation
+    overfit_warned: bool = False
+
+
+def lowest(history):
+    """The entry of a history with the lowest validation loss."""
+    return min(history, key=lambda entry: entry[2])
+
+
+def save_best(cfg, model, dataset, state):
+    """Save best.pt, for chat.py. Raises OSError."""
+    save(cfg, "best.pt", model, dataset, state)
+
+
+def save_last(cfg, model, dataset, state, optimizers, device):
+    """Save last.pt, with everything that an exact resume needs. Raises OSError."""
+    save(cfg, "last.pt", model, dataset, state, rng=gather_rng_states(device),
+         optimizers=[optimizer.state_dict() for optimizer in optimizers])
+
+
+def save(cfg, name, model, dataset, state, **extra):
+    """Write a checkpoint into out_dir, on rank 0."""
+    if not is_rank_0():
+        return
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items()}
+    save_checkpoint(cfg.out_dir / name, model_state(
+        model, dataset.tokenizer, dataset.kind, turns=dataset.turns, data=dataset.fingerprint,
+        settings=settings, max_iters=cfg.max_iters, **asdict(state), **extra))
+
+
+def save_is_due(cfg, step, saved_at):
+    """Whether cfg.save_interval has passed: a number of steps, or of minutes since `saved_at`."""
+    every = str(cfg.save_interval)
+    if every.endswith("m"):
+        return time.monotonic() - saved_at >= 60 * float(every[:-1])
+    return step % int(every) == 0
+
+
+def load_last(cfg):
+    """Return the dict of out_dir/last.pt with cfg.resume, or None without it or without a last.pt.
+    Raises UserError where that run had another model, batch or seed."""
+    path = cfg.out_dir / "last.pt"
+    if not cfg.resume:
+        return None
+    if not path.exists():
+        print(f"{path}: no such checkpoint; starting from scratch", flush=True)
+        return None
+    resumed = load_checkpoint(path)
+    if not {"optimizers", "rng", "history", "data", "settings"} <= resumed.keys():
+        raise UserError(f"{path}: contains no optimizer state, so a run cannot resume from it")
+    for name in SAME_SETTINGS:
+        then, now = resumed["settings"].get(name), getattr(cfg, name, None)
+        if then != now:
+            raise UserError(f"{path}: was made with {name}={then}, this run has {name}={now}; use "
+                            "the same, or another out_dir")
+    return resumed
+
+
+def check_same_data(cfg, resumed, dataset):
+    """Raise UserError where last.pt was trained on other data."""
+    if resumed and (resumed["tokenizer"], resumed["data"]) != (
+            dataset.tokenizer, dataset.fingerprint):
+        raise UserError(f"{cfg.out_dir / 'last.pt'}: was trained on other data than data_dir="
+                        f"{cfg.data_dir} now contains; use the same, or another out_dir")
+
+
+def restore(resumed, optimizers, device):
+    """Load the optimizers and random generators from a last.pt's dict; return its TrainState, or a
+    new one for None."""
+    if not resumed:
+        return TrainState()
+    try:
+        for optimizer, saved in zip(optimizers, resumed["optimizers"], strict=True):
+            restore_optimizer(optimizer, saved)
+        restore_rng(resumed["rng"], device)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise UserError("last.pt: its optimizers do not fit this run "
+                        f"({type(error).__name__}: {error}); leave out --resume") from error
+    return TrainState(**{f.name: resumed[f.name] for f in fields(TrainState)})
+
+
+def restore_optimizer(optimizer, saved):
+    """Load an optimizer's momenta, but keep this run's learning rates, decay and so on."""
+    mine = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    groups = [{**group, **values}
+              for group, values in zip(saved["param_groups"], mine, strict=True)]
+    optimizer.load_state_dict({**saved, "param_groups": groups})
+
+
+def gather_rng_states(device):
+    """The states of the random generators that dropout uses, of every rank: a list of lists."""
+    mine = [torch.get_rng_state()]
+    if device.type in ("cuda", "mps"):
+        mine.append(getattr(torch, device.type).get_rng_state())
+    states = [mine] * rank_and_world_size()[1]
+    if len(states) > 1:
+        dist.all_gather_object(states, mine)
+    return states
+
+
+def restore_rng(states, device):
+    """Load this rank's part of what gather_rng_states returned, if it has one."""
+    rank = rank_and_world_size()[0]
+    if rank < len(states):
+        torch.set_rng_state(states[rank][0])
+        if device.type in ("cuda", "mps") and len(states[rank]) > 1:
+            getattr(torch, device.type).set_rng_state(states[rank][1])
+
+
+@contextlib.contextmanager
+def lock_out_dir(cfg):
+    """Context manager: keep other runs out of out_dir. Raises UserError where one is training into
+    it."""
+    if is_rank_0() and not cfg.eval_only:
+        with lock_folder(cfg.out_dir):
+            yield
+    else:
+        yield
