@@ -118,6 +118,7 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
                     report.print_evaluation(cfg, dataset, state)
                 plot_losses(cfg.out_dir, state.history)
             if state.step >= cfg.max_iters or is_out_of_patience(cfg, state.history):
+                logger.log(report.log_row(cfg, dataset, state))
                 break
 
             # 2. Save everything that an exact resume needs. It would continue from here.
@@ -147,7 +148,6 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
                 if cfg.sample_interval and state.step % cfg.sample_interval == 0:
                     report.print_sample(cfg, model, dataset)
     resume.save_last(cfg, model, dataset, state, optimizers, device)
-    logger.close(report.log_row(cfg, dataset, state))
     with stop_on_broken_pipe(signals):
         report.print_summary(cfg, dataset, state)
     return max(signals, default=signal.SIGTERM) if stop else 0  # the signal may be another rank's

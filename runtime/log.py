@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from data.files import write_text
 from runtime.distributed import is_rank_0, rank_and_world_size
 
 # Peak dense bfloat16 FLOP/s by a part of the device's name (data sheets); the first that fits.
@@ -41,23 +42,21 @@ class Logger:
                "mfu", "train_loss", "val_loss", "val_bits_per_byte")
 
     def __init__(self, path, first_step, device, dtype):
-        self.path, self.file = path, None
+        self.path, self.enabled = path, is_rank_0()
         self.tokens = self.seconds = self.flops = 0.0  # since the last progress line
-        if not is_rank_0():
+        if not self.enabled:
             return
         self.peak = peak_flops(device, dtype)
         kept = []
         if first_step and path.exists():  # a run that was killed wrote rows that come again
-            lines = path.read_text(encoding="utf-8").splitlines()[1:]
-            kept = [line for line in lines if int(line.split(",")[0]) < first_step]
+            rows = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+            kept = rows[:first_step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "w", encoding="utf-8", newline="\n")
-        self.file.write("\n".join([",".join(self.COLUMNS), *kept]) + "\n")
-        self.file.flush()
+        write_text(path, "\n".join([",".join(self.COLUMNS), *kept]) + "\n")
 
     def log(self, row):
         """Append a row, a dict of numbers with some of COLUMNS and "flops". Raises OSError."""
-        if not self.file:
+        if not self.enabled:
             return
         if "flops" in row:
             row = row | {"tokens_per_second": row["tokens"] / row["seconds"],
@@ -66,12 +65,12 @@ class Logger:
             self.seconds += row["seconds"]
             self.flops += row["flops"]
         values = (f"{row[name]:.8g}" if name in row else "" for name in self.COLUMNS)
-        self.file.write(",".join(values) + "\n")
-        self.file.flush()
+        with open(self.path, "a", encoding="utf-8", newline="\n") as f:
+            f.write(",".join(values) + "\n")
 
     def print_step(self, row, max_iters, seconds_per_step):
         """Print the progress line of a row; speeds are means since the last one."""
-        if not self.file:
+        if not self.enabled:
             return
         mfu = self.flops / self.seconds / self.peak  # model FLOPs utilization
         left = seconds_per_step * (max_iters - row["step"])
@@ -80,12 +79,6 @@ class Logger:
               f"tokens/s  MFU {'n/a' if math.isnan(mfu) else f'{mfu:.0%}'}  {duration(left)} left",
               flush=True)
         self.tokens = self.seconds = self.flops = 0.0
-
-    def close(self, row):
-        """Append the row of the last evaluation, after which no step follows; close the file."""
-        if self.file:
-            self.log(row)
-            self.file.close()
 
 
 def bits_per_byte(loss, n_targets, n_bytes):

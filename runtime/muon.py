@@ -33,9 +33,9 @@ def newton_schulz(x, dtype=torch.float32):
 
 
 def split_matrices(name, p):
-    """The matrices that a parameter holds, as a list of views with no more rows than columns. GPT-2's
-    c_attn holds three, for queries, keys and values; a 3-D parameter holds one for each index of
-    its first dimension. Taller ones are transposed, so that c_fc shares a stack with c_proj."""
+    """The matrices in a parameter, as a list of views with no more rows than columns. c_attn has
+    three, for queries, keys and values; a 3-D parameter has one for each index of its first
+    dimension. Taller ones are transposed, so that c_fc shares a stack with c_proj."""
     rows, cols = p.shape[-2:]
     if name.endswith("c_attn.weight"):
         matrices = p.view(3, rows // 3, cols)

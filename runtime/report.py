@@ -33,8 +33,8 @@ def print_evaluation(cfg, dataset, state):
     if is_overfitting(state.history) and not state.overfit_warned:
         state.overfit_warned = True
         (low_step, low_train, low_val), (_, train, val) = lowest(state.history), state.history[-1]
-        print(f"  Validation loss is rising, {low_val:.3f} at step {low_step}, {val:.3f} now, while "
-              f"training loss fell from {low_train:.3f} to {train:.3f}.\n"
+        print(f"  Validation loss is rising, {low_val:.3f} at step {low_step}, {val:.3f} now; training "
+              f"loss fell from {low_train:.3f} to {train:.3f}.\n"
               "  The model is overfitting: it memorizes more than it generalizes.", flush=True)
 
 

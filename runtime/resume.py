@@ -106,8 +106,10 @@ def restore(resumed, optimizers, device):
 
 
 def restore_optimizer(optimizer, saved):
-    """Load an optimizer's momenta, but keep this run's learning rates, decay and so on."""
-    mine = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    """Load an optimizer's momenta, but keep this run's peak learning rates, decay and so on."""
+    saved_keys = ("params", "lr")  # each step sets lr
+    mine = [{k: v for k, v in group.items() if k not in saved_keys}
+            for group in optimizer.param_groups]
     groups = [{**group, **values}
               for group, values in zip(saved["param_groups"], mine, strict=True)]
     optimizer.load_state_dict({**saved, "param_groups": groups})

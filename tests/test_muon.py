@@ -1,0 +1,121 @@
+"""runtime/muon.py against SVDs in float64, and how train.py divides parameters among the optimizers."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from model import GPT, GPTConfig
+from runtime.muon import NEWTON_SCHULZ_ROUNDS, Muon, newton_schulz
+from tests.test_model import C, T, V, close, random_ids, toy
+
+
+@pytest.mark.parametrize("rows, cols", [(24, 8), (8, 24), (16, 16)])
+def test_newton_schulz_sets_singular_values_near_1_and_keeps_the_vectors(rows, cols):
+    rng = np.random.default_rng(0)
+    k = min(rows, cols)
+    matrices, batch = [], []
+    for scale in (1.0, 1e-3, 100.0):  # the size of a gradient does not matter
+        u, _ = np.linalg.qr(rng.normal(size=(rows, k)))
+        v, _ = np.linalg.qr(rng.normal(size=(cols, k)))
+        matrices.append((u, v))
+        batch.append(u @ np.diag(scale * np.geomspace(1, 0.003, k)) @ v.T)
+    out = newton_schulz(torch.tensor(np.stack(batch), dtype=torch.float32)).double().numpy()
+    assert out.shape == (3, rows, cols)
+    for (u, v), x in zip(matrices, out):
+        values = np.linalg.svd(x, compute_uv=False)
+        assert 0.4 < values.min() and values.max() < 1.6
+        inside = u.T @ x @ v  # in the basis of the input's singular vectors
+        assert np.abs(inside - np.diag(np.diag(inside))).max() < 1e-3
+        assert np.diag(inside).min() > 0.4
+
+
+def np_orthogonalize(x):
+    """What newton_schulz does to one matrix, by its singular values, in float64."""
+    u, values, v = np.linalg.svd(x, full_matrices=False)
+    values = values / np.linalg.norm(values)
+    for a, b, c in NEWTON_SCHULZ_ROUNDS:
+        values = a * values + b * values**3 + c * values**5
+    return u @ np.diag(values) @ v
+
+
+def np_update(name, grad):
+    """Muon's update of one parameter without its learning rate: c_attn's q, k and v apart, a 3-D parameter
+    matrix by matrix."""
+    parts = np.split(grad, 3) if "c_attn" in name else grad if grad.ndim == 3 else [grad]
+    updates = [0.2 * math.sqrt(max(x.shape)) * np_orthogonalize(x) for x in parts]
+    return np.stack(updates) if grad.ndim == 3 else np.concatenate(updates)
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_steps_equal_a_plain_loop_over_matrices(dtype, atol):
+    gpt, lr, decay, momentum = toy(), 0.02, 0.1, 0.95
+    gpt.h[0].mlp.c_fc = torch.nn.Linear(C, 3 * C)  # as wide as c_attn, but one matrix
+    gpt.h[1].experts = torch.nn.Parameter(torch.randn(4, C, 2 * C))
+    params = {name: p for name, p in gpt.h.named_parameters() if p.dim() >= 2}
+    assert len(params) == 9
+    expected = {name: p.detach().double().numpy() for name, p in params.items()}
+    buffers = {name: 0.0 for name in params}
+    optimizer, rng = Muon(params, lr, momentum, decay, dtype), np.random.default_rng(0)
+    for _ in range(2):
+        for name, p in params.items():
+            grad = rng.normal(size=p.shape)
+            p.grad = torch.tensor(grad, dtype=torch.float32)
+            buffers[name] = momentum * buffers[name] + (1 - momentum) * grad
+            nesterov = momentum * buffers[name] + (1 - momentum) * grad
+            expected[name] = expected[name] * (1 - lr * decay) - lr * np_update(name, nesterov)
+        optimizer.step()
+    for name, p in params.items():
+        close(p, expected[name], atol=atol)
+        assert p.dtype == torch.float32
+
+
+RATES = dict(learning_rate=0.01, embedding_learning_rate=0.003, weight_decay=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name):
+    gpt = toy()
+    gpt.h[0].experts = torch.nn.Parameter(torch.randn(4, C, 2 * C))
+    optimizers = train.configure_optimizers(gpt, train.Settings(optimizer=name, **RATES))
+    groups = [(type(o).__name__, group) for o in optimizers for group in o.param_groups]
+    held = [id(p) for _, group in groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in gpt.parameters())
+    in_blocks = {id(p) for p in gpt.h.parameters()}
+    for optimizer, group in groups:
+        assert group["peak_lr"] == group["lr"] == (0.003 if (name, optimizer) == ("muon", "AdamW") else 0.01)
+        for p in group["params"]:
+            assert (group["weight_decay"] > 0) == (p.dim() >= 2)
+            by_muon = name == "muon" and id(p) in in_blocks and p.dim() >= 2
+            assert (optimizer == "Muon") == by_muon
+    assert optimizers[-1].defaults["fused"]
+
+
+class Edited(GPT):
+    """A reader's edit: an untied head, a layer outside of the blocks, gains of several shapes, a matrix that nothing
+    uses, and one that is frozen."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head = torch.nn.Linear(C, config.padded_vocab_size, bias=False)
+        self.gain, self.gains = torch.nn.Parameter(torch.tensor(1.5)), torch.nn.Parameter(torch.ones(2, 1, C // 2))
+        self.h[0].unused = torch.nn.Linear(C, C)
+        self.h[1].attn.c_proj.weight.requires_grad = False
+
+    def head(self, x):
+        return self.lm_head(x * self.gain * self.gains.reshape(C))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_parameters_that_a_reader_adds_are_trained(name):
+    torch.manual_seed(0)
+    gpt = Edited(GPTConfig(V, T, 2, 2, C))
+    before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
+    optimizers = train.configure_optimizers(gpt, train.Settings(optimizer=name, **RATES | {"weight_decay": 0.0}))
+    for _ in range(2):
+        gpt(random_ids(2, T), random_ids(2, T, seed=3).flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    kept = {name for name, p in gpt.named_parameters() if p.equal(before[name])}
+    assert kept == {"h.0.unused.weight", "h.0.unused.bias", "h.1.attn.c_proj.weight"}
