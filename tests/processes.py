@@ -51,11 +51,14 @@ def exit_codes(*children):
     return codes
 
 
-def start_ranks(script, argv, folder, patch=None, count=2):
-    """Start processes that train together, as torchrun does; rank 1's output goes to folder/output1."""
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count))
+        return s.getsockname()[1]
+
+
+def start_ranks(script, argv, folder, patch=None, count=2):
+    """Start processes that train together, as torchrun does; rank 1's output goes to folder/output1."""
+    common = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE=str(count))
     return [start(script, argv, folder / f"output{rank}", patch, RANK=str(rank), LOCAL_RANK=str(rank), **common)
             for rank in range(count)]

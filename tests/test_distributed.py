@@ -4,17 +4,19 @@ import math
 import os
 import re
 import signal
+import sys
 import time
 
 import pytest
 import torch
 
+import config
 import finetune
 import train
-from data.datasets import TextDataset
+from data.datasets import TokenDataset as TextDataset
 from runtime.checkpoint import load_checkpoint
 from tests.conftest import POSIX
-from tests.processes import exit_codes, start, start_ranks
+from tests.processes import FORK, exit_codes, free_port, start, start_ranks
 from tests.toy_runs import (
     assert_same_run,
     before_step,
@@ -57,7 +59,7 @@ def test_several_ranks_take_the_steps_of_one_and_only_rank_0_writes(toys, tmp_pa
     run(toys, module, tmp_path / "alone", **settings)
     assert exit_codes(*ranks) == [0] * count, output(tmp_path)
     assert_close_runs(tmp_path / "many", tmp_path / "alone")
-    assert len(re.findall(r"^step .* loss", output(tmp_path), re.M)) == 12 and f"{count} processes" in output(tmp_path)
+    assert len(re.findall(r"^step .*  norm ", output(tmp_path), re.M)) == 12 and f"{count} processes" in output(tmp_path)
     assert not any(output(tmp_path, rank) for rank in range(1, count))
     assert len(load_checkpoint(tmp_path / "many" / "last.pt")["rng"]) == count
 
@@ -171,3 +173,37 @@ def test_an_unused_parameter_is_explained(toys, tmp_path):
     argv = flags(toys, train, tmp_path / "out", gradient_accumulation=2)
     assert exit_codes(*start_ranks("train", argv, tmp_path, skip_the_mlp)) == [1, 1]
     assert re.search("^error: a parameter of model.py is unused in the forward pass", output(tmp_path), re.M)
+
+
+def worker(deaths, argv):
+    """One of torchrun's processes; at each (restart, rank, step) in deaths it kills itself."""
+    make_quick()
+    for restart, rank, step in deaths:
+        if (restart, rank) == (int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])):
+            before_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    sys.argv = ["train.py", *argv]
+    config.run(train.main)
+
+
+def torchrun(path, options, deaths, argv):
+    """torchrun's own agent with two workers, in a process that has imported torch."""
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+    with open(path, "ab") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    launch, _, _ = run.config_from_args(run.parse_args(
+        ["--nproc_per_node=2", "--monitor-interval=0.1", "--master-addr=127.0.0.1", f"--master-port={free_port()}", *options, "no program"]))
+    launch.start_method = "fork"
+    elastic_launch(launch, worker)(deaths, argv)
+
+
+def test_torchrun_restarts_ranks_that_die_and_the_run_ends_the_same(toys, tmp_path):
+    settings = dict(gradient_accumulation=2, save_interval=3, resume=True)
+    straight = start_ranks("train", flags(toys, train, tmp_path / "straight", **settings), tmp_path, make_quick)
+    agent = FORK.Process(target=torchrun, args=(
+        tmp_path / "agent", ["--max-restarts=2"], [(0, 1, 5), (1, 0, 8)], flags(toys, train, tmp_path / "out", **settings)))
+    agent.start()
+    assert exit_codes(agent, *straight) == [0, 0, 0], (tmp_path / "agent").read_text(encoding="utf-8")
+    assert re.findall(r"resumed at step (\d+)", (tmp_path / "agent").read_text(encoding="utf-8")) == ["3", "6"]
+    assert_same_run(tmp_path / "out", tmp_path / "straight")
