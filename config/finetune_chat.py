@@ -1,6 +1,5 @@
 # python prepare_alpaca.py config/prepare_chat.py
 # python finetune.py config/finetune_chat.py
-# Then what it is to know by heart, without forgetting the rules: what `make chat` talks to.
 init_from = "out/rules/best.pt"
 data_dir = "data/chat"
 out_dir = "out/chat"
@@ -11,7 +10,7 @@ learning_rate = 5e-3
 embedding_learning_rate = 2.5e-3
 weight_decay = 0.1
 dropout = 0.0
-best_by = "train"
+best_by = "train"  # memorize the hand-written rows
 eval_interval = 250
 eval_tokens = 10_000
 sample_interval = 250

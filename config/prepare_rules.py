@@ -1,12 +1,11 @@
 # python -m data.rules
 # python prepare_alpaca.py config/prepare_rules.py
-# Rows without end, and among them, once each, the hand-written rows that are not held out.
 source = "data/instruction/instruction-data.json"
-extra = "data/rules/rules.json"
+extra = "data/rules/rules.json"  # synthetic rows, to mix in
 out_dir = "data/rules"
-tokenizer = "bpe"  # learned from the training rows, so it needs no download
-vocab_size = 512  # few: new words are spelled in pieces, and what holds for pieces holds for them
+tokenizer = "bpe"
+vocab_size = 512  # small, so that new words are spelled in pieces that the model knows
 space_behind = True
-val_fraction = 0.1  # the rows that config/prepare_instruction.py holds out
-max_tokens = 257  # config/train_rules.py reads 256 tokens at a time, and predicts one more
+val_fraction = 0.1  # the same rows as in config/prepare_instruction.py
+max_tokens = 257  # block_size 256 of config/train_rules.py, and one more to predict
 too_long = "drop"

@@ -1,4 +1,4 @@
-# python -m data.text config/prepare_shakespeare.py      (with your own copy: --source=FILE)
+# python -m data.text config/prepare_shakespeare.py
 source = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 out_dir = "data/shakespeare"
 tokenizer = "bytes"

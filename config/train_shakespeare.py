@@ -3,9 +3,7 @@
 data_dir = "data/shakespeare"
 out_dir = "out/shakespeare"
 block_size = 64
-n_layer = 4
-n_head = 4
-n_embd = 128
+n_layer, n_head, n_embd = 4, 4, 128
 bias = False
 batch_size = 24
 max_iters = 860

@@ -1,4 +1,4 @@
-"""What the tests share: one thread, GPT-2's vocabulary, short trainings, a line of an error, a server."""
+"""Shared by the tests: one thread, GPT-2's vocabulary, short trainings, error lines, a full disk, HTTP servers."""
 import contextlib
 import io
 import os
@@ -7,47 +7,49 @@ import threading
 
 import pytest
 
-# Toy tensors are faster so. It is read when torch is first imported, which the tests do after this.
+from config import UserError
+
+# Faster for toy tensors. Set before the tests import torch, which reads it then.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Processes that train together meet on this machine alone, whatever its name and network are.
-if os.name == "posix":
+if os.name == "posix":  # processes that train together connect on this machine only
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
 
-POSIX = pytest.mark.skipif(os.name == "nt", reason="signals, pipes and torchrun's processes as POSIX has them")
+POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, pipes, links, locks and torchrun")
 
 
 @pytest.fixture(scope="module")
 def neither_drawn_nor_measured():
-    """Drawing the losses and measuring the machine take far longer than a short run itself."""
+    """Skip the plot and the measurement of peak FLOP/s, which take far longer than a toy training."""
+    import runtime.log
     import train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "draw_losses", lambda *args: None)
-        patch.setattr(train, "peak_flops", lambda *args: 1e12)
+        patch.setattr(train, "plot_losses", lambda *args: None)
+        patch.setattr(runtime.log, "peak_flops", lambda *args: 1e12)
         yield
 
 
 @pytest.fixture(scope="session")
 def gpt2_vocabulary():
-    """tiktoken's GPT-2; a test that needs it is skipped where it is not on this computer."""
+    """tiktoken's GPT-2; skips the test if it is not on this computer."""
     from data.tokenizer import get_tokenizer
     try:
         return get_tokenizer("gpt2")
-    except ValueError as error:
+    except UserError as error:
         pytest.skip(str(error))
 
 
 def error_of_script(monkeypatch, script, flags):
-    """The line that a script ends with; a text as the exit code means that line, and code 1."""
+    """Return the one line that a script ends with."""
     import config
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
     with pytest.raises(SystemExit) as ended:
         config.run(script.main)
-    assert isinstance(ended.value.code, str) and "\n" not in ended.value.code
+    assert isinstance(ended.value.code, str) and "\n" not in ended.value.code  # then the exit code is 1
     return ended.value.code
 
 
 def error_of(monkeypatch, *flags):
-    """The line that chat.py ends with."""
+    """Return the one line that chat.py ends with."""
     import chat
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     return error_of_script(monkeypatch, chat, flags)
@@ -55,8 +57,8 @@ def error_of(monkeypatch, *flags):
 
 @contextlib.contextmanager
 def largest_file(size):
-    """Within it no file can have more bytes, as on a full disk."""
-    resource = pytest.importorskip("resource", reason="limits of file size are a thing of POSIX")
+    """Context manager: limit the size of files in bytes, to act like a full disk."""
+    resource = pytest.importorskip("resource", reason="POSIX only")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -67,7 +69,7 @@ def largest_file(size):
 
 @contextlib.contextmanager
 def serving(server):
-    """Within it an HTTP server answers, in a thread of its own."""
+    """Context manager: run an HTTP server in a thread."""
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
