@@ -5,11 +5,11 @@
     python finetune.py config/finetune_alpaca.py         # GPT-2 on Stanford Alpaca, for a GPU
     python finetune.py --init_from=out/mine/best.pt --data_dir=data/my_chats --out_dir=out/my_chat
 
-The loop, checkpoints, --resume and signals are train.py's. What differs is the defaults, and that
-it counts epochs. The loss covers the assistant's text and its <|end|> only (`supervised` in
-data/conversation.py marks them, data/datasets.py makes them a batch's targets).
+The loop, checkpoints, --resume and signals are train.py's. Only the defaults differ, and the
+number of steps comes from epochs. The loss covers the assistant's text and its <|end|> only
+(`supervised` in data/conversation.py marks them, data/datasets.py makes them a batch's targets).
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -29,10 +29,10 @@ class Settings(train.LoopSettings):
     block_size: int = 0  # a shorter context than the model was trained with; 0: all of it
     epochs: int = 3  # passes over the conversations
     max_iters: int = 0  # steps; 0: as many as the epochs have
-    eval_interval: int = 0  # steps between evaluations; 0: one after each epoch, 20 in all
+    eval_interval: int = 0  # steps between evaluations; 0: after each epoch, at most 20 times
     optimizer: str = "adamw"  # adamw (all), or muon (the blocks' matrices; AdamW for the rest)
     learning_rate: float = 5e-5  # peak
-    embedding_learning_rate: float = 5e-5  # peak, of the AdamW beside Muon
+    embedding_learning_rate: float = 5e-5  # peak, of AdamW next to Muon
     dropout: float = 0.1  # share of activations zeroed in training; slows overfitting
 
 
@@ -43,22 +43,22 @@ def main(argv):
     if read_meta(cfg.data_dir)["kind"] != "chat":
         raise UserError(f"data_dir={cfg.data_dir}: contains plain text; finetune on chats "
                         "(prepare_alpaca.py), or continue on text with train.py --init_from")
-    train.run(cfg, setup.load_base, count_steps)
+    train.run(cfg, setup.load_base, set_steps)
 
 
-def count_steps(cfg, dataset):
-    """Convert epochs to steps: set max_iters and eval_interval where they are 0, and print what the
-    steps amount to."""
+def set_steps(cfg, dataset):
+    """Return the settings with max_iters and eval_interval computed from epochs where they are 0;
+    print both."""
     steps = ceil(dataset.batches_until("train", cfg.epochs) / cfg.gradient_accumulation)
-    cfg.max_iters = cfg.max_iters or steps
-    cfg.eval_interval = cfg.eval_interval or ceil(steps / min(cfg.epochs, 20))
-    if not cfg.eval_only:
-        epochs = dataset.epochs("train", cfg.max_iters * cfg.gradient_accumulation)
-        print(f"{cfg.init_from}: {cfg.max_iters:,} steps are {epochs:.1f} epochs of "
-              f"{len(dataset.starts['train']):,} conversations")
+    cfg = replace(cfg, max_iters=cfg.max_iters or steps, eval_interval=(
+        cfg.eval_interval or ceil(steps / min(cfg.epochs, 20))))
+    epochs = dataset.epochs("train", cfg.max_iters * cfg.gradient_accumulation)
+    print(f"finetuning {cfg.init_from}: {cfg.max_iters:,} steps, {epochs:.1f} epochs of "
+          f"{len(dataset.starts['train']):,} conversations")
     if dropped := dataset.dropped["train"]:
-        print(f"{dropped:,} conversations are left out: nothing of the reply is in their first "
+        print(f"{dropped:,} conversations are left out: their reply starts after the first "
               f"{dataset.block_size} tokens")
+    return cfg
 
 
 if __name__ == "__main__":

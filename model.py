@@ -54,19 +54,22 @@ class CausalSelfAttention(nn.Module):
         assert config.n_embd % config.n_head == 0, "n_embd must be a multiple of n_head"
         self.n_head = config.n_head
         self.fused = config.fused
-        # One product computes each token's query (what it looks for), key (what it offers), value.
+        # One product computes each token's query (what it looks for), key (what it offers) and
+        # value (what it passes on).
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.attn_dropout = nn.Dropout(config.dropout)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, start=0):
-        """x: (B, T, C) -> (B, T, C). With a LayerCache, which holds the `start` tokens before, x
-        is only the new ones."""
+        """x: (B, T, C) -> (B, T, C). With a LayerCache that holds the previous `start` tokens, x
+        has only the new ones."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
-        q, k, v = (z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-                   for z in (q, k, v))  # (B, nh, T, hs); rotary positions would rotate q, k here
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        # Rotary positions would rotate q and k here.
         if cache is not None:
             k, v = cache.append(k, v, start)  # (B, nh, S, hs)
         S = k.shape[2]
@@ -77,8 +80,8 @@ class CausalSelfAttention(nn.Module):
             weights = self.attn_dropout(scores.softmax(dim=-1))  # each row sums to 1
             y = weights @ v  # (B, nh, T, hs)
         else:
-            # The same in one kernel, which never stores the (T, S) weights. It makes the triangle
-            # itself; only several new tokens behind cached ones need a mask.
+            # The same in one kernel, which never stores the (T, S) weights. is_causal masks later
+            # tokens; only several new tokens after cached ones need an explicit mask.
             mask = causal_mask(T, S, x.device) if start and T > 1 else None
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=start == 0,
@@ -141,7 +144,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's initial weights: normal(0, 0.02), biases 0, norms 1 (PyTorch's default)."""
+        """Initial weights as in nanoGPT: normal(0, 0.02), biases 0, norms 1 (PyTorch's default)."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # 2 * n_layer of these add up in the stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -151,13 +154,13 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, idx, cache=None, start=0):
-        """Token ids (B, T) -> final hidden states (B, T, C). With a KVCache, which holds the
-        `start` tokens before, idx is only the new ones."""
+        """Token ids (B, T) -> final hidden states (B, T, C). With a KVCache that holds the previous
+        `start` tokens, idx has only the new ones."""
         T, block_size = idx.shape[1], self.config.block_size
         assert start + T <= block_size, f"{start + T} tokens, block_size {block_size}"
         x = self.drop(self.wte(idx) + self.wpe.weight[start:start + T])  # (B, T, C) + (T, C)
         for i, block in enumerate(self.h):
-            x = block(x, cache.layers[i] if cache else None, start)
+            x = block(x, None if cache is None else cache.layers[i], start)
         return self.ln_f(x)
 
     def head(self, x):
@@ -195,7 +198,8 @@ class GPT(nn.Module):
         that it already holds is not computed again. sampling: temperature, top_k, top_p and
         repetition_penalty, see `sample`.
         """
-        ids, cache = list(ids), cache or KVCache(self)
+        ids = list(ids)
+        cache = KVCache(self) if cache is None else cache
         generator = seeded_generator(seed)
         was_training = self.training
         self.eval()
@@ -223,8 +227,8 @@ class GPT(nn.Module):
     def flops(self, targets, tokens, pairs):
         """Floating-point operations of a training step on `tokens` tokens, `targets` of which reach
         the output head; `pairs` is the sum of T * T over its rows. Each weight of a matrix costs 6
-        for each token (2 forward, 4 backward), attention 12 * C for each pair and layer (Chowdhery
-        et al. 2022, "PaLM", appendix B)."""
+        FLOPs per token (2 forward, 4 backward), attention 12 * C per pair and layer (Chowdhery et
+        al. 2022, "PaLM", appendix B)."""
         matrices = sum(p.numel() for p in self.h.parameters() if p.dim() >= 2)
         in_products = 6 * (matrices * tokens + self.wte.weight.numel() * targets)
         return in_products + 12 * self.config.n_layer * self.config.n_embd * pairs
@@ -257,8 +261,8 @@ class KVCache:
         self.ids = []
 
     def keep_prefix(self, ids):
-        """Drop what differs from `ids`; return how many of its tokens the cache holds. The last one
-        never counts: its hidden state is what the next token is sampled from."""
+        """Keep the prefix that the cache shares with `ids`, and return its length: at most
+        len(ids) - 1, since the hidden state of the last token is needed to sample the next."""
         n = min(common_prefix(self.ids, ids), len(ids) - 1)
         del self.ids[n:]  # before their keys are overwritten: Ctrl-C may come in between
         return n
@@ -275,8 +279,7 @@ def common_prefix(a, b):
 def window_start(length, block_size):
     """Where the context of a text of `length` tokens starts: 0 while it fits. After that the window
     slides by half a block, not by one token, since each slide changes all positions and costs a new
-    prefill. With a block_size of 8, texts of up to 8 tokens start at 0, of 9 to 12 at 4, of 13 to
-    16 at 8. (A chat drops whole turns before that, see chat.py.)"""
+    prefill. With a block_size of 8, texts of up to 8 tokens start at 0, of 9 to 12 at 4."""
     if length <= block_size:
         return 0
     slide = max(block_size // 2, 1)
@@ -388,7 +391,7 @@ def empty_model(config):
 
 def load_weights(model, weights, source):
     """Replace a model's weights by {name: tensor}, without copying. Raises UserError, naming the
-    source, where they do not fit the model or are not finite."""
+    source, where they do not fit the model or are not finite. They must be float32."""
     from config import UserError
     for name, tensor in weights.items():
         if not tensor.sum().isfinite():  # ten times faster than tensor.isfinite()
@@ -397,8 +400,8 @@ def load_weights(model, weights, source):
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()  # the first line only names the class
-        raise UserError(f"{source}: does not fit this model.py ({problem}); undo your edit of "
-                        "model.py, or train a new model") from error
+        raise UserError(f"{source}: does not fit this model.py ({problem}); use weights of this "
+                        "architecture, or undo an edit of model.py") from error
 
 
 def crop_block_size(model, block_size):

@@ -32,7 +32,6 @@ from runtime.distributed import (
 )
 from runtime.log import Logger
 from runtime.muon import Muon
-from runtime.plots import plot_losses
 from runtime.signals import stop_on_broken_pipe, stop_signals
 
 
@@ -41,19 +40,19 @@ class LoopSettings:
     """Settings of the training loop, which finetune.py has too."""
     # input and output
     data_dir: Path = Path("data/instruction")  # a prepared folder: train.bin, val.bin, meta.json
-    out_dir: Path = Path("out/chat")  # where best.pt, last.pt and log.csv go
+    out_dir: Path = Path("out/new")  # where best.pt, last.pt and log.csv go
     resume: bool = False  # continue from out_dir/last.pt, if there is one
     eval_only: bool = False  # only evaluate init_from's model: loss, perplexity, bits per byte
     # one step
     batch_size: int = 8  # micro-batch, in windows of block_size tokens (or chats of as many tokens)
     gradient_accumulation: int = 1  # micro-batches per step across ranks; divisible by world size
     max_iters: int = 2000  # steps
-    prompt_loss_iters: int = 0  # first steps, in which the loss covers a chat's prompts too
+    prompt_loss_iters: int = 0  # first steps, whose loss covers a chat's prompts too
     dropout: float = 0.0  # share of activations zeroed in training; slows overfitting
     # the optimizer
     optimizer: str = "muon"  # muon (the blocks' matrices; AdamW for the rest) or adamw (all)
-    learning_rate: float = 0.01  # peak, of Muon, or of AdamW where it has all
-    embedding_learning_rate: float = 0.003  # peak, of the AdamW beside Muon
+    learning_rate: float = 0.01  # peak, of Muon, or of AdamW if it trains everything
+    embedding_learning_rate: float = 0.003  # peak, of AdamW next to Muon
     warmup_iters: int = 20  # steps from near 0 to the peak
     decay: str = "linear"  # after warmup: linear, cosine or constant
     final_lr: float = 0.0  # where the decay ends, as a fraction of the peak
@@ -102,27 +101,27 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
     autocast = mixed_precision(device, dtype)  # matrix products in bfloat16 on a GPU
     wrapped = wrap_model(model, dataset, use_compile)  # the same weights, compiled, in DDP
     logger = Logger(cfg.out_dir / "log.csv", state.step, device, dtype)
-    save, stop = not resumed, False  # the first save shows at once whether the disk has room
-    saved_at = time.monotonic()
+    stop, saved_at = False, time.monotonic()
+    save_due = not resumed  # at once, to see whether there is room
     model.train()
     with stop_signals() as signals:
         while not stop:
             # 1. Evaluate on both splits, and keep the best model so far.
             if evaluation_is_due(cfg, state):
-                losses = [evaluate(wrapped, dataset, s, cfg, device, autocast) for s in SPLITS]
-                state.history.append((state.step, *losses))
-                if losses[SPLITS.index(cfg.best_by)] < state.best:
-                    state.best = losses[SPLITS.index(cfg.best_by)]
+                losses = {split: evaluate(wrapped, dataset, split, cfg, device, autocast)
+                          for split in SPLITS}
+                state.history.append((state.step, losses["train"], losses["val"]))
+                if losses[cfg.best_by] < state.best:
+                    state.best = losses[cfg.best_by]
                     resume.save_best(cfg, model, dataset, state)
                 with stop_on_broken_pipe(signals):
-                    report.print_evaluation(cfg, dataset, state)
-                plot_losses(cfg.out_dir, state.history)
+                    report.report_evaluation(cfg, dataset, state)
             if state.step >= cfg.max_iters or is_out_of_patience(cfg, state.history):
                 logger.log(report.log_row(cfg, dataset, state))
                 break
 
-            # 2. Save everything that an exact resume needs. It would continue from here.
-            if save:
+            # 2. Save everything that an exact resume needs. A resumed run continues from here.
+            if save_due:
                 resume.save_last(cfg, model, dataset, state, optimizers, device)
                 saved_at = time.monotonic()
 
@@ -130,9 +129,9 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
             began = time.perf_counter()
             loss, norm, (targets, tokens, pairs) = train_step(
                 wrapped, optimizers, dataset, state.step, cfg, device, autocast)
-            save = resume.save_is_due(cfg, state.step + 1, saved_at)
-            loss, tokens, pairs, save, stop = all_reduce(  # what all ranks must agree on
-                device, loss, tokens, pairs, save, bool(signals))
+            save_due = resume.save_is_due(cfg, state.step + 1, saved_at)
+            loss, tokens, pairs, save_due, stop = all_reduce(  # what all ranks must agree on
+                device, loss, tokens, pairs, save_due, bool(signals))
             seconds = time.perf_counter() - began
 
             # 4. Log.
@@ -150,11 +149,13 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
     resume.save_last(cfg, model, dataset, state, optimizers, device)
     with stop_on_broken_pipe(signals):
         report.print_summary(cfg, dataset, state)
-    return max(signals, default=signal.SIGTERM) if stop else 0  # the signal may be another rank's
+    if stop:
+        return signals[0] if signals else signal.SIGTERM  # it came to another rank
+    return 0
 
 
 def train_step(model, optimizers, dataset, step, cfg, device, autocast):
-    """Take step number `step`, from 0. With one micro-batch and one rank it is no more than this:
+    """Take step number `step`, from 0. With one micro-batch and one rank this is just
     (model(idx, targets, loss_positions) / n_targets).backward(), and a step of each optimizer.
 
     Returns (this rank's part of the mean loss per target, gradient norm, counts): the targets of
@@ -162,25 +163,25 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
     mean over all the step's targets, however they are spread over micro-batches and ranks. Raises
     UserError for a loss or gradient that is not finite, before any weight changes.
     """
-    # A micro-batch depends on its number alone, so the step is a resumed run's place in the data.
-    # Gradient accumulation: a step has several micro-batches; ranks take them round-robin.
+    # A micro-batch depends on its number alone, so a resumed run finds its place by the step. With
+    # gradient accumulation a step has several micro-batches, which the ranks take round-robin.
     rank, world_size = rank_and_world_size()
     first = step * cfg.gradient_accumulation
     numbers = range(first, first + cfg.gradient_accumulation)
     n_targets = sum(dataset.n_targets("train", i) for i in numbers)
+    mine = numbers[rank::world_size]
     step_loss, n_tokens, n_pairs = 0.0, 0, 0
-    for i in numbers[rank::world_size]:
+    for i in mine:
         idx, targets, loss_positions = to_device(dataset.batch("train", i), device)
-        with sync_gradients(model, i + world_size > numbers[-1]):  # once a step, between ranks
+        with sync_gradients(model, i == mine[-1]):  # between ranks, once a step
             with autocast:
-                loss = model(idx, targets, loss_positions)
-            # The model sums over targets; DDP takes the mean over ranks, and we want the sum.
-            loss = loss * (world_size / n_targets)
-            loss.backward()  # adds to p.grad
-        step_loss += loss.detach() / world_size
+                loss_sum = model(idx, targets, loss_positions)
+            # backward adds to p.grad. DDP takes the mean over ranks, so the sum needs world_size.
+            (loss_sum * (world_size / n_targets)).backward()
+        step_loss += loss_sum.detach()
         n_tokens += idx.numel()
         n_pairs += idx.numel() * idx.shape[1]  # T * T for each row
-    step_loss = float(step_loss)
+    step_loss = float(step_loss) / n_targets
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if not math.isfinite(step_loss + norm):
         raise report.diverged(cfg, step, step_loss, norm, model)
@@ -249,9 +250,9 @@ def evaluate(model, dataset, split, cfg, device, autocast):
 def evaluation_is_due(cfg, state):
     """Whether to evaluate before the next step: every eval_interval steps and at the end, unless a
     resumed run has that evaluation already."""
-    done = state.history and state.history[-1][0] == state.step
-    at_interval = state.step > 0 and state.step % cfg.eval_interval == 0
-    return not done and (at_interval or state.step == cfg.max_iters)
+    if state.history and state.history[-1][0] == state.step:
+        return False
+    return state.step == cfg.max_iters or (state.step > 0 and state.step % cfg.eval_interval == 0)
 
 
 def is_out_of_patience(cfg, history):
@@ -267,14 +268,14 @@ def main(argv):
     run(cfg, setup.new_model)
 
 
-def run(cfg, make_model, fill_in=None):
+def run(cfg, make_model, set_steps=None):
     """Train the model that make_model(cfg) returns, or that the run resumes with; with eval_only
-    evaluate it. fill_in(cfg, dataset) sets what depends on the data."""
+    evaluate it. set_steps(cfg, dataset) returns the settings with those that depend on the data."""
     device, dtype, why = pick_device(cfg.device, cfg.dtype)
     with process_group(device) as device, resume.lock_out_dir(cfg), explain_torch_errors(cfg):
         model, dataset, resumed = setup.set_up(cfg, device, make_model)
-        if fill_in:
-            fill_in(cfg, dataset)
+        if set_steps and not cfg.eval_only:
+            cfg = set_steps(cfg, dataset)
         use_compile = setup.print_setup(cfg, model, dataset, device, why, resumed)
         if cfg.eval_only:
             autocast = mixed_precision(device, dtype)

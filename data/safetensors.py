@@ -11,30 +11,40 @@ import numpy as np
 from config import UserError
 from data.files import write_atomically
 
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+          "BOOL": "bool", "U8": "uint8", "I64": "int64"}
 
 
 def read_safetensors(path):
     """Return {name: tensor}, mapped from the file: pages are read when used, and writing to a
-    tensor leaves the file as it is. Raises UserError for a file that is damaged."""
-    import torch
+    tensor leaves the file as it is. Raises UserError for a damaged file, and OSError."""
     try:
         raw = np.memmap(path, dtype=np.uint8, mode="c")
         data_start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+        if data_start > len(raw):
+            raise ValueError("it ends within its header")
         header = json.loads(raw[8:data_start].tobytes())
         header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            if not 0 <= start <= stop <= len(raw) - data_start:
-                raise ValueError(f"{name!r} ends beyond the file")
-            values = torch.from_numpy(raw[data_start + start:data_start + stop])
-            if (data_start + start) % 4:  # torch views need aligned memory
-                values = values.clone()
-            tensors[name] = values.view(getattr(torch, DTYPES[entry["dtype"]])).view(entry["shape"])
-        return tensors
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
+        return {name: view_tensor(raw[data_start:], entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        reason = str(error).split("\n")[0][:100]
+        raise UserError(f"{path}: not a safetensors file, or damaged ({type(error).__name__}: "
+                        f"{reason}); fetch it again") from error
+
+
+def view_tensor(data, entry):
+    """Return the tensor of a header's entry as a view of the bytes `data`, or a copy where they are
+    not aligned for its dtype."""
+    import torch
+    dtype, (start, stop) = getattr(torch, DTYPES[entry["dtype"]]), entry["data_offsets"]
+    if not 0 <= start <= stop <= len(data):
+        raise ValueError("a tensor ends beyond the file")
+    if any(size < 0 for size in entry["shape"]):  # torch would infer a size of -1
+        raise ValueError("a tensor has a negative size")
+    values = torch.from_numpy(data[start:stop])
+    if values.data_ptr() % dtype.itemsize:
+        values = values.clone()
+    return values.view(dtype).view(entry["shape"])
 
 
 def write_safetensors(path, tensors):

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError
@@ -30,7 +31,11 @@ def process_group(device):
                             f"--nproc_per_node={count}")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None,
+    # A prefix for each restart: torchrun's store still has the addresses of ranks that died.
+    store, rank, world_size = next(rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank,
+                            world_size=world_size, device_id=device if on_gpu else None,
                             timeout=timedelta(hours=2))  # rank 0 may have to download gpt2-xl
     with open(os.devnull, "w", encoding="utf-8") as devnull:
         with contextlib.redirect_stdout(devnull if dist.get_rank() else sys.stdout):

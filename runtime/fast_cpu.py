@@ -1,167 +1,130 @@
-"""Fast decoding on a CPU."""
+"""Generate faster on a CPU. Prefill uses oneDNN, a tenth faster than PyTorch's BLAS. One token,
+which is mostly reading weights, uses NumPy, whose BLAS reads them with all cores, not one."""
+import copy
 import math
+import sys
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
-from model import GPT, KVCache, seeded_generator, shared
-
-# ---- a model that only answers: faster ways take the place of its own ----
-
-def through_numpy(of_one, x):
-    """A layer's of_one, which is numpy's, for a tensor of one token: (..., in) -> (..., out)."""
-    return torch.from_numpy(of_one(x.flatten().numpy())).view(*x.shape[:-1], -1)
+from model import GPT, KVCache, seeded_generator
 
 
-class FastLinear(nn.Linear):
-    """nn.Linear on a CPU, without gradients. Many tokens go through oneDNN, a tenth faster than
-    PyTorch's BLAS; a single one through numpy's, which reads the weights with all cores, where
-    PyTorch's has one."""
+class FastLinear(nn.Module):
+    """nn.Linear on the same weights, without gradients."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.arrays = weight.numpy(), 0 if bias is None else bias.numpy()
 
     def forward(self, x):  # (..., in) -> (..., out)
-        if x.numel() == self.in_features:
-            return through_numpy(self.of_one, x)
         if not torch.backends.mkldnn.is_available():
-            return super().forward(x)
+            return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
-    def of_one(self, x):  # numpy's, (in,) -> (out,)
-        y = self.weight_array @ x
-        return y if self.bias_array is None else y + self.bias_array
+    def one_token(self, x):  # arrays: (in,) -> (out,)
+        weight, bias = self.arrays
+        return weight @ x + bias
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with weights of 8 bits. For a single token nearly all the time goes into
-    reading weights, and these are a quarter of the bytes.
+    """nn.Linear with int8 weights. PyTorch's embedding bags are fast on a table of bytes: they sum
+    its rows, each times a channel of the token. A row has an input channel's weights for `width`
+    outputs, their scale and their minimum."""
 
-    A product with one token is a sum of the matrix's columns, each times a channel of the token:
-    what PyTorch's embedding bags compute, and they have a fast kernel for tables of bytes. So the
-    weights are kept as such a table. A row has those of one input channel for `width` outputs, at
-    most 384, as many sums as a core keeps at hand, and behind them their own scale and smallest
-    value. More tokens are multiplied in float32 (Dettmers et al. 2022, "LLM.int8()", shows what
-    rounding their channels too would cost).
-    """
-
-    def __init__(self, weight, bias):
+    def __init__(self, weight, bias=None):
         super().__init__()
-        n_out, self.in_features = weight.shape
-        most = min(384, max(n_out // torch.get_num_threads(), 1))  # each thread has a bag or more
-        self.width = max(width for width in range(1, most + 1) if n_out % width == 0)
-        self.bags = n_out // self.width
-        rows = weight.view(self.bags, self.width, -1).mT.reshape(-1, self.width)  # (bags * in, w)
-        table = torch.ops.quantized.embedding_bag_byte_prepack(rows)  # (bags * in, w + 8) bytes
-        self.table, self.bias = nn.Buffer(table), bias
-        self.bias_array = None if bias is None else bias.detach().numpy()
-        self.indices = torch.arange(len(table), dtype=torch.int32)
-        self.starts = self.indices[::self.in_features].contiguous()  # of each bag
+        n_out, n_in = weight.shape
+        # A core keeps up to 384 sums in registers, and each thread needs a bag.
+        largest = min(384, max(n_out // torch.get_num_threads(), 1))
+        width = max(width for width in range(1, largest + 1) if n_out % width == 0)
+        rows = weight.view(-1, width, n_in).mT.reshape(-1, width)  # (bags * in, width)
+        self.table = torch.ops.quantized.embedding_bag_byte_prepack(rows)  # (bags * in, width + 8)
+        self.indices = torch.arange(len(rows), dtype=torch.int32)
+        self.starts = self.indices[::n_in].contiguous()  # the first row of each bag
+        self.bias = 0 if bias is None else bias.numpy()
 
-    def forward(self, x):  # (..., in) -> (..., out)
-        if x.numel() == self.in_features:
-            return through_numpy(self.of_one, x)
+    def forward(self, x):  # (..., in) -> (..., out), on dequantized weights
         weight = torch.ops.quantized.embedding_bag_byte_unpack(self.table)
-        weight = weight.view(self.bags, self.in_features, self.width)
-        y = x.reshape(-1, self.in_features) @ weight  # (bags, tokens, width)
-        y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+        weight = weight.view(len(self.starts), x.shape[-1], -1)  # (bags, in, width)
+        y = (x.flatten(0, -2) @ weight).transpose(0, 1)  # (tokens, bags, width)
+        return y.reshape(*x.shape[:-1], -1) + torch.as_tensor(self.bias)
 
-    def of_one(self, x):  # numpy's, (in,) -> (out,)
-        x = torch.from_numpy(np.tile(x, self.bags))
-        y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-            self.table, self.indices, self.starts, per_sample_weights=x).numpy().reshape(-1)
-        return y if self.bias_array is None else y + self.bias_array
+    def one_token(self, x):  # arrays: (in,) -> (out,)
+        x = torch.from_numpy(np.tile(x, len(self.starts)))
+        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            self.table, self.indices, self.starts, per_sample_weights=x).numpy().ravel() + self.bias
 
 
 class FastGPT(GPT):
-    """A GPT that only answers, on a CPU. What it does for each token that it writes stands here
-    once more, in numpy, whose calls cost less than PyTorch's for so few numbers: the blocks above
-    for T = 1, without dropout, on the same cache."""
+    """GPT with fast linear layers, in which one token with a KV cache goes through NumPy."""
 
+    @np.errstate(all="ignore")  # chat.py reports logits that are not finite
     def hidden(self, idx, cache=None, start=0):
-        """As GPT.hidden."""
         if cache is None or idx.numel() > 1:
             return super().hidden(idx, cache, start)
         n_head, S = self.config.n_head, start + 1
-        x = self.wte_array[int(idx)] + self.wpe_array[start]  # (C,)
+        x = (self.wte(idx) + self.wpe.weight[start]).numpy().ravel()  # (C,)
         for (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), layer in zip(self.steps, cache.layers):
-            q, k, v = c_attn.of_one(norm_of_one(x, ln_1)).reshape(3, n_head, -1)  # (nh, hs) each
+            q, k, v = c_attn.one_token(ln_1(torch.from_numpy(x)).numpy()).reshape(3, n_head, -1)
             keys, values = layer.k[0].numpy(), layer.v[0].numpy()  # (nh, block_size, hs)
             keys[:, start], values[:, start] = k, v
             scores = keys[:, :S] @ (q / math.sqrt(q.shape[1]))[:, :, None]  # (nh, S, 1)
             weights = np.exp(scores - scores.max(1, keepdims=True))
             weights = (weights / weights.sum(1, keepdims=True)).swapaxes(1, 2)  # (nh, 1, S)
-            x = x + attn_proj.of_one((weights @ values[:, :S]).reshape(-1))
-            x = x + mlp_proj.of_one(gelu_of_one(c_fc.of_one(norm_of_one(x, ln_2))))
-        return torch.from_numpy(norm_of_one(x, self.ln_f))[None, None]  # (1, 1, C)
+            x = x + attn_proj.one_token((weights @ values[:, :S]).ravel())
+            h = torch.from_numpy(c_fc.one_token(ln_2(torch.from_numpy(x)).numpy()))  # (4 C,)
+            x = x + mlp_proj.one_token(F.gelu(h, approximate="tanh").numpy())
+        return self.ln_f(torch.from_numpy(x))[None, None]  # (1, 1, C)
 
-    def num_params(self):
-        """As before its weights became tables."""
-        return self.size
-
-
-def norm_of_one(x, norm):
-    """layer_norm for one token, in numpy: (C,) -> (C,)."""
-    x = x - np.add.reduce(x) / len(x)
-    x = x * (norm.weight_array / math.sqrt(x @ x / len(x) + norm.eps))
-    return x if norm.bias_array is None else x + norm.bias_array
+    def head(self, x):
+        one = x.numel() == x.shape[-1]
+        y = torch.from_numpy(self.output.one_token(x.numpy().ravel())) if one else self.output(x)
+        y[..., self.config.vocab_size:] = -math.inf
+        return y.view(*x.shape[:-1], -1)
 
 
-def gelu_of_one(x):
-    """GELU in the form with tanh, in numpy."""
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x))))
-
-
-def make_fast(model, int8=False):
-    """Make a GPT that only answers faster on a CPU, in place; elsewhere, and in bfloat16, it
-    stays. int8: with weights of 8 bits in its blocks and its head. Whoever changes the model above
-    need not change FastGPT: where it would compute something else, it is not used."""
-    if not model.wte.weight.is_cpu or model.wte.weight.dtype != torch.float32:
-        return
-    model.size = model.num_params()
-    model.requires_grad_(False)
-    for parent in list(model.modules()):
+def build(model, linear):
+    """Return a FastGPT on a GPT's weights; linear is FastLinear or Int8Linear."""
+    frozen = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    fast, n_params = copy.deepcopy(model, frozen), model.num_params()  # copies only the modules
+    fast.__class__, fast.num_params = FastGPT, lambda: n_params  # int8 weights are not parameters
+    for parent in list(fast.modules()):
         for name, layer in parent.named_children():
-            is_linear = type(layer) is nn.Linear  # a subclass may compute something else
-            if is_linear and int8:
-                setattr(parent, name, Int8Linear(layer.weight, layer.bias))
-            elif is_linear or type(layer) is nn.LayerNorm:
-                layer.weight_array = layer.weight.numpy()
-                layer.bias_array = None if layer.bias is None else layer.bias.numpy()
-            if is_linear and not int8:
-                layer.__class__ = FastLinear
+            if type(layer) is nn.Linear:  # a subclass may compute something else
+                setattr(parent, name, linear(layer.weight, layer.bias))
+    fast.output = linear(fast.wte.weight)
+    fast.steps = [(block.ln_1, block.attn.c_attn, block.attn.c_proj,
+                   block.ln_2, block.mlp.c_fc, block.mlp.c_proj) for block in fast.h]
+    return fast
+
+
+@torch.no_grad()
+def probe(model):
+    """Return the logits (T, V) of a short prefill and of a full context's last token."""
+    cache, last = KVCache(model), model.config.block_size - 1  # an edited window may be long
+    cache.layers = [cache.layers[0]] * len(cache.layers)  # one for all: quick to fill
+    cache.layers[0].k.normal_(generator=seeded_generator(0))
+    cache.layers[0].v.normal_(std=10, generator=seeded_generator(1))  # so that attention matters
+    xs = [model.hidden(torch.tensor([ids]), cache, start)[0]
+          for ids, start in (([0, 1, 2][:last + 1], 0), ([3], last))]
+    return torch.cat([model.head(x) for x in xs])[:, :model.config.vocab_size]
+
+
+def speed_up(model, int8=False):
+    """Return a model that generates what a GPT in eval mode does, but faster, on the same weights.
+    int8: with int8 weights in linear layers and head. The plain model comes back where it is not on
+    a CPU in float32, or where an edited model.py computes something else than this file."""
+    if model.wte.weight.device.type != "cpu" or model.wte.weight.dtype != torch.float32:
+        return model
     try:
-        model.wte_array, model.wpe_array = model.wte.weight.numpy(), model.wpe.weight.numpy()
-        model.steps = [(block.ln_1, block.attn.c_attn, block.attn.c_proj,
-                        block.ln_2, block.mlp.c_fc, block.mlp.c_proj) for block in model.h]
-        is_same = is_same_in_numpy(model)
-    except Exception:  # a model that was changed need not have these layers, or their shapes
-        is_same = False
-    if is_same:
-        model.__class__ = FastGPT
-
-
-@torch.no_grad()
-def is_same_in_numpy(model):
-    """Whether FastGPT computes what the model does, tried with the last token of a full context,
-    since a window may be long; the keys and values before it are drawn at random."""
-    cache, start = KVCache(model), model.config.block_size - 1
-    drawn = torch.randn(cache.layers[0].k[:, :, :start].shape, generator=seeded_generator(0))
-    for layer in cache.layers:
-        layer.k[:, :, :start], layer.v[:, :, :start] = drawn, drawn
-    one = torch.zeros(1, 1, dtype=torch.long)
-    with np.errstate(all="ignore"):  # where weights overflow chat.py says so
-        own, fast = model.hidden(one, cache, start), FastGPT.hidden(model, one, cache, start)
-    return bool((fast - own).abs().max() <= 1e-3 * own.abs().max())
-
-
-@torch.no_grad()
-def is_gpt2(model):
-    """Whether a model, on a CPU, computes what GPT-2 does: its blocks, and the embeddings once more
-    as the head. It is made fast."""
-    make_fast(model)
-    V, one = model.config.vocab_size, torch.zeros(1, 1, dtype=torch.long)
-    x = model.hidden(one, KVCache(model))  # (1, 1, C)
-    own, wanted = model.head(x)[..., :V], x @ model.wte.weight[:V].T
-    is_same = (own - wanted).abs().max() <= 1e-3 * wanted.abs().max()
-    is_tied = shared(model) == {"lm_head.weight": "wte.weight"}
-    return isinstance(model, FastGPT) and is_tied and bool(is_same)
+        fast, wanted = build(model, FastLinear), probe(model)
+        if (probe(fast) - wanted).abs().max() <= 1e-3 * wanted.std():
+            return build(model, Int8Linear) if int8 else fast
+    except Exception:  # an edited model need not have these layers, or their shapes
+        pass
+    print("note: model.py is edited, so it runs without runtime/fast_cpu.py", file=sys.stderr)
+    return model

@@ -1,5 +1,6 @@
 """What a run prints besides progress: samples, evaluations, overfitting, the final report."""
 import math
+import shlex
 import time
 from importlib.util import find_spec
 
@@ -9,6 +10,7 @@ from data.datasets import SPLITS, count_targets
 from data.tokenizer import get_tokenizer
 from runtime.distributed import is_rank_0
 from runtime.log import bits_per_byte, duration
+from runtime.plots import plot_losses
 from runtime.resume import lowest
 
 
@@ -24,8 +26,11 @@ def log_row(cfg, dataset, state):
     return row
 
 
-def print_evaluation(cfg, dataset, state):
-    """Print the losses of an evaluation and, once, a warning that the model overfits."""
+def report_evaluation(cfg, dataset, state):
+    """Plot the losses so far, and print those of an evaluation and, once, a warning that the model
+    overfits."""
+    if is_rank_0():
+        plot_losses(cfg.out_dir, state.history)
     row = log_row(cfg, dataset, state)
     print(f"step {state.step:>5}/{cfg.max_iters}  epoch {row['epoch']:.2f}  train "
           f"{row['train_loss']:.4f}  val {row['val_loss']:.4f}  {row['val_bits_per_byte']:.4f} "
@@ -33,8 +38,8 @@ def print_evaluation(cfg, dataset, state):
     if is_overfitting(state.history) and not state.overfit_warned:
         state.overfit_warned = True
         (low_step, low_train, low_val), (_, train, val) = lowest(state.history), state.history[-1]
-        print(f"  Validation loss is rising, {low_val:.3f} at step {low_step}, {val:.3f} now; training "
-              f"loss fell from {low_train:.3f} to {train:.3f}.\n"
+        print(f"  Validation loss is rising, {low_val:.3f} at step {low_step}, {val:.3f} now; "
+              f"training loss fell from {low_train:.3f} to {train:.3f}.\n"
               "  The model is overfitting: it memorizes more than it generalizes.", flush=True)
 
 
@@ -58,7 +63,7 @@ def print_sample(cfg, model, dataset):
     enc, prompt = get_tokenizer(dataset.tokenizer), cfg.sample_prompt
     if dataset.kind == "chat":
         if prompt is None:
-            prompt = decode_conversation(dataset.conversations("val")[0], enc)[0]["content"]
+            prompt = decode_conversation(dataset.conversation("val", 0), enc)[0]["content"]
         ids = encode_prompt([{"role": "user", "content": prompt}], enc)
     else:
         prompt = "\n" if prompt is None else prompt
@@ -80,9 +85,7 @@ def print_summary(cfg, dataset, state):
         column = 1 + SPLITS.index(cfg.best_by)
         best = min(state.history, key=lambda entry: entry[column])
         print(f"best.pt has the lowest {cfg.best_by} loss, of step {best[0]}; talk to it:")
-    else:
-        print("best.pt: talk to it:")
-    print(f"    python chat.py --checkpoint={cfg.out_dir / 'best.pt'}")
+        print(f"    python chat.py --checkpoint={shlex.quote(str(cfg.out_dir / 'best.pt'))}")
     made = ", ".join(name for name in ("log.csv", "loss.png") if (cfg.out_dir / name).exists())
     picture = "" if find_spec("matplotlib") else " (for loss.png: pip install matplotlib)"
     print(f"{cfg.out_dir}: {made}{picture}", flush=True)

@@ -15,7 +15,8 @@ from runtime.distributed import is_rank_0, rank_and_world_size
 
 # A resumed run must have the same.
 SAME_SETTINGS = ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",
-                 "batch_size", "gradient_accumulation", "best_by", "seed", "prompt_loss_iters")
+                 "fused", "batch_size", "gradient_accumulation", "best_by", "seed",
+                 "prompt_loss_iters")
 
 
 @dataclass

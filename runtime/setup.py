@@ -87,10 +87,12 @@ def load_base(cfg):
     context of cfg.block_size (0: all that it was trained with). Raises UserError or OSError."""
     path, checkpoint, its_tokenizer = config.local_path(cfg.init_from), None, "gpt2"
     is_name = cfg.init_from in GPT2_NAMES
-    if path.suffix == ".pt":
+    is_nanogpt = path.name == "ckpt.pt"
+    if path.suffix == ".pt" and not is_nanogpt:
         checkpoint = load_checkpoint(path, "Train one first.")
         its_tokenizer = checkpoint["tokenizer"]
-    elif not is_name and not (path / "config.json").exists() and path.suffix != ".safetensors":
+    elif not (is_name or is_nanogpt or (path / "config.json").exists()
+              or path.suffix == ".safetensors"):
         raise UserError(f"init_from={cfg.init_from}: no model there; name a best.pt, a folder with "
                         f"a config.json and weights, or one of {', '.join(GPT2_NAMES)}")
     name = its_tokenizer if isinstance(its_tokenizer, str) else "FILE, its data's tokenizer.json"

@@ -21,9 +21,8 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, pipes, links,
 def neither_drawn_nor_measured():
     """Skip the plot and the measurement of peak FLOP/s, which take far longer than a toy training."""
     import runtime.log
-    import train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "plot_losses", lambda *args: None)
+        patch.setattr("runtime.report.plot_losses", lambda *args: None)
         patch.setattr(runtime.log, "peak_flops", lambda *args: 1e12)
         yield
 

@@ -13,7 +13,7 @@ import torch
 import config
 import finetune
 import train
-from data.datasets import TokenDataset as TextDataset
+from data.datasets import TextDataset
 from runtime.checkpoint import load_checkpoint
 from tests.conftest import POSIX
 from tests.processes import FORK, exit_codes, free_port, start, start_ranks

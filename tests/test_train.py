@@ -353,7 +353,7 @@ def test_finetuning_counts_epochs_and_starts_with_the_base_models_weights(toys, 
     dataset = open_dataset(toys / "chat", 64, 2)
     assert last["step"] == last["max_iters"] == dataset.batches_until("train", 3)
     assert len(last["history"]) == 3
-    assert f"{last['step']} steps are 3.0 epochs of 9 conversations" in capsys.readouterr().out
+    assert f"{last['step']} steps, 3.0 epochs of 9 conversations" in capsys.readouterr().out
     number, weights, states = seen[0]
     assert (number, states) == (0, 0)
     for name, weight in base["model"].items():
@@ -471,7 +471,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_last_save(toys, tmp_
 
 def test_text_too_short_for_a_window_is_one_line(toys, tmp_path):
     short = prepare_text(tmp_path / "short", "Far too short.")
-    with pytest.raises(UserError, match="train.bin.*block_size=64"):
+    with pytest.raises(UserError, match="short.train: 9 tokens are too few for block_size=64"):
         run(toys, train, tmp_path / "out", data_dir=short)
 
 

@@ -45,7 +45,7 @@ def toys(tmp_path_factory):
     prepare_chats(root / "chat")
     prepare_text(root / "text")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "plot_losses", lambda *args: None)
+        patch.setattr("runtime.report.plot_losses", lambda *args: None)
         train.main(flags(root, train, root / "base", max_iters=7))
     return root
 
@@ -53,14 +53,15 @@ def toys(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Plotting the losses and measuring the CPU's peak take longer than a toy run."""
-    monkeypatch.setattr("train.plot_losses", lambda *args: None)
+    monkeypatch.setattr("runtime.report.plot_losses", lambda *args: None)
     monkeypatch.setattr("runtime.log.peak_flops", lambda *args: 1e12)
 
 
 def make_quick():
     """The same in a child process."""
     import runtime.log
-    train.plot_losses = lambda *args: None
+    import runtime.report
+    runtime.report.plot_losses = lambda *args: None
     runtime.log.peak_flops = lambda *args: 1e12
 
 

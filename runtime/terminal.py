@@ -1,0 +1,260 @@
+"""The terminal of chat.py, besides replies: notes, line editing, and /commands."""
+import contextlib
+import difflib
+import json
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import config
+from config import UserError
+from data import conversation as chats
+from data.files import write_text
+from data.tokenizer import show_spaces, token_pieces
+
+EXIT_KEY = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"  # ends the input
+
+HELP = f"""/help              this list
+/reset             start a new conversation
+/undo              remove your last message and its reply
+/retry             another reply to your last message
+/set name=value    change settings, several at once; alone it shows them
+/save FILE         write the chat as a line of JSON that prepare_alpaca.py reads
+/load FILE         continue a chat from such a file
+/tokens            the token ids of the chat as the model sees them
+/look [FILE]       a page that shows the inside of the model: out/look.html or FILE
+/quit              exit, like {EXIT_KEY}; Ctrl-C stops a reply"""
+COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
+
+# Control characters, which a terminal would obey, as visible symbols.
+CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
+CONTROL_PICTURES |= {c: 0x2426 for c in range(127, 160)}
+GREEN, MAGENTA, CYAN, GREY = 32, 35, 36, 90
+
+
+def use_utf8():
+    """Make the standard streams UTF-8 and, on Windows, let the console show colours."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's streams do not have it
+            stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+    if os.name == "nt":
+        os.system("")
+
+
+def show_controls(text, stream):
+    """Make control characters visible where the stream is a terminal."""
+    return text.translate(CONTROL_PICTURES) if stream.isatty() else text
+
+
+def coloured(code, text):
+    """A text for standard error, in an ANSI colour where that is a terminal that shows any."""
+    plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
+    return text if plain or not sys.stderr.isatty() else f"\x1b[{code}m{text}\x1b[0m"
+
+
+def note(text):
+    """Print a line for the user, not for the next program: grey, on standard error."""
+    print(coloured(GREY, text), file=sys.stderr, flush=True)
+
+
+def show_progress(name, done, total):
+    """Print "name: done of total" over the line before, where standard error is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{name}: {done} of {total}", end="" if done < total else "\n", file=sys.stderr)
+
+
+def greet(session, cfg, about):
+    """Where messages are typed, note which model this is, what it sees, and how to exit."""
+    if not sys.stdin.isatty():
+        return
+    turns = cfg.turns or session.trained_turns
+    sees = f"It sees your last {turns} messages." if turns > 1 else "It sees one message at a time."
+    if not session.trained_turns:
+        sees = "Base model: it continues your text."
+    commands = " /help lists the commands," if sys.stdout.isatty() else ""
+    note(f"{about}\n{sees}{commands} {EXIT_KEY} exits.")
+
+
+@contextlib.contextmanager
+def report_errors(tty):
+    """Context manager: in a terminal, Ctrl-C and a user's mistake end the block with a note, and
+    the chat continues."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not tty:
+            raise
+        note(" (stopped)")
+    except (UserError, OSError) as error:
+        if not tty:
+            raise
+        note(error)
+
+
+def read_lines(tty, setting_names):
+    """Yield the lines that are typed or piped in, without empty ones. setting_names: what Tab
+    completes after /set."""
+    if not tty:
+        yield from filter(None, map(str.strip, sys.stdin))
+        return
+    use_readline(setting_names)
+    while True:
+        try:
+            print()
+            if line := input("> ").strip():
+                yield line
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            note(f"\n({EXIT_KEY} exits)")
+
+
+def use_readline(setting_names):
+    """Enable line editing, history, Tab completion, and pasting several lines as one message, where
+    Python has readline."""
+    try:
+        import readline
+    except ImportError:  # Windows
+        return
+
+    def complete(text, state):
+        is_set = readline.get_line_buffer().startswith("/set ")
+        words = [f"{name}=" for name in setting_names] if is_set else COMMANDS
+        matches = [word for word in words if word.startswith(text)]
+        return matches[state] if state < len(matches) else None
+
+    readline.set_completer(complete)
+    readline.set_completer_delims(" ")
+    is_libedit = "libedit" in (readline.__doc__ or "")
+    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+    if os.environ.get("TERM") != "dumb":  # Python's default is off
+        readline.parse_and_bind("set enable-bracketed-paste on")
+
+
+def is_command(line):
+    """Whether a line is a /word, or one of the words that exit other programs."""
+    return re.match(r"/\w*(\s|$)", line) or line in ("exit", "quit")
+
+
+def run_command(session, cfg, line, print_reply):
+    """Run a /command and return the settings to continue with, or None to quit.
+
+    print_reply(session, question, cfg) prints the reply to a message, given as ids. Raises
+    UserError or OSError, having changed nothing.
+    """
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    path = Path(os.path.expanduser(rest))
+    if name in ("/undo", "/retry", "/save", "/tokens", "/look") and not session.history:
+        raise UserError(f"{name}: the conversation is empty; write a message first")
+    if name in ("/save", "/load") and not rest:
+        raise UserError(f"{name} needs a file: {name} chat.jsonl")
+    match name:
+        case "/help":
+            note(HELP)
+        case "/quit" | "exit" | "quit":
+            return None
+        case "/reset":
+            replace_history(session, [])
+        case "/undo":
+            replace_history(session, session.history[:-1])
+        case "/retry":
+            question, _ = session.history.pop()
+            print_reply(session, question, replace(cfg, seed=None))
+        case "/set":
+            cfg = change_settings(cfg, rest.split())
+            note("  ".join(f"{field}={getattr(cfg, field)}" for field in cfg.CHANGEABLE))
+        case "/save":
+            save_chat(session, path)
+        case "/load":
+            load_chat(session, path)
+        case "/tokens":
+            show_tokens(session)
+        case "/look":
+            show_look(session, path if rest else Path("out/look.html"))
+        case _:
+            close = difflib.get_close_matches(name, COMMANDS, 1)
+            advice = f"did you mean {close[0]}?" if close else "/help lists the commands"
+            raise UserError(f"{name}: no such command; {advice}")
+    return cfg
+
+
+def replace_history(session, history):
+    """Replace the turns of a session."""
+    session.history, session.n_dropped = history, 0
+    note(f"(messages so far: {2 * len(history)})")
+
+
+def change_settings(cfg, flags):
+    """Return the settings with name=value changes. Raises UserError."""
+    flags = [flag.lstrip("-") for flag in flags]
+    for name in [flag.partition("=")[0] for flag in flags]:
+        if name not in cfg.CHANGEABLE:
+            raise UserError(f"{name}: cannot be set here; use {', '.join(cfg.CHANGEABLE)}")
+    return config.load(type(cfg), [f"--{flag}" for flag in flags], start=cfg, typed="/set")
+
+
+def save_chat(session, path):
+    """Write the chat as a line of JSON. A file is only replaced if it has this chat's beginning."""
+    messages = [{"role": role, "content": session.enc.decode(ids)}
+                for role, ids in chats.turns_to_messages(session.history)]
+    beginnings = [[{"messages": messages[:n]}] for n in range(len(messages) + 1)]
+    if path.exists() and chats.read_rows(path) not in beginnings:
+        raise UserError(f"{path}: exists, with other contents than this chat; use another name")
+    write_text(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+    note(f"{path}: saved")
+
+
+def load_chat(session, path):
+    """Continue the last chat in a file."""
+    if not session.trained_turns:
+        raise UserError("/load: a base model has no turns; /load needs a model trained on chats")
+    conversations = chats.read_conversations(path)
+    if not conversations:
+        raise UserError(f"{path}: contains no chat; use a file that /save wrote")
+    messages, _ = conversations[-1]
+    ids = [session.enc.encode_ordinary(m["content"]) for m in messages]
+    replace_history(session, list(zip(ids[0::2], ids[1::2])))  # user and assistant alternate
+
+
+def seen_ids(session):
+    """The ids that the model saw last, its own reply included."""
+    if not session.trained_turns:
+        _, answer = session.history[-1]
+        return [*session.prompt, *answer]
+    seen = session.history[-session.turns:][session.n_dropped:]
+    return chats.assemble(chats.turns_to_messages(seen), session.enc)
+
+
+def show_tokens(session):
+    """Print the ids that the model saw: a line for each message, roles in different colours."""
+    ids, special = seen_ids(session), chats.special_ids(session.enc)
+    _, user, assistant, _ = special
+    colours, colour = {user: CYAN, assistant: GREEN}, GREY
+    for piece, i in zip(token_pieces(session.enc, ids), ids):
+        if i in colours:
+            colour = colours[i]
+            print(file=sys.stderr)
+        text = show_spaces(piece).translate(CONTROL_PICTURES)
+        text = coloured(MAGENTA if i in special else colour, text)
+        print(text + coloured(GREY, f"[{i}]"), end=" ", file=sys.stderr)
+    print(file=sys.stderr, flush=True)
+
+
+def show_look(session, path):
+    """Write a page that shows the inside of the model for what it saw last; note its habits."""
+    from runtime.look import look, write_page
+    ids, block_size, start = seen_ids(session), session.model.config.block_size, None
+    if session.trained_turns:
+        ids = ids[:block_size]  # the last token of a full context is never read
+    else:
+        ids = ids[-block_size:]
+        start = max(len(ids) - len(session.history[-1][1]), 0)  # of the model's own words
+    page = look(session.model, session.enc, ids, start)
+    for line in page["habits"]:
+        note(line)
+    write_page(path, page)
+    note(f"{path}: open it in a browser")
