@@ -110,4 +110,4 @@ def test_a_model_that_is_not_gpt2_is_refused(path, module, parameter, out, tmp_p
     save_checkpoint(tmp_path / "best.pt", model_state(gpt, "bytes", "chat", step=1, max_iters=1))
     with pytest.raises(UserError, match=f"{parameter} .*exports need GPT-2's parameters"):
         export.main([f"--checkpoint={tmp_path / 'best.pt'}", f"--out={tmp_path / out}"])
-    assert not (tmp_path / out).exists()
+    assert not (tmp_path / out).is_file() and not (tmp_path / out / "model.safetensors").exists()
