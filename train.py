@@ -113,7 +113,7 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
                 state.history.append((state.step, losses["train"], losses["val"]))
                 if losses[cfg.best_by] < state.best:
                     state.best = losses[cfg.best_by]
-                    resume.save_best(cfg, model, dataset, state)
+                    resume.save(cfg, "best.pt", model, dataset, state)
                 with stop_on_broken_pipe(signals):
                     report.report_evaluation(cfg, dataset, state)
             if state.step >= cfg.max_iters or is_out_of_patience(cfg, state.history):

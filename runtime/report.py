@@ -1,7 +1,6 @@
 """What a run prints besides progress: samples, evaluations, overfitting, the final report."""
 import math
 import shlex
-import time
 from importlib.util import find_spec
 
 from config import UserError
@@ -12,11 +11,11 @@ from runtime.distributed import is_rank_0
 from runtime.log import bits_per_byte, duration
 from runtime.plots import plot_losses
 from runtime.resume import lowest
+from runtime.terminal import show_progress
 
 
 def log_row(cfg, dataset, state):
-    """What is logged before a step: a dict of numbers, with the losses if this step was
-    evaluated."""
+    """The part of a log row that is known before the step, with the losses of an evaluation."""
     row = {"step": state.step,
            "epoch": dataset.epochs("train", state.step * cfg.gradient_accumulation)}
     if state.history and state.history[-1][0] == state.step:
@@ -27,8 +26,7 @@ def log_row(cfg, dataset, state):
 
 
 def report_evaluation(cfg, dataset, state):
-    """Plot the losses so far, and print those of an evaluation and, once, a warning that the model
-    overfits."""
+    """Plot the losses and print the last ones; once, print that the model overfits."""
     if is_rank_0():
         plot_losses(cfg.out_dir, state.history)
     row = log_row(cfg, dataset, state)
@@ -108,23 +106,17 @@ def run_eval(cfg, dataset, evaluate):
 
 
 class WithProgress:
-    """A dataset that prints the progress of its evaluation every ten seconds."""
+    """A dataset that shows the progress of its evaluation."""
 
     def __init__(self, dataset, n_targets):
         self.dataset, self.n_targets = dataset, n_targets
 
     def eval_batches(self, split, max_tokens):
-        """The dataset's; a batch counts as done when the next one is asked for."""
-        began = printed = time.monotonic()
         done = 0
         for batch in self.dataset.eval_batches(split, max_tokens):
             yield batch
             done += batch[1].size
-            now = time.monotonic()
-            if now - printed >= 10:
-                printed, left = now, (now - began) * (self.n_targets - done) / done
-                print(f"  {split}: {done:,} of {self.n_targets:,} targets  "
-                      f"{done / (now - began):,.0f} targets/s  {duration(left)} left", flush=True)
+            show_progress(split, done, self.n_targets)
 
 
 def diverged(cfg, step, loss, norm, model):

@@ -34,11 +34,6 @@ def lowest(history):
     return min(history, key=lambda entry: entry[2])
 
 
-def save_best(cfg, model, dataset, state):
-    """Save best.pt, for chat.py. Raises OSError."""
-    save(cfg, "best.pt", model, dataset, state)
-
-
 def save_last(cfg, model, dataset, state, optimizers, device):
     """Save last.pt, with everything that an exact resume needs. Raises OSError."""
     save(cfg, "last.pt", model, dataset, state, rng=gather_rng_states(device),
@@ -46,7 +41,7 @@ def save_last(cfg, model, dataset, state, optimizers, device):
 
 
 def save(cfg, name, model, dataset, state, **extra):
-    """Write a checkpoint into out_dir, on rank 0."""
+    """Write a checkpoint into out_dir, on rank 0. Raises OSError."""
     if not is_rank_0():
         return
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items()}
@@ -98,22 +93,15 @@ def restore(resumed, optimizers, device):
         return TrainState()
     try:
         for optimizer, saved in zip(optimizers, resumed["optimizers"], strict=True):
-            restore_optimizer(optimizer, saved)
-        restore_rng(resumed["rng"], device)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError("last.pt: its optimizers do not fit this run "
-                        f"({type(error).__name__}: {error}); leave out --resume") from error
+            # The momenta are the saved ones, peak learning rates, decay and so on this run's.
+            groups = [mine | {"params": theirs["params"], "lr": theirs["lr"]} for mine, theirs in
+                      zip(optimizer.param_groups, saved["param_groups"], strict=True)]
+            optimizer.load_state_dict(saved | {"param_groups": groups})
+    except ValueError as error:
+        raise UserError(f"last.pt: its optimizers do not fit this run ({error}); leave out "
+                        "--resume") from error
+    restore_rng(resumed["rng"], device)
     return TrainState(**{f.name: resumed[f.name] for f in fields(TrainState)})
-
-
-def restore_optimizer(optimizer, saved):
-    """Load an optimizer's momenta, but keep this run's peak learning rates, decay and so on."""
-    saved_keys = ("params", "lr")  # each step sets lr
-    mine = [{k: v for k, v in group.items() if k not in saved_keys}
-            for group in optimizer.param_groups]
-    groups = [{**group, **values}
-              for group, values in zip(saved["param_groups"], mine, strict=True)]
-    optimizer.load_state_dict({**saved, "param_groups": groups})
 
 
 def gather_rng_states(device):
