@@ -1,16 +1,14 @@
-# make chat: from nothing to a chat with a model trained here.   make test: what CI runs.
-# make bench: how fast it is, an hour.   make clean: what make chat made is removed.
+# make chat: train a model and chat with it.   make test: what CI runs.
+# make bench: measure the speed, an hour.   make clean: remove what make chat made.
 PYTHON ?= python3
 RUN = .venv/bin/python
 WRITTEN = data/instruction/instruction-data.json
 RULES = data/rules.py data/words.txt data/wordings.txt $(WRITTEN)
-# A training that was stopped, by Ctrl-C too, is gone on with.
-RESUME = --resume=$(if $(wildcard $(1)/last.pt),True,False)
 
 chat: out/chat/done
 	$(RUN) chat.py
 
-# Rows without end, and a model that learns their rules.
+# Synthetic rows, and a model that learns their rules. A run that was stopped resumes.
 data/rules/rules.json: $(RULES) | .venv/runtime
 	$(RUN) -m data.rules
 
@@ -18,10 +16,10 @@ data/rules/meta.json: data/rules/rules.json config/prepare_rules.py
 	$(RUN) prepare_alpaca.py config/prepare_rules.py
 
 out/rules/done: | data/rules/meta.json
-	$(RUN) train.py config/train_rules.py $(call RESUME,out/rules)
+	$(RUN) train.py config/train_rules.py --resume=True
 	touch $@
 
-# Then the hand-written rows by heart.
+# Then it memorizes the hand-written rows.
 data/rules/some.json: $(RULES) | .venv/runtime
 	$(RUN) -m data.rules --rows=16000 --out=$@
 
@@ -29,7 +27,7 @@ data/chat/meta.json: data/rules/some.json data/rules/meta.json config/prepare_ch
 	$(RUN) prepare_alpaca.py config/prepare_chat.py
 
 out/chat/done: | out/rules/done data/chat/meta.json
-	$(RUN) finetune.py config/finetune_chat.py $(call RESUME,out/chat)
+	$(RUN) finetune.py config/finetune_chat.py --resume=True
 	touch $@
 
 test: .venv/dev
@@ -43,8 +41,7 @@ bench: .venv/dev out/chat/done data/shakespeare/input.txt
 data/shakespeare/input.txt: | .venv/runtime
 	$(RUN) -m data.text config/prepare_shakespeare.py
 
-# By name, for other runs, exports and files of yours may lie beside them. What cost a download stays:
-# .venv and data/shakespeare.
+# By name, since the folders may contain other files of yours. Downloads stay: .venv, data/shakespeare.
 MADE = rules.json some.json train.bin val.bin meta.json tokenizer.json chat_corpus.txt \
        best.pt last.pt log.csv loss.png done
 FOLDERS = out/chat out/rules data/chat data/rules

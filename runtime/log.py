@@ -82,8 +82,8 @@ class Logger:
 
 
 def bits_per_byte(loss, n_targets, n_bytes):
-    """Convert a mean loss per target, in nats, to bits per byte of the text that the targets stand
-    for (see count_targets in data/datasets.py); nan where they stand for none."""
+    """Convert a mean loss per target, in nats, to bits per byte of the text that the targets encode
+    (see count_targets in data/datasets.py); nan for no bytes."""
     return loss * n_targets / n_bytes / math.log(2) if n_bytes else math.nan
 
 
