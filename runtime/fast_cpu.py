@@ -31,9 +31,8 @@ class FastLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear with int8 weights. PyTorch's embedding bags are fast on a table of bytes: they sum
-    its rows, each times a channel of the token. A row has an input channel's weights for `width`
-    outputs, their scale and their minimum."""
+    """nn.Linear with int8 weights, for embedding bags: PyTorch sums rows of a table, each times
+    a channel of the token. A row has a channel's weights for `width` outputs, scale and minimum."""
 
     def __init__(self, weight, bias=None):
         super().__init__()
@@ -67,7 +66,7 @@ class FastGPT(GPT):
         if cache is None or idx.numel() > 1:
             return super().hidden(idx, cache, start)
         n_head, S = self.config.n_head, start + 1
-        x = (self.wte(idx) + self.wpe.weight[start]).numpy().ravel()  # (C,)
+        x = self.tables[0][int(idx)] + self.tables[1][start]  # (C,)
         for (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj), layer in zip(self.steps, cache.layers):
             q, k, v = c_attn.one_token(ln_1(torch.from_numpy(x)).numpy()).reshape(3, n_head, -1)
             keys, values = layer.k[0].numpy(), layer.v[0].numpy()  # (nh, block_size, hs)
@@ -97,8 +96,9 @@ def build(model, linear):
             if type(layer) is nn.Linear:  # a subclass may compute something else
                 setattr(parent, name, linear(layer.weight, layer.bias))
     fast.output = linear(fast.wte.weight)
-    fast.steps = [(block.ln_1, block.attn.c_attn, block.attn.c_proj,
-                   block.ln_2, block.mlp.c_fc, block.mlp.c_proj) for block in fast.h]
+    fast.tables = fast.wte.weight.numpy(), fast.wpe.weight.numpy()
+    fast.steps = [(block.ln_1.forward, block.attn.c_attn, block.attn.c_proj,
+                   block.ln_2.forward, block.mlp.c_fc, block.mlp.c_proj) for block in fast.h]
     return fast
 
 

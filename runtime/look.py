@@ -1,8 +1,8 @@
-"""See inside a model: one page with everything that it did for one exchange.
+"""See inside a model: one page with everything that it computed for one exchange.
 
     python chat.py --look=out/look.html --prompt="What is the plural of box?"
 
-`look` runs the model once, with hooks, and `write_page` puts what they caught into look.html.
+`look` runs the model once, with hooks, and `write_page` puts what they recorded into look.html.
 """
 import base64
 import inspect
@@ -11,8 +11,6 @@ import zlib
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
 from config import UserError
 from data.conversation import special_ids, supervised
@@ -20,31 +18,30 @@ from data.files import write_atomically
 from data.tokenizer import token_pieces
 from model import GPT, MLP, CausalSelfAttention, sample
 
-KEPT = 256  # logits that the page has of each position, the largest: its top_k goes so far
-STOPS = {"temperature": [n / 20 for n in range(41)],  # of its sliders
+KEPT = 256  # the page has the largest logits of each position, up to the largest top_k it offers
+STOPS = {"temperature": [n / 20 for n in range(41)],  # the values of its sliders
          "top_k": [*range(1, 11), 15, 20, 30, 40, 50, 75, 100, 150, 200, 0],
          "top_p": [n / 20 for n in range(1, 20)] + [0.99, 1]}
-BOXES = (GPT.forward, GPT.hidden, CausalSelfAttention.forward, MLP.forward, GPT.head,
-         sample)
+STEPS = (GPT.forward, GPT.hidden, CausalSelfAttention.forward, MLP.forward, GPT.head, sample)
 
 
 def look(model, enc, ids, start=None, longest=256):
-    """All that the page shows of a model, in eval mode, that reads ids, a list: a dict, of the T
-    newest ids (at most `longest`) and of L blocks:
+    """Run a model in eval mode on ids, a list; return a dict of all that the page shows of the T
+    newest tokens (at most `longest`) and of L blocks:
 
     ids, roles (T,): a role is "user", "assistant" or "special". texts: {id: text}.
-    chosen: where the page opens, at the token from which the reply's second word came.
-    next_ids (T, 10), logits (T, kept): the likeliest first, the largest logit taken off all.
-    rest (T, temperatures): the sum of exp(logit / temperature) over those not kept.
-    came, came_p, came_rank (T,): logit, probability and rank (from 1) of the token that came next.
+    chosen: the position where the page opens, which predicts the second word of the reply.
+    next_ids (T, 10), logits (T, kept): the most likely first, minus the largest logit.
+    rest (T, temperatures): the sum of exp(logit / temperature) over the logits not kept.
+    came, came_p, came_rank (T,): logit, probability and rank (from 1) of the next token.
     lens_ids, lens_p (L + 1, T, 3), lens_came (L + 1, T): see lens; before the blocks, after each.
-    weights (L, 1 + nh, T, T): of attention, the mean over the heads, then each head's.
+    weights (L, 1 + nh, T, T): attention weights, the mean over the heads, then each head's.
 
-    start: where in ids the model's own words begin; None: after the last <|assistant|>, or at 0.
-    What came after the last token means nothing. Raises ValueError where there is no token.
+    start: where in ids the model's own text begins; None: after the last <|assistant|>, or at 0.
+    Raises UserError where ids are empty or a block has no attention weights.
     """
     if not ids:
-        raise UserError("there is no token to look from")
+        raise UserError("look: there are no tokens; write something first")
     special, pieces = special_ids(enc), token_pieces(enc, ids)
     shown, hidden = ids[-longest:], len(ids[:-longest])
     if start is None:
@@ -66,12 +63,11 @@ def look(model, enc, ids, start=None, longest=256):
             "weights": weights, "chosen": max(chosen - hidden, 0), "stops": STOPS,
             "texts": dict(zip(used, token_pieces(enc, used))), "habits": habits(scores),
             "config": vars(model.config), "parameters": model.num_params(),
-            "lines": {f.__qualname__: inspect.getsourcelines(f)[1] for f in BOXES}}
+            "lines": {f.__qualname__: inspect.getsourcelines(f)[1] for f in STEPS}}
 
 
 def before_second_word(pieces, start):
-    """The last place of a text's first word, where the text begins at `start`; where no second
-    follows, its beginning."""
+    """The last position of the first word after `start`, or start if no second follows."""
     for t in range(start, len(pieces) - 1):
         if len("".join(pieces[start:t + 2]).split()) > 1:
             return t
@@ -79,51 +75,43 @@ def before_second_word(pieces, start):
 
 
 def record(model, ids, longest):
-    """What passes through a model that reads ids: the residual stream, (1, T, C) before the first
-    block and after each; each block's attention between the newest tokens, the mean over the heads
-    and then each head's, (L, 1 + nh, longest, longest); and each block's head_scores, over all.
-    Raises ValueError for a block without attention that can be seen."""
-    stream, shown, scores = [], [None] * len(model.h), [None] * len(model.h)
+    """Run a model on ids; return the residual stream, (1, T, C) before the first block and after
+    each, the attention weights between the newest tokens, (L, 1 + nh, longest, longest), the mean
+    over the heads first, and each block's head_scores over all tokens. Raises UserError for a block
+    without attention weights: they come from CausalSelfAttention's form with fused = False."""
+    stream, weights, scores = [], [], []
 
-    class Attending(TorchFunctionMode):
-        """Sees the weights of the block that is computing: a softmax of as many rows and columns as
-        there are tokens, or what the fused kernel takes of values that are 1 at one token each."""
+    def keep_weights(module, args, out):
+        out = out.float().cpu()  # (1, nh, T, T)
+        newest = out[0, :, -longest:, -longest:]
+        weights.append(torch.cat([newest.mean(0, keepdim=True), newest]))
+        scores.append(head_scores(out, ids))
 
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            weights = out
-            if function is F.scaled_dot_product_attention:
-                q, k, v, *rest = args
-                each = torch.eye(v.shape[2], dtype=v.dtype, device=v.device)  # (T, T)
-                each = each.expand(*v.shape[:3], -1)
-                weights = function(q, k, each, *rest, **(kwargs or {}))  # (1, nh, T, T)
-            elif function not in (F.softmax, torch.softmax, torch.Tensor.softmax):
-                return out
-            if weights.dim() == 4 and weights.shape[2:] == (len(ids), len(ids)):
-                weights, block = weights.float().cpu(), len(stream) - 1
-                newest = weights[0, :, -longest:, -longest:]
-                shown[block] = torch.cat([newest.mean(0, keepdim=True), newest])
-                scores[block] = head_scores(weights, ids)
-            return out
-
-    hooks = [model.h[0].register_forward_pre_hook(lambda _, args: stream.append(args[0]))]
+    hooks = [model.h[0].register_forward_pre_hook(lambda module, args: stream.append(args[0]))]
     for block in model.h:
-        hooks.append(block.register_forward_hook(lambda _, args, out: stream.append(out)))
+        hooks.append(block.register_forward_hook(lambda module, args, out: stream.append(out)))
+    layers = [module for module in model.h.modules() if hasattr(module, "attn_dropout")]
+    fused = [layer.fused for layer in layers]
     try:
-        with Attending():
-            model.hidden(torch.tensor([ids], device=model.wte.weight.device))
+        for layer in layers:
+            hooks.append(layer.attn_dropout.register_forward_hook(keep_weights))
+            layer.fused = False
+        model.hidden(torch.tensor([ids], device=model.wte.weight.device))
     finally:
+        for layer, value in zip(layers, fused):
+            layer.fused = value
         for hook in hooks:
             hook.remove()
-    if None in scores:
-        raise UserError(f"the attention of block {scores.index(None) + 1} cannot be seen: it is "
-                         "neither F.scaled_dot_product_attention nor a softmax over all tokens")
-    return stream, torch.stack(shown), scores
+    if len(weights) != len(model.h):
+        raise UserError("look: a block of this model.py has no attention weights; keep "
+                        "CausalSelfAttention's `fused` and `attn_dropout`")
+    return stream, torch.stack(weights), scores
 
 
 def lens(model, x, came):
-    """The logit lens (nostalgebraist 2020), what the model would say if x (T, C) came from its last
-    block: logits (T, V), the three likeliest ids, their probabilities (T, 3), and `came`'s (T,)."""
+    """Apply the logit lens (nostalgebraist 2020): predict from x (T, C) as if it came from the last
+    block. Returns logits (T, V), the three most likely ids and their probabilities (T, 3), and the
+    probability of `came` (T,)."""
     logits = model.head(model.ln_f(x))[:, :model.config.vocab_size].float().cpu()  # (T, V)
     p = logits.softmax(-1)
     best = p.topk(3)
@@ -131,7 +119,7 @@ def lens(model, x, came):
 
 
 def next_tokens(logits, came):
-    """What the page needs to apply the rules of `sample` to logits (T, V): see look."""
+    """Return what the page needs to apply `sample` to logits (T, V), see look."""
     logits = logits - logits.amax(1, keepdim=True)
     kept, order = logits.topk(min(KEPT, logits.shape[1]))
     others = logits.scatter(1, order, -torch.inf)
@@ -142,11 +130,10 @@ def next_tokens(logits, came):
 
 
 def head_scores(weights, ids):
-    """Three habits of every head, from 0 to 1: weights (L, nh, T, T), T ids -> {name: (L, nh)}.
+    """Three scores of every head, from 0 to 1: weights (L, nh, T, T), T ids -> {name: (L, nh)}.
 
-    previous token: the mean weight that a token gives to the one before it. first token: that it
-    gives to the very first. same token earlier: that it gives to all earlier occurrences of itself,
-    over the tokens that have any. All means are over the tokens after the first.
+    They are the mean weights on the previous token, on the first token, and on all earlier
+    occurrences of the same token (where there are any), over the tokens after the first.
     """
     ids = torch.tensor(ids)
     same = (ids[:, None] == ids).tril(-1).float()  # (T, T)
@@ -159,21 +146,21 @@ def head_scores(weights, ids):
 
 
 def habits(layers):
-    """Lines of text: which three heads have each habit most, by head_scores of each layer."""
-    said = []
+    """Return lines of text: the three heads with the highest of each of a layer's head_scores."""
+    lines = []
     for name in layers[0]:
         scores = torch.cat([layer[name] for layer in layers])  # (L, nh)
         heads = []
         for i in scores.flatten().argsort(descending=True)[:3].tolist():
             layer, head = divmod(i, scores.shape[1])
             heads.append(f"layer {layer + 1} head {head + 1}: {scores[layer, head]:.2f}")
-        said.append(f"{name:<20}" + "   ".join(heads))
-    return ["which heads look most where, by their mean weight:", *said] if said else []
+        lines.append(f"{name:<20}" + "   ".join(heads))
+    return ["which heads attend most to what, by mean weight:", *lines] if lines else []
 
 
 def write_page(path, page):
-    """Write what look returns as one HTML file, attention weights in 255ths. Raises OSError."""
-    def pack(x):  # a tensor: its numbers' bytes, deflated, in base64
+    """Write what look returns as one HTML file, attention weights as uint8. Raises OSError."""
+    def pack(x):  # a tensor: its bytes, deflated, in base64
         x = (x.int() if x.dtype == torch.int64 else x).numpy()
         zipped = base64.b64encode(zlib.compress(x.tobytes())).decode()
         return {"type": x.dtype.name, "shape": x.shape, "zlib": zipped}

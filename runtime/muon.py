@@ -1,7 +1,7 @@
 """The Muon optimizer (Jordan et al. 2024), for the matrices of the blocks.
 
-Its matrix products cost about as much as a fifth of a step of make chat's model; it reaches a loss
-in far fewer steps than AdamW.
+It reaches a loss in far fewer steps than AdamW. Its matrix products take about a fifth of a step of
+make chat's model.
 """
 import math
 
@@ -35,9 +35,9 @@ def newton_schulz(x, dtype=torch.float32):
 def split_matrices(name, p):
     """The matrices in a parameter, as a list of views with no more rows than columns. c_attn has
     three, for queries, keys and values; a 3-D parameter has one for each index of its first
-    dimension. Taller ones are transposed, so that c_fc shares a stack with c_proj."""
+    dimension. Tall ones are transposed, so that c_fc shares a stack with c_proj."""
     rows, cols = p.shape[-2:]
-    if name.endswith("c_attn.weight"):
+    if name.endswith("c_attn.weight") and rows == 3 * cols:
         matrices = p.view(3, rows // 3, cols)
     else:
         matrices = p.view(-1, rows, cols)
@@ -45,8 +45,8 @@ def split_matrices(name, p):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalized updates. A gradient is large in a few directions; made
-    orthogonal, it moves all alike. Updates are scaled to the size of AdamW's (Liu et al. 2025,
+    """Momentum with orthogonalized updates. A gradient is large in a few directions; an orthogonal
+    update is equally large in all. Updates are scaled to the size of AdamW's (Liu et al. 2025,
     "Muon is Scalable"), so learning rates and weight decay are comparable.
 
     named_params: {name: parameter of 2 or more dimensions}; the name says how a parameter is split

@@ -27,8 +27,7 @@ def log_row(cfg, dataset, state):
 
 def report_evaluation(cfg, dataset, state):
     """Plot the losses and print the last ones; once, print that the model overfits."""
-    if is_rank_0():
-        plot_losses(cfg.out_dir, state.history)
+    plot_losses(cfg.out_dir, state.history)
     row = log_row(cfg, dataset, state)
     print(f"step {state.step:>5}/{cfg.max_iters}  epoch {row['epoch']:.2f}  train "
           f"{row['train_loss']:.4f}  val {row['val_loss']:.4f}  {row['val_bits_per_byte']:.4f} "
