@@ -21,15 +21,9 @@ import torch
 
 import config
 from data.datasets import SPLITS
-from runtime import report, resume, setup
+from runtime import distributed, report, resume, setup
 from runtime.devices import explain_torch_errors, mixed_precision, pick_device, to_device
-from runtime.distributed import (
-    all_reduce,
-    process_group,
-    rank_and_world_size,
-    sync_gradients,
-    wrap_model,
-)
+from runtime.distributed import all_reduce, rank_and_world_size
 from runtime.log import Logger
 from runtime.muon import Muon
 from runtime.signals import stop_on_broken_pipe, stop_signals
@@ -99,7 +93,7 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
     optimizers = configure_optimizers(model, cfg, dtype)
     state = resume.restore(resumed, optimizers, device)
     autocast = mixed_precision(device, dtype)  # matrix products in bfloat16 on a GPU
-    wrapped = wrap_model(model, dataset, use_compile)  # the same weights, compiled, in DDP
+    wrapped = distributed.wrap_model(model, dataset, use_compile)  # the same weights, compiled, in DDP
     logger = Logger(cfg.out_dir / "log.csv", state.step, device, dtype)
     stop, saved_at = False, time.monotonic()
     save_due = not resumed  # at once, to see whether there is room
@@ -173,7 +167,7 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
     step_loss, n_tokens, n_pairs = 0.0, 0, 0
     for i in mine:
         idx, targets, loss_positions = to_device(dataset.batch("train", i), device)
-        with sync_gradients(model, i == mine[-1]):  # between ranks, once a step
+        with distributed.sync_gradients(model, i == mine[-1]):  # between ranks, once a step
             with autocast:
                 loss_sum = model(idx, targets, loss_positions)
             # backward adds to p.grad. DDP takes the mean over ranks, so the sum needs world_size.
@@ -195,16 +189,18 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
     return step_loss, norm.item(), (n_targets, n_tokens, n_pairs)
 
 
+DECAYS = {"linear": lambda done: 1 - done,  # from 1 to 0 while done goes from 0 to 1
+          "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+          "constant": lambda done: 1.0}
+
+
 def lr_factor(step, cfg):
     """The learning rate schedule, as a factor of the peak: linear warmup from near 0 to 1, then the
     decay to final_lr."""
     if step < cfg.warmup_iters:
         return (step + 1) / (cfg.warmup_iters + 1)
-    done = (step - cfg.warmup_iters) / max(cfg.max_iters - cfg.warmup_iters, 1)  # from 0 to 1
-    left = {"linear": 1 - done,
-            "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-            "constant": 1.0}[cfg.decay]
-    return cfg.final_lr + (1 - cfg.final_lr) * max(left, 0.0)
+    done = (step - cfg.warmup_iters) / max(cfg.max_iters - cfg.warmup_iters, 1)
+    return cfg.final_lr + (1 - cfg.final_lr) * max(DECAYS[cfg.decay](done), 0.0)
 
 
 def configure_optimizers(model, cfg, dtype=torch.float32):
@@ -271,8 +267,10 @@ def main(argv):
 def run(cfg, make_model, set_steps=None):
     """Train the model that make_model(cfg) returns, or that the run resumes with; with eval_only
     evaluate it. set_steps(cfg, dataset) returns the settings with those that depend on the data."""
+    config.check(cfg, decay=tuple(DECAYS))
     device, dtype, why = pick_device(cfg.device, cfg.dtype)
-    with process_group(device) as device, resume.lock_out_dir(cfg), explain_torch_errors(cfg):
+    with (distributed.process_group(device) as device, resume.lock_out_dir(cfg),
+          explain_torch_errors(cfg)):
         model, dataset, resumed = setup.set_up(cfg, device, make_model)
         if set_steps and not cfg.eval_only:
             cfg = set_steps(cfg, dataset)

@@ -35,7 +35,7 @@ def load_settings(settings_class, argv, doc, may_be_0=()):
                  **dict.fromkeys(below_1, (0, 1 - 1e-9)), final_lr=(0, 1), seed=(0, 2**63 - 1),
                  learning_rate=(1e-12, None), embedding_learning_rate=(1e-12, None),
                  optimizer=("muon", "adamw"), best_by=("val", "train"),
-                 decay=("linear", "cosine", "constant"), compile=("auto", "on", "off"))
+                 compile=("auto", "on", "off"))
     if not re.fullmatch(r"0*[1-9]\d*|\d*\.?\d+m", str(cfg.save_interval)):
         raise UserError(f"save_interval={cfg.save_interval}: must be a number of steps (500) or of "
                         "minutes (10m)")
