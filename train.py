@@ -93,7 +93,7 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
     optimizers = configure_optimizers(model, cfg, dtype)
     state = resume.restore(resumed, optimizers, device)
     autocast = mixed_precision(device, dtype)  # matrix products in bfloat16 on a GPU
-    wrapped = distributed.wrap_model(model, dataset, use_compile)  # the same weights, compiled, in DDP
+    wrapped = distributed.wrap_model(model, dataset, use_compile)  # compiled, in DDP
     logger = Logger(cfg.out_dir / "log.csv", state.step, device, dtype)
     stop, saved_at = False, time.monotonic()
     save_due = not resumed  # at once, to see whether there is room
