@@ -11,15 +11,7 @@ text: typing "<|end|>" makes harmless tokens, never the one that ends a turn.
 """
 import numpy as np
 
-# data/rows.py reads the rows of files; to_messages makes a conversation of one.
-from data.rows import (  # noqa: F401
-    BadRow,
-    check_characters,
-    check_text,
-    read_conversations,
-    read_rows,
-    to_messages,
-)
+from data.rows import check_characters, check_text, read_conversations, read_rows  # noqa: F401
 from data.tokenizer import END_OF_TEXT, ROLE_TOKENS
 
 USER, ASSISTANT, END = ROLE_TOKENS
@@ -32,16 +24,16 @@ def special_ids(enc):
 
 def encode_conversation(messages, enc):
     """Encode messages: <|endoftext|>, then for each message its role, its text and <|end|>."""
-    return encode_conversations([messages], enc)[0]
+    return next(encode_conversations([messages], enc))
 
 
 def encode_conversations(conversations, enc):
-    """Encode many conversations as one batch, several times faster than one by one. Returns a list
-    of id lists."""
-    texts = iter(enc.encode_ordinary_batch(
-        [m["content"] for messages in conversations for m in messages]))
-    return [assemble([(m["role"], next(texts)) for m in messages], enc)
-            for messages in conversations]
+    """Yield the ids of each conversation. In batches, several times faster than one by one."""
+    for start in range(0, len(conversations), 2000):
+        batch = conversations[start:start + 2000]
+        texts = iter(enc.encode_ordinary_batch([m["content"] for chat in batch for m in chat]))
+        for chat in batch:
+            yield assemble([(m["role"], next(texts)) for m in chat], enc)
 
 
 def assemble(messages, enc):
@@ -71,11 +63,8 @@ def turns_to_messages(turns):
 
 def supervised(ids, enc):
     """Return which of `ids` the model is trained to predict, as booleans: the assistant's text and
-    its <|end|>.
-
-    A pure function of the ids, (n,) -> (n,): a token is supervised if the last marker before it,
-    one of <|endoftext|>, <|user|> and <|assistant|>, is <|assistant|>.
-    """
+    its <|end|>. A pure function of the ids, (n,) -> (n,): a token is supervised if the last marker
+    before it, one of <|endoftext|>, <|user|> and <|assistant|>, is <|assistant|>."""
     ids = np.asarray(ids)  # <|endoftext|> <|user|> Hi <|end|> <|assistant|> Hello <|end|>
     end_of_text, user, assistant, _ = special_ids(enc)
     is_marker = np.isin(ids, (end_of_text, user, assistant))  # 1 1 0 0 1 0 0
@@ -88,7 +77,7 @@ def decode_conversation(ids, enc):
     """Decode ids to messages, the inverse of encode_conversation."""
     end_of_text, user, assistant, end = special_ids(enc)
     messages, text = [], []
-    for i in list(ids):
+    for i in ids:
         if i in (user, assistant):
             messages.append({"role": "user" if i == user else "assistant", "content": ""})
             text = []

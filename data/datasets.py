@@ -1,9 +1,9 @@
 """Token files and the batches made of them.
 
-A prepared folder has train.bin and val.bin (token ids as raw uint16, so np.memmap opens them) and
-meta.json. TextDataset cuts plain text into windows, ChatDataset keeps conversations whole. Training
-uses both the same way: batch(split, index) is a pure function of the seed and the index, so a run
-that is resumed, or spread over machines, sees the same batches.
+A prepared folder has train.bin and val.bin (token ids as raw uint16) and meta.json. TextDataset
+cuts plain text into windows, ChatDataset keeps conversations whole. batch(split, index) is a pure
+function of the seed and the index, so a run that is resumed, or spread over machines, sees the same
+batches.
 """
 import functools
 import json
@@ -15,24 +15,29 @@ import numpy as np
 from config import UserError
 from data.conversation import special_ids, supervised
 from data.files import write_text
-from data.tokenizer import bytes_per_id, count_ids, get_tokenizer, read_spec
+from data.tokenizer import count_ids, get_tokenizer, read_spec
 
 SPLITS = ("train", "val")
 
 
-# ---- the files of a prepared folder ----
-
 def write_tokens(path, chunks):
-    """Write lists or arrays of ids, one after the other, as uint16. Returns their number."""
-    total = 0
+    """Write lists or arrays of ids below 2**16, one after the other, as uint16. Return how many."""
     with open(path, "wb") as f:
-        for ids in map(np.asarray, chunks):
-            if ids.size and (ids.min() < 0 or ids.max() >= 2**16):
-                raise UserError(f"{path}: token ids from {ids.min()} to {ids.max()} do not fit in "
-                                "16 bits; use a smaller vocabulary")
-            f.write(ids.astype(np.uint16).tobytes())
-            total += ids.size
-    return total
+        return sum(f.write(np.asarray(ids, np.uint16)) // 2 for ids in chunks)
+
+
+def write_chats(folder, splits):
+    """Write the token files of {split: [(ids, messages, category), ...]}. Return what meta.json has
+    of them; row_categories reads the categories."""
+    names = sorted({category for rows in splits.values() for _, _, category in rows})
+    meta = {"categories": names}
+    for split, rows in splits.items():
+        ids, _, categories = zip(*rows)
+        numbers = [names.index(category) for category in categories]
+        meta |= {f"{split}_rows": len(rows),
+                 f"{split}_tokens": write_tokens(folder / f"{split}.bin", ids),
+                 f"{split}_categories": numbers if names != [""] else []}
+    return meta
 
 
 def write_meta(folder, meta):
@@ -43,18 +48,13 @@ def write_meta(folder, meta):
 
 def read_meta(folder):
     """Return meta.json of a prepared folder. Raises UserError."""
-    path = Path(folder) / "meta.json"
-    if not path.is_file():
-        raise UserError(f"{folder}: no meta.json there; prepare the data first: "
-                        "python prepare_alpaca.py config/prepare_instruction.py (chats), "
-                        "or python -m data.text (plain text)")
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        types = [type(meta[name]) for name in ("kind", "tokenizer", "vocab_size")]
-    except (ValueError, KeyError, TypeError):
-        types = None
-    if types != [str, str, int]:
-        raise UserError(f"{path}: not a meta.json of this project; prepare the folder again")
+        meta = json.loads((Path(folder) / "meta.json").read_text(encoding="utf-8"))
+        meta["kind"], meta["tokenizer"], meta["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/meta.json: cannot be read: {error!r}; prepare the data first: "
+                        "python prepare_alpaca.py config/prepare_instruction.py (chats), "
+                        "or python -m data.text (plain text)") from error
     return meta
 
 
@@ -63,54 +63,35 @@ def folder_tokenizer(folder):
     meta = read_meta(folder)
     name = meta["tokenizer"]
     spec = read_spec(Path(folder) / name if name.endswith(".json") else name)
-    if (ids := count_ids(spec)) != meta["vocab_size"]:
+    if count_ids(spec) != meta["vocab_size"]:
         raise UserError(f"{folder}/meta.json: vocab_size={meta['vocab_size']}, but its tokenizer "
-                        f"{name} has {ids} ids; prepare the folder again")
+                        f"{name} has {count_ids(spec)} ids; prepare the folder again")
     return spec
 
 
 def row_categories(folder, split, count):
-    """Return the category of each of a split's `count` conversations; "" where meta.json has none.
-    Raises UserError."""
+    """Return the category of each of a split's conversations; "" where meta.json has none."""
     meta = read_meta(folder)
-    names, numbers = meta.get("categories", []), meta.get(f"{split}_categories", [])
-    if len(numbers) not in (0, count) or not set(numbers) <= set(range(len(names))):
-        raise UserError(f"{folder}/meta.json: {split}_categories does not fit {split}.bin; "
-                        "prepare the folder again")
-    return [names[number] for number in numbers] or [""] * count
-
-
-def shards(folder, split):
-    """Return the paths of a split's token files: train.bin, or train_000.bin, train_001.bin and so
-    on. Raises UserError where there is none."""
-    whole = Path(folder) / f"{split}.bin"
-    paths = [whole] if whole.is_file() else sorted(Path(folder).glob(f"{split}_*.bin"))
-    if not paths:
-        raise UserError(f"{whole}: no such file; prepare the folder again")
-    return paths
+    numbers = meta.get(f"{split}_categories") or []
+    return [meta["categories"][number] for number in numbers] or [""] * count
 
 
 def open_split(folder, split, meta):
-    """Return the ids of a split, each of its files as a read-only memmap (n,). Raises UserError."""
-    parts = []
-    for path in shards(folder, split):
-        size = path.stat().st_size
-        if size == 0 or size % 2:
-            raise UserError(f"{path}: {size} bytes are not 16-bit token ids; prepare the folder "
-                            "again")
-        parts.append(np.memmap(path, dtype=np.uint16, mode="r"))
-        largest = parts[-1][:10_000_000].max()  # reading more takes long
-        if largest >= meta["vocab_size"]:
-            raise UserError(f"{path}: contains token id {largest}, but the vocabulary has "
-                            f"{meta['vocab_size']}; prepare the folder again")
-    found, expected = sum(map(len, parts)), meta.get(f"{split}_tokens")
-    if expected not in (None, found):
-        raise UserError(f"{Path(folder) / split}.bin: has {found} tokens, but meta.json says "
-                        f"{expected}; a file was cut or replaced, prepare the folder again")
-    return parts
+    """Return the ids of a split as a list of read-only memmaps (n,): of train.bin, or of its shards
+    train_000.bin, train_001.bin and so on. Raises UserError."""
+    whole = Path(folder) / f"{split}.bin"
+    paths = [whole] if whole.is_file() else sorted(Path(folder).glob(f"{split}_*.bin"))
+    try:
+        shards = [np.memmap(path, np.uint16, "r") for path in paths]
+    except ValueError as error:  # an empty file, or half an id
+        raise UserError(f"{whole}: {error}; prepare the folder again") from error
+    found = sum(map(len, shards))
+    largest = max((shard[:10_000_000].max() for shard in shards), default=0)  # all take too long
+    if not found or found != meta.get(f"{split}_tokens", found) or largest >= meta["vocab_size"]:
+        raise UserError(f"{whole}: {found} tokens with ids up to {largest} do not fit meta.json; "
+                        "prepare the folder again")
+    return shards
 
-
-# ---- batches ----
 
 def open_dataset(folder, block_size, batch_size, seed=0, prompt_loss_batches=0):
     """Open a prepared folder as a TextDataset or a ChatDataset. Raises UserError."""
@@ -124,12 +105,11 @@ def open_dataset(folder, block_size, batch_size, seed=0, prompt_loss_batches=0):
 
 @functools.lru_cache(4)  # evaluations ask again, and it reads all of them
 def count_targets(dataset, split, max_tokens):
-    """Return (number of targets of eval_batches, number of UTF-8 bytes that they stand for).
-
-    Losses per byte compare across tokenizers, losses per token do not. Special tokens have no
-    bytes, but the model has to predict them, so they are targets.
-    """
-    lengths = np.array(bytes_per_id(get_tokenizer(dataset.tokenizer), dataset.vocab_size))
+    """Return (number of targets of eval_batches, number of UTF-8 bytes that they represent). Losses
+    per byte compare across tokenizers. Special tokens are targets, too, but have no bytes."""
+    lengths = np.zeros(dataset.vocab_size, np.int64)
+    for token, i in get_tokenizer(dataset.tokenizer)._mergeable_ranks.items():
+        lengths[i] = len(token)
     n_targets = n_bytes = 0
     for _, targets, _ in dataset.eval_batches(split, max_tokens):
         n_targets += targets.size
@@ -141,8 +121,7 @@ class Dataset:
     """A prepared folder: its tokenizer, and its ids in tokens[split], a list of memmaps."""
 
     def __init__(self, folder, block_size, batch_size, seed):
-        self.folder, self.seed = folder, seed
-        self.block_size, self.batch_size = block_size, batch_size
+        self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         meta = read_meta(folder)
         self.tokenizer, self.vocab_size = folder_tokenizer(folder), meta["vocab_size"]
         self.fingerprint = [str(meta.get(name)) for name in  # a resumed run needs the same
@@ -216,28 +195,25 @@ class ReadAhead:
     longer than a step. This rank takes every `stride`-th batch; `ahead` of them are read early."""
 
     def __init__(self, dataset, stride, ahead):
-        self.dataset, self.stride, self.ahead = dataset, stride, ahead
-        self.reader, self.reading = ThreadPoolExecutor(1), {}
+        self.dataset, self.steps = dataset, range(0, (ahead + 1) * stride, stride)
+        read = functools.partial(ThreadPoolExecutor(1).submit, dataset.batch)
+        self.read = functools.lru_cache(ahead + 2)(read)  # (split, index) -> Future
 
     def __getattr__(self, name):
         return getattr(self.dataset, name)
 
     def batch(self, split, index):
-        for number in range(index, index + (self.ahead + 1) * self.stride, self.stride):
-            if (split, number) not in self.reading:
-                self.reading[split, number] = self.reader.submit(self.dataset.batch, split, number)
-        return self.reading.pop((split, index)).result()
+        return [self.read(split, index + step) for step in self.steps][0].result()
 
 
 class ChatDataset(Dataset):
     """Chats: whole conversations, each from position 0, batched with others of similar length.
 
-    A batch has as many conversations as fit into batch_size * block_size tokens, padding included,
-    so it needs as much memory as a batch of text. Every epoch sorts by length, ties in a new random
-    order, cuts at a random phase and shuffles the batches. Only the assistant's tokens are targets;
-    in the first `prompt_loss_batches` of training the questions' tokens are too. A conversation
-    longer than block_size + 1 is cut there, and left out if it has no target then (`dropped`
-    counts them by split).
+    A batch has as many conversations as fit into batch_size * block_size tokens, padding included.
+    Every epoch sorts by length, ties in a new random order, cuts at a random phase and shuffles the
+    batches. Only the assistant's tokens are targets; in the first `prompt_loss_batches` of training
+    the questions' tokens are too. A conversation longer than block_size + 1 is cut there, and left
+    out if it has no target then (`dropped` counts them by split).
     """
 
     kind = "chat"
@@ -250,7 +226,7 @@ class ChatDataset(Dataset):
         self.pad_id, user, _, end = special_ids(enc)
         self.turns = 1  # of the longest conversation
         self.bounds, self.targets, self.dropped = {}, {}, {}
-        self.starts, self.lengths, self.row_targets = {}, {}, {}  # of the rows that are kept
+        self.starts, self.lengths = {}, {}  # of the rows that are kept
         for split in SPLITS:
             tokens = self.tokens[split][0]
             starts = np.flatnonzero(tokens == self.pad_id)  # <|endoftext|> opens a conversation
@@ -260,15 +236,13 @@ class ChatDataset(Dataset):
             lengths = np.minimum(np.diff(starts, append=len(tokens)), block_size + 1)
             self.targets[split] = supervised(tokens, enc)
             before = np.append(0, np.cumsum(self.targets[split]))  # targets before each position
-            row_targets = before[starts + lengths] - before[starts]
-            kept = row_targets > 0
+            kept = before[starts + lengths] > before[starts]
             if not kept.any():
                 raise UserError(f"{folder}/{split}.bin: at block_size={block_size} no conversation "
                                 "has any of the assistant's text; use a larger block_size")
             self.dropped[split] = int((~kept).sum())
             self.bounds[split] = np.append(starts, len(tokens))
             self.starts[split], self.lengths[split] = starts[kept], lengths[kept]
-            self.row_targets[split] = row_targets[kept]
             self.turns = max(self.turns, int(np.add.reduceat(tokens == user, starts).max()))
         # The rows of each batch, of all epochs so far, and where the epochs start in that list.
         self._batches = {split: [] for split in SPLITS}
@@ -305,11 +279,8 @@ class ChatDataset(Dataset):
         return self.padded(split, self.batch_rows(split, index), all_tokens)
 
     def n_targets(self, split, index):
-        """Number of targets in the index-th batch, without reading it."""
-        rows = self.batch_rows(split, index)
-        if split == "train" and index < self.prompt_loss_batches:
-            return int((self.lengths[split][rows] - 1).sum())
-        return int(self.row_targets[split][rows].sum())
+        """Number of targets in the index-th batch."""
+        return len(self.batch(split, index)[1])
 
     def eval_batches(self, split, max_tokens):
         """Yield fixed conversations, evenly spread, together at most about max_tokens, in batches

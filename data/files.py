@@ -10,15 +10,14 @@ from config import UserError
 
 def write_atomically(path, write):
     """Call write(f) on a new binary file, then rename it over `path`: an error, such as a full
-    disk, leaves the earlier file as it was. A link keeps pointing to its target, a file keeps its
-    mode, and a device or pipe is written to directly. Raises OSError."""
+    disk, leaves the earlier file as it was. Links and modes are kept. Raises OSError."""
     path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with name_in_errors(path):
-        if path.exists() and not path.is_file():
+        if path.exists() and not path.is_file():  # a device or pipe is not replaced
             with open(path, "wb") as f:
                 return write(f)
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as f:
                 write(f)
@@ -56,32 +55,28 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def lock_folder(folder):
-    """Context manager: make the folder, and lock other processes out of it. The system frees the
-    lock of a process that ends. Windows has no such lock. Raises UserError if it is taken."""
+    """Context manager: make a folder, and lock other processes out of it; not on Windows. A process
+    that ends loses its lock. Raises UserError if it is taken."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":
+    with contextlib.ExitStack() as stack:
+        if os.name == "posix":
+            import fcntl
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):  # and not a network disk without locks
+                    raise UserError(f"{folder}: another process is writing there; wait until it "
+                                    "ends, or use another folder") from None
         yield
-        return
-    import fcntl
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is writing there; wait until it ends, or "
-                            "use another folder") from None
-        except OSError:
-            pass  # a network disk without locks
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def new_files(folder, deciding="meta.json"):
     """Context manager: yield a temporary folder, whose files are moved into `folder` at the end, or
-    deleted after an error. `deciding`, without which nothing opens the folder, is deleted first and
-    moved last, so that a mixture of old and new files never opens. Raises UserError or OSError."""
+    deleted after an error. `deciding`, without which nothing opens the folder, is moved last, so a
+    mixture of old and new files never opens. Raises UserError or OSError."""
     folder = Path(folder)
     part = folder / ".part"
     with lock_folder(folder), name_in_errors(folder):

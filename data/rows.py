@@ -14,7 +14,9 @@ from collections import Counter
 from pathlib import Path
 from reprlib import repr as short  # abbreviates what is long or deep
 
+import config
 from config import UserError
+from data.download import fetch
 
 # Names of fields, in any case. Of several names for one thing the first counts.
 FIELDS = {"messages": ("messages", "conversations", "conversation", "dialog", "dialogue"),
@@ -27,42 +29,37 @@ ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system"
          "developer": "system", **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard",
                                                  "bot", "chatbot", "model", "ai"), "assistant")}
 # Fields of rows that are made for something else.
-OTHER_DATA = {"chosen": "preference data", "rejected": "preference data",
-              "non_preferred_output": "preference data",
-              "choices": "multiple choice", "endings": "multiple choice"}
-MAGIC = {b"PAR1": "a Parquet", b"PK\x03\x04": "a zip or Excel", b"%PDF": "a PDF"}  # first bytes
+OTHER_DATA = {
+    **dict.fromkeys(("chosen", "rejected", "non_preferred_output"), "preference data"),
+    **dict.fromkeys(("choices", "endings"), "multiple choice")}
+# White space, the zero-width space and the byte-order mark: removed at both ends of a text.
+BLANKS = "".join(filter(str.isspace, map(chr, range(2**16)))) + "\u200b\ufeff"
 
 
 class BadRow(UserError):
     """A row that does not make a conversation. `reason` is a short text to count such rows by."""
 
-    def __init__(self, reason, message):
-        super().__init__(message)
+    def __init__(self, reason, where, wanted, found):
+        super().__init__(f"{where}: {wanted}, found {short(found)}")
         self.reason = reason
 
 
-def to_messages(row, where, report=None):
-    """Return (messages, category) of one row of a file. Raises BadRow, which names `where`.
-
-    Messages alternate, the user's first: several by one side are joined by newlines, as are a
-    question and its context. A first message by the assistant and a last one by the user are left
-    out. System texts are put before the first question. `report`, a Counter, counts these, and
-    fields that are not used.
-    """
-    report = Counter() if report is None else report
+def to_messages(row, where, report):
+    """Return (messages, category) of one row of a file. Messages alternate, the user's first:
+    several by one side are joined by newlines, as are a question and its context. A first message
+    by the assistant and a last one by the user are left out. System texts are put before the first
+    question. `report`, a Counter, counts these, and unused fields. Raises BadRow."""
     if not isinstance(row, dict):
-        raise BadRow("not an object", f"{where}: expected an object with a question and an answer, "
-                     f"or with messages, found {type(row).__name__} {short(row)}")
+        raise BadRow("not an object", where, "must have a question and an answer", row)
     row = without_nulls(row)
     for name, what in OTHER_DATA.items():
         if name in row:
-            raise BadRow(what, f"{where}: {name!r} is a field of {what}; expected one answer to "
-                         "learn from")
+            raise BadRow(what, where, f"must have one answer, not {what}", name)
     if row.get("label") is False:  # KTO's
-        raise BadRow("marked as a bad answer", f"{where}: 'label' is false, which marks a bad "
-                     "answer; expected answers to learn from")
+        raise BadRow("marked as a bad answer", where, "must be an answer to learn from",
+                     {"label": False})
     found, used = find_messages(row, where)
-    systems, messages = [strip(check_text(row, name, where)) for name in SYSTEM], []
+    systems, messages = [check_text(row, name, where).strip(BLANKS) for name in SYSTEM], []
     for number, message in enumerate(found, 1):
         role, text = read_message(message, f"{where}, message {number}", report)
         if role == "system":
@@ -76,14 +73,13 @@ def to_messages(row, where, report=None):
             report[f"left out: a {which} message by the {role}"] += 1
             del messages[end]
     if not messages:
-        raise BadRow("no answer to a question", f"{where}: expected a message by the user and one "
-                     "by the assistant after it")
+        raise BadRow("no answer to a question", where, "must have a user's message and an answer",
+                     found)
     systems = list(dict.fromkeys(filter(None, systems)))  # some rows repeat it
     if systems and messages[0]["content"]:
         messages[0]["content"] = "\n".join([*systems, messages[0]["content"]])
         report["system text before the question"] += 1
-    category = row.get("category", "")
-    category = category if isinstance(category, str) else short(category)
+    category = str(row.get("category", ""))
     check_characters([category, *(m["content"] for m in messages)], where)
     count_unused(row, {*used, *SYSTEM, "category"}, "", report)
     return messages, category
@@ -95,18 +91,14 @@ def find_messages(row, where):
             for kind, names in FIELDS.items()}
     if name := used["messages"]:
         if not isinstance(row[name], list):
-            raise BadRow("wrong type", f"{where}: {name!r} must be a list of messages, found "
-                         f"{short(row[name])}")
+            raise BadRow("wrong type", where, f"{name!r} must be a list of messages", row[name])
         return row[name], [name]
     if not used["answer"] or not (used["question"] or used["context"]):
-        found = ", ".join(map(short, row)) or "none"
-        raise BadRow("unknown layout", f"{where}: found the fields {found:.200}; expected "
-                     f"'messages', or a question ({', '.join(FIELDS['question'])}, input) and an "
-                     f"answer ({', '.join(FIELDS['answer'])})")
+        raise BadRow("unknown layout", where, "must have 'messages', or a question "
+                     f"{FIELDS['question']} and an answer {FIELDS['answer']}", [*row])
     messages, history = [], row.get("history", [])  # [["earlier question", "answer"], ...]
     if not isinstance(history, list) or not all(isinstance(pair, list) for pair in history):
-        raise BadRow("wrong type", f"{where}: 'history' must be a list of pairs, found "
-                     f"{short(history)}")
+        raise BadRow("wrong type", where, "'history' must be a list of pairs", history)
     for pair in history:
         messages += [{"role": role, "content": text} for role, text in zip(("user", "bot"), pair)]
     for kind, role in (("question", "user"), ("context", "user"), ("answer", "assistant")):
@@ -118,28 +110,25 @@ def find_messages(row, where):
     return messages, ["history", *used.values()]
 
 
-def read_message(message, place, report):
+def read_message(message, where, report):
     """Return (role, text) of one message. Raises BadRow."""
     if not isinstance(message, dict):
-        raise BadRow("wrong type", f"{place}: expected an object, found {short(message)}")
+        raise BadRow("wrong type", where, "must be an object", message)
     message = without_nulls(message)
     role_field, text_field = (next((name for name in names if name in message), names[0])
                               for names in (ROLE, CONTENT))
     role, text = message.get(role_field), message.get(text_field)
     if not isinstance(role, str) or role.lower() not in ROLES:
-        raise BadRow("unknown role", f"{place}: unknown {role_field} {short(role)}; expected one "
-                     f"of {', '.join(ROLES)}")
+        raise BadRow("unknown role", where, f"{role_field!r} must be one of {', '.join(ROLES)}",
+                     role)
     role = ROLES[role.lower()]
     if role == "assistant" and (message.get("train") is False or message.get("weight") == 0):
-        raise BadRow("not to be learned from", f"{place}: its 'train' or 'weight' excludes it from "
-                     "training; here every answer is trained on")
+        raise BadRow("not to be learned from", where, "must not have 'weight' 0", message)
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text"
                                       and isinstance(part.get("text"), str) for part in text):
         text = "\n".join(part["text"] for part in text)
-    if not isinstance(text, str):
-        raise BadRow("wrong type", f"{place}: {text_field!r} must be text, found {short(text)}")
     count_unused(message, {role_field, text_field}, "message's ", report)
-    return role, strip(text)
+    return role, check_text({text_field: text}, text_field, where).strip(BLANKS)
 
 
 def without_nulls(row):
@@ -150,11 +139,9 @@ def without_nulls(row):
 
 def check_text(row, name, where):
     """Return the text in a field, "" for none. Raises BadRow."""
-    text = row.get(name, "")
-    if not isinstance(text, str):
-        raise BadRow("wrong type", f"{where}: field {name!r} must be text, found "
-                     f"{type(text).__name__} {short(text)}")
-    return text
+    if not isinstance(row.get(name, ""), str):
+        raise BadRow("wrong type", where, f"{name!r} must be text", row[name])
+    return row.get(name, "")
 
 
 def check_characters(texts, where):
@@ -162,93 +149,68 @@ def check_characters(texts, where):
     try:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRow("half a character", f"{where}: contains half of a surrogate pair "
-                     f"({ascii(error.object[error.start])}); remove it") from error
+        raise BadRow("half a character", where, "must not contain half of a surrogate pair",
+                     error.object[error.start]) from error
 
 
 def count_unused(row, used, whose, report):
     """Count in `report` the fields of a row that contain something and are not used."""
-    for name in row.keys() - used:
-        if row[name] not in ("", [], {}):
-            report[f"not used: {whose}{short(name)}"] += 1
+    report.update(f"not used: {whose}{short(name)}" for name in row.keys() - used
+                  if row[name] not in ("", [], {}))
 
 
-def strip(text):
-    """Remove blanks at both ends, U+200B (zero-width space) and U+FEFF (BOM) included."""
-    while (shorter := text.strip().strip("\u200b\ufeff")) != text:
-        text = shorter
-    return text
+def read_sources(sources, folder, drop, report):
+    """Return (conversations, paths) of files or URLs with commas between them. A URL is downloaded
+    into `folder` first. For drop and report see read_conversations. Raises UserError or OSError."""
+    names = [sources] if config.is_file(sources) else sources.split(",")
+    paths, conversations = [fetch(name.strip(), folder) for name in names], []
+    if len(set(paths)) < len(paths):
+        raise UserError(f"source={sources}: two files have one name; name each once")
+    for path in paths:
+        try:
+            found = read_conversations(path, report, drop)
+        except BadRow as error:
+            raise UserError(f"{error} (--bad_rows=drop leaves such rows out)") from error
+        if not found:
+            raise UserError(f"{path}: contains no rows that make a chat: {dict(report)}")
+        conversations += found
+    return conversations, paths
 
 
 def read_conversations(path, report=None, drop=False):
-    """Return all rows of a file as (messages, category) pairs (see to_messages).
-
-    drop: leave bad rows out and count them in `report`, instead of raising BadRow. A file of
-    nothing else raises UserError all the same. Raises what read_rows does, too.
-    """
-    report = Counter() if report is None else report
-    conversations, first = [], None
+    """Return all rows of a file as (messages, category) pairs (see to_messages). drop: leave bad
+    rows out and count them in `report`, instead of raising BadRow. Raises as read_rows does."""
+    report, conversations = Counter() if report is None else report, []
     for number, row in enumerate(read_rows(path), 1):
         report["rows read"] += 1
+        counts = Counter()
         try:
-            counts = Counter()
             conversations.append(to_messages(row, f"{path}, row {number}", counts))
             report.update(counts)
         except BadRow as error:
-            first = first or error
             if not drop:
                 raise
             report[f"dropped: {error.reason}"] += 1
-    if first and not conversations:
-        raise UserError(f"{first}; no row of the file is better")
     return conversations
 
 
 def read_rows(path):
     """Return the rows of a JSON, JSON-lines or CSV file, gzipped or not, as Python values of any
-    type. Raises OSError where there is no file, or UserError naming the file and the line."""
+    type. Raises UserError, or OSError where there is no file."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; name a file in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name a JSON, JSON-lines or CSV file")
-    text = read_text(path)
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty; expected rows")
+    content = path.read_bytes()
     try:
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
         if ".csv" in path.suffixes:
             return list(csv.DictReader(io.StringIO(text), restkey="(no name)", strict=True))
         return parse_json(text)
-    except json.JSONDecodeError as error:
-        before, at = text[:error.pos].rstrip(), text[error.pos:error.pos + 2]
-        hint = ""
-        if before.endswith(",") and at[:1] in ("]", "}"):
-            hint = f"; remove the comma before {at[0]!r}"
-        elif len(at) < 2 or error.msg.startswith("Unterminated"):
-            hint = "; the file seems cut short"
-        raise UserError(f"{path}, line {error.lineno}: not JSON: {error.msg}{hint}") from error
-    except csv.Error as error:
-        raise UserError(f"{path}: not CSV: {error}") from error
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of too many digits
-        raise UserError(f"{path}: contains more than can be read ({error})") from error
-
-
-def read_text(path):
-    """Return the text of a UTF-8 file, gzipped or not. Raises UserError."""
-    content = path.read_bytes()
-    for magic, name in MAGIC.items():
-        if content.startswith(magic):
-            raise UserError(f"{path}: is {name} file; export it as JSON, JSON lines or CSV")
-    try:
-        if content.startswith(b"\x1f\x8b"):  # gzip
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: a gzip file that is cut short or broken; "
-                        "download it again") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); "
-                        "save it as UTF-8") from error
+    except (ValueError, RecursionError, csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: cannot be read: {error}; expected JSON, JSON lines or CSV in "
+                        "UTF-8, gzipped or not") from error
 
 
 def parse_json(text):
@@ -256,7 +218,7 @@ def parse_json(text):
     lines. Raises json.JSONDecodeError."""
     values, blanks = [], re.compile(r"\s*")
     at = blanks.match(text).end()
-    while at < len(text):
+    while not values or at < len(text):
         value, at = json.JSONDecoder().raw_decode(text, at)
         values.append(value)
         at = blanks.match(text, at).end()

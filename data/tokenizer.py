@@ -21,6 +21,7 @@ from config import UserError
 END_OF_TEXT = "<|endoftext|>"
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 SPECIAL_TOKENS = (END_OF_TEXT, *ROLE_TOKENS)
+MAX_VOCAB_SIZE = 2**16 - len(SPECIAL_TOKENS)  # ordinary ids in token files of 16 bits
 GPT2_VOCAB_SIZE = 50257  # ids in GPT-2's own files, which have no role tokens
 
 # How text is split before bytes are paired (no pair crosses a split): words, single digits (so that
@@ -83,14 +84,12 @@ def merge(ids, pair, new_id):
 # ---- the same, fast: train_bpe learns, tiktoken encodes ----
 
 def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
-    """Learn as `learn_merges` does, but recount only the words that a merge changes.
-
-    texts: an iterable of strings; no pair crosses from one to the next. Returns {"pattern": ...,
-    "merges": [[id, id], ...]}. Raises UserError for a vocab_size out of range.
-    """
-    if not 256 <= vocab_size <= 2**16 - len(SPECIAL_TOKENS):
-        raise UserError(f"vocab_size={vocab_size}: must be from 256 (the bytes) to 65,532 (token "
-                        "files have 16-bit ids, and four are special tokens)")
+    """Learn as `learn_merges` does, but recount only the words that a merge changes. Returns
+    {"pattern": ..., "merges": [[id, id], ...]}. texts: an iterable; no pair crosses from one to the
+    next. Raises UserError for a vocab_size out of range."""
+    if not 256 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(f"vocab_size={vocab_size}: must be from 256, the bytes, to "
+                        f"{MAX_VOCAB_SIZE}: token files have 16-bit ids, four of special tokens")
     word_counts = Counter(word for text in texts for word in re.findall(pattern, text))
     words, counts = [list(w.encode("utf-8")) for w in word_counts], list(word_counts.values())
     pair_counts, pair_words, changed, heap, merges = Counter(), defaultdict(set), set(), [], []
@@ -122,23 +121,48 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
     return {"pattern": pattern, "merges": merges}
 
 
+def make_tokenizer(name, folder, texts, vocab_size, pattern=SPLIT_PATTERN):
+    """Return (tokenizer, its name in meta.json) of a script's setting `tokenizer`. "bpe" is trained
+    on `texts`; one that is trained is written to folder/tokenizer.json. Raises UserError."""
+    spec = train_bpe(texts, vocab_size, pattern) if name == "bpe" else read_spec(name)
+    if isinstance(spec, dict):
+        name = "tokenizer.json"
+        (folder / name).write_text(json.dumps(spec) + "\n", encoding="utf-8")
+    return get_tokenizer(spec), name
+
+
 def get_tokenizer(spec):
-    """Return the tokenizer of a spec or of the path of a tokenizer.json. Raises UserError, also
-    where GPT-2's vocabulary cannot be downloaded."""
+    """Return the tokenizer of a spec or of the path of a tokenizer.json. Raises UserError, also for
+    merges or a pattern that cannot encode a sample text."""
     spec = read_spec(spec)
+    if spec == "gpt2":
+        return load_gpt2_tokenizer()
     if spec == "bytes":
-        return build("bytes", r"[\s\S]", all_tokens([]))
-    if spec != "gpt2":
-        return build("bpe", spec["pattern"], all_tokens(spec["merges"]))
+        spec = {"pattern": r"[\s\S]", "merges": []}
+    sample = "It's 30°, naïve_x.\n\n\t你好 क्षि👩\u200d🚀\x00  "
+    try:
+        tokens = [bytes([i]) for i in range(256)]
+        for a, b in spec["merges"]:
+            tokens.append(tokens[a] + tokens[b])
+        pieces = [match[0] for match in re.finditer(spec["pattern"], sample)]
+        is_complete = all(pieces) and "".join(pieces) == sample
+        if not is_complete or len(set(tokens)) < len(tokens) or len(tokens) > MAX_VOCAB_SIZE:
+            raise ValueError  # tiktoken would panic
+        return build("bpe", spec["pattern"], tokens)
+    except (TypeError, LookupError, ValueError, OverflowError, RecursionError, re.error) as error:
+        raise UserError("its pattern must split every text, and its merges join two earlier ids, "
+                        "each pair to a new token") from error
+
+
+def load_gpt2_tokenizer():
+    """Return GPT-2's tokenizer. Raises UserError where its vocabulary cannot be downloaded."""
     try:
         base = tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests, urllib3 and tiktoken each have their own
-        cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
         raise UserError(
-            f"GPT-2's vocabulary could not be loaded ({type(error).__name__}). It is two files, "
-            "vocab.bpe and encoder.json, that tiktoken downloads once. Without a network, copy "
-            "tiktoken's cache folder from another machine and set TIKTOKEN_CACHE_DIR to it "
-            f"(now: {cache or 'unset'})") from error
+            f"GPT-2's vocabulary could not be loaded ({type(error).__name__}): tiktoken downloads "
+            "it once; without a network, copy tiktoken's cache folder from another machine and set "
+            f"TIKTOKEN_CACHE_DIR to it (now {os.environ.get('TIKTOKEN_CACHE_DIR')})") from error
     ranks = base._mergeable_ranks
     return build("gpt2", base._pat_str, sorted(ranks, key=ranks.get))
 
@@ -150,63 +174,23 @@ def build(name, pattern, tokens):
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
 
 
-def all_tokens(merges):
-    """The bytes of each ordinary token: the 256 single bytes, then what each merge makes."""
-    tokens = [bytes([i]) for i in range(256)]
-    for a, b in merges:
-        tokens.append(tokens[a] + tokens[b])
-    return tokens
-
-
 def read_spec(spec):
     """Return what a checkpoint stores of a tokenizer: "gpt2", "bytes", or the dict {"pattern",
     "merges"} of the tokenizer.json at the path `spec`. Raises UserError."""
     if isinstance(spec, dict) or spec in ("gpt2", "bytes"):
         return spec
-    path = Path(spec)
-    if not path.is_file():
-        raise UserError(f"tokenizer {str(spec)!r}: no such file; use gpt2, bytes or the path of a "
-                        "tokenizer.json")
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        count_ids(spec)
-    except (UserError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON
-        raise UserError(f"{path}: not a tokenizer.json: {error}; prepare the data again") from error
-    return {"pattern": spec["pattern"], "merges": spec["merges"]}
-
-
-def write_spec(path, spec):
-    """Save a trained tokenizer as tokenizer.json, which read_spec reads."""
-    Path(path).write_text(json.dumps(spec) + "\n", encoding="utf-8")
+        content = json.loads(config.local_path(str(spec)).read_text(encoding="utf-8"))
+        get_tokenizer(dict(content))
+    except (OSError, UserError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{spec}: not a tokenizer: {error}; use gpt2, bytes or the path of a "
+                        "tokenizer.json") from error
+    return {"pattern": content["pattern"], "merges": content["merges"]}
 
 
 def count_ids(spec):
-    """Return how many ids the tokenizer of a spec has, special ones included. Raises UserError for
-    a spec whose merges or pattern cannot encode a sample text."""
-    if spec in ("gpt2", "bytes"):
-        return (GPT2_VOCAB_SIZE if spec == "gpt2" else 256 + 1) + len(ROLE_TOKENS)
-    sample = "It's 30°, naïve_x.\n\n\t你好 क्षि👩\u200d🚀\x00  "
-    try:
-        tokens = all_tokens(spec["merges"])
-        has_empty_match = not all(match[0] for match in re.finditer(spec["pattern"], sample))
-        if has_empty_match or len(set(tokens)) < len(tokens):
-            raise ValueError  # tiktoken would panic
-        enc = build("bpe", spec["pattern"], tokens)
-        if enc.decode(enc.encode_ordinary(sample)) != sample:
-            raise ValueError
-    except (TypeError, LookupError, ValueError, OverflowError, RecursionError, re.error) as error:
-        raise UserError("its pattern must split every text, and its merges join two earlier ids, "
-                        "each pair to a new token") from error
-    return enc.n_vocab
-
-
-def bytes_per_id(enc, n_ids):
-    """Return how many bytes of text each of the ids 0 to n_ids - 1 (at least all of enc's) stands
-    for, as a list: 0 for special tokens and padding ids."""
-    lengths = [0] * max(n_ids, enc.n_vocab)
-    for token, i in enc._mergeable_ranks.items():
-        lengths[i] = len(token)
-    return lengths
+    """Return how many ids the tokenizer of a spec has, special ones included. Raises UserError."""
+    return GPT2_VOCAB_SIZE + len(ROLE_TOKENS) if spec == "gpt2" else get_tokenizer(spec).n_vocab
 
 
 def token_pieces(enc, ids):
@@ -227,47 +211,37 @@ def show_spaces(text):
 
 # ---- the lesson on the command line ----
 
-def show(text):
-    """Yield the lines of the lesson: six ways to split `text`. Raises UserError without GPT-2."""
+def main(argv):
+    """Print six ways to split the text on the command line. Raises UserError without GPT-2."""
+    text = " ".join(argv).encode("utf-8", "replace").decode("utf-8")  # broken bytes become "?"
+    if text.strip() in ("", "-h", "--help"):
+        return print(__doc__.strip())
+    sys.stdout.reconfigure(encoding="utf-8")
     source = Path(__file__).parent / "instruction" / "instruction-data.json"
-    spec = train_bpe([source.read_text(encoding="utf-8")], 1024)
-    yield f"{len(text)} characters, {len(text.encode('utf-8'))} bytes (· is a space)"
+    learned = train_bpe([source.read_text(encoding="utf-8")], 1024)
+    print(f"{len(text)} characters, {len(text.encode('utf-8'))} bytes (· is a space)")
     for title, why, how in (
             ("1. White space", "Simple, but 'world!' and 'world' are unrelated.", r"\S+"),
             ("2. And punctuation", "Better, but unseen words are unknown.", r"\w+|[^\w\s]"),
             ("3. Characters", "None is unknown, but there are 150,000.", r"[\s\S]"),
             ("4. Bytes", "256 ids write everything, but texts get long.", "bytes"),
-            ("5. Byte pairs, learned here", f"{len(spec['merges'])} merges of frequent neighbours "
-             f"in {source.name}: common words are one piece, nothing is unknown.", spec),
+            ("5. Byte pairs, learned here", f"{len(learned['merges'])} merges of frequent "
+             f"neighbours in {source.name}: common words are one piece, nothing is unknown.",
+             learned),
             ("6. GPT-2's byte pairs", "The same method with 50,000 merges, learned on 40 GB of web "
              "pages.", "gpt2")):
         enc = None if title[0] in "123" else get_tokenizer(how)
         ids = enc.encode_ordinary(text) if enc else []
         pieces = token_pieces(enc, ids) if enc else re.findall(how, text)
-        yield f"\n{title}: {len(pieces)} pieces. {why}\n  {show_spaces('|'.join(pieces))}"
-        if ids:
-            yield "  " + " ".join(map(str, ids))
-        if how == spec:
-            yield from show_merges(max(re.findall(SPLIT_PATTERN, text), key=len), spec)
-
-
-def show_merges(word, spec):
-    """Yield a line for each merge that changes a word."""
-    ids, enc = list(word.encode("utf-8")), get_tokenizer(spec)
-    for i, pair in enumerate(map(tuple, spec["merges"])):
-        before, ids = ids, merge(ids, pair, 256 + i)
-        if ids != before:
-            yield f"    merge {i + 1:>4}: {'|'.join(token_pieces(enc, ids))}"
-
-
-def main(argv):
-    """Print the lesson for the text on the command line."""
-    text = " ".join(argv).encode("utf-8", "replace").decode("utf-8")  # broken bytes become "?"
-    if text.strip() in ("", "-h", "--help"):
-        return print(__doc__.strip())
-    sys.stdout.reconfigure(encoding="utf-8")
-    for line in show(text):
-        print(line)
+        print(f"\n{title}: {len(pieces)} pieces. {why}\n  {show_spaces('|'.join(pieces))}")
+        if enc:
+            print("  " + " ".join(map(str, ids)))
+        if how is learned:
+            ids = list(max(re.findall(SPLIT_PATTERN, text), key=len).encode("utf-8"))
+            for i, pair in enumerate(learned["merges"]):
+                before, ids = ids, merge(ids, pair, 256 + i)
+                if ids != before:
+                    print(f"    merge {i + 1:>4}: {'|'.join(token_pieces(enc, ids))}")
 
 
 if __name__ == "__main__":

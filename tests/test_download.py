@@ -39,15 +39,15 @@ def whole(request, body=BODY, **headers):
     return 200, {"Content-Length": len(body), "ETag": f'"{body[0]}"'} | headers, body
 
 
-def part(request, body=BODY, tag=None, sent=None):
+def part(request, body=BODY, sent=None):
     """The requested range, as a server that can resume sends it; only `sent` bytes of it, then the connection breaks."""
-    tag = tag or {"ETag": f'"{body[0]}"'}
+    tag = f'"{body[0]}"'
     start = int(re.fullmatch(r"bytes=(\d+)-", request["Range"] or "bytes=0-")[1])
-    if request["If-Range"] not in (None, *tag.values()):
+    if request["If-Range"] not in (None, tag):
         start = 0
     if start >= len(body):
         return 416, {"Content-Length": 0}, b""
-    return 206 if start else 200, {"Content-Length": len(body) - start, **tag}, body[start:][:sent]
+    return 206 if start else 200, {"Content-Length": len(body) - start, "ETag": tag}, body[start:][:sent]
 
 
 def status(code):
@@ -103,9 +103,8 @@ def test_a_file_arrives_complete_in_a_new_folder(tmp_path, serve, headers):
     assert names(path.parent) == ["file.bin"] and server.ranges == [None]
 
 
-@pytest.mark.parametrize("tag", [{"ETag": '"1"'}, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}])
-def test_a_broken_connection_resumes_where_it_stopped(tmp_path, serve, tag):
-    server = serve(*(functools.partial(part, tag=tag, sent=sent) for sent in (5000, 2500, None)))
+def test_a_broken_connection_resumes_where_it_stopped(tmp_path, serve):
+    server = serve(*(functools.partial(part, sent=sent) for sent in (5000, 2500, None)))
     assert download(server.url, tmp_path / "file.bin", sha256=SHA256).read_bytes() == BODY
     starts = [int(requested[6:-1]) for requested in server.ranges[1:]]
     assert server.ranges[0] is None and 0 < starts[0] <= 5000 and starts[0] < starts[1] <= starts[0] + 2500
@@ -194,5 +193,6 @@ def test_a_full_disk_names_the_file_and_a_later_run_resumes(tmp_path, serve, mon
 def test_progress_is_shown_on_a_terminal(tmp_path, serve, capsys, monkeypatch):
     server = serve(functools.partial(whole, body=bytes(3_000_000)))
     monkeypatch.setattr(data.download.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(data.download, "CHUNK", 1_000_000)
     download(server.url, tmp_path / "file.bin")
-    assert capsys.readouterr().err == "\rfile.bin: 1.0 of 3.0 MB \rfile.bin: 2.1 of 3.0 MB \rfile.bin: 3.0 of 3.0 MB \n"
+    assert capsys.readouterr().err == "\rfile.bin: 1.0 of 3.0 MB \rfile.bin: 2.0 of 3.0 MB \rfile.bin: 3.0 of 3.0 MB \n"

@@ -12,7 +12,7 @@ import data.text
 import prepare_alpaca
 from config import UserError
 from data.datasets import open_dataset
-from data.tokenizer import get_tokenizer, train_bpe, write_spec
+from data.tokenizer import get_tokenizer, train_bpe
 from tests.conftest import error_of_script, largest_file
 
 START, USER, ASSISTANT, END = 256, 257, 258, 259  # of the bytes tokenizer
@@ -188,9 +188,9 @@ def test_a_trained_tokenizer_is_learned_from_the_training_rows_and_stored(tmp_pa
     assert spec == train_bpe([text for texts in train for text in texts], 280)
     behind = prepare(tmp_path, rows, "--vocab_size=280", "--space_behind=True", tokenizer="bpe")
     assert read_meta(behind)["train_tokens"] < 0.95 * meta["train_tokens"]
-    write_spec(tmp_path / "other.json", spec)
+    (tmp_path / "other.json").write_text(json.dumps(spec), encoding="utf-8")
     copied = prepare(tmp_path, rows, tokenizer=tmp_path / "other.json")
-    assert (copied / "tokenizer.json").read_bytes() == (tmp_path / "other.json").read_bytes()
+    assert json.loads((copied / "tokenizer.json").read_bytes()) == spec
 
 
 def test_files_of_several_layouts_are_prepared_together(tmp_path, capsys):
@@ -209,11 +209,11 @@ def test_files_of_several_layouts_are_prepared_together(tmp_path, capsys):
     assert meta["source"] == "share.json,questions.csv,dolly.jsonl.gz"
     assert meta["sha256"] == ",".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths[:3])
     prepare_alpaca.main([f"--source={paths[3]}", "--drop_duplicates=False", *flags])  # the comma is the file's own
-    assert capsys.readouterr().out.startswith(f"'{paths[3]}' -> ")
+    assert capsys.readouterr().out.startswith(f"{paths[3]} -> ")
 
 
 @pytest.mark.parametrize("name, part", [
-    ("rows.json", "name each once"), ("none.json", "none.json: no such file"), ("", "is a folder"), ("empty.json", "empty.json: contains no rows")])
+    ("rows.json", "name each once"), ("none.json", "none.json"), ("", "is a folder"), ("empty.json", "empty.json: contains no rows")])
 def test_a_second_source_that_cannot_be_read_is_named(tmp_path, name, part):
     (tmp_path / "empty.json").write_text("[]", encoding="utf-8")
     with pytest.raises((UserError, OSError), match=part):
@@ -232,13 +232,14 @@ def test_bad_rows_are_dropped_from_the_source_and_the_extra_rows_on_request(tmp_
 
 
 @pytest.mark.parametrize("rows, flag, part", [
-    (rows_of(6), "--too_long=shorten", "too_long=shorten"), (rows_of(6), "--val_fraction=0", "val_fraction=0"),
-    (rows_of(6), "--val_fraction=1", "val_fraction=1"), (rows_of(6), "--max_tokens=7", "max_tokens=7"),
+    (rows_of(6), "--too_long=shorten", "too_long=shorten"), (rows_of(6), "--val_fraction=-0.1", "val_fraction=-0.1"),
+    (rows_of(6), "--val_fraction=1.1", "val_fraction=1.1"), (rows_of(6), "--max_tokens=7", "max_tokens=7"),
     (rows_of(6), "--bad_rows=skip", "bad_rows=skip"), (rows_of(6), "--repeat=0", "repeat=0"), (rows_of(6), "--join=0", "join=0"),
     (rows_of(6), "--extra=nowhere.json", "nowhere.json"), (rows_of(6), "--tokenizer=none.json", "none.json"),
-    (rows_of(6), "--vocab=3", "'vocab'.*'vocab_size'"), (rows_of(1), "--seed=1", "1 rows are left, too few"),
-    ([row("a", "")] * 3, "--seed=1", "0 rows are left.*rows read: 3, dropped: empty output: 3"), ([{"bad": 1}], "--seed=1", "row 1"),
-    (rows_of(6), "--max_tokens=8", "no row is left.*rows read: 6, dropped: nothing of the answer fits: 5.*max_tokens=8")])
+    (rows_of(6), "--vocab=3", "'vocab'.*'vocab_size'"), (rows_of(1), "--seed=1", "no row is left to train on.*'rows read': 1"),
+    ([row("a", "")] * 3, "--seed=1", "no row is left.*'rows read': 3, 'dropped: empty output': 3"), ([{"bad": 1}], "--seed=1", "row 1"),
+    (rows_of(6), "--max_tokens=8", "no row is left.*'rows read': 6, .*'dropped: nothing of the answer fits': 5.*max_tokens=8"),
+    ([{"bad": 1}] * 2, "--bad_rows=drop", "rows.json: contains no rows that make a chat: .*'dropped: unknown layout': 2")])
 def test_a_failing_run_is_one_line_and_leaves_the_earlier_files_as_they_were(tmp_path, rows, flag, part):
     before = files(prepare(tmp_path, rows_of(6)))
     assert set(before) == {"train.bin", "val.bin", "meta.json", "chat_corpus.txt"}

@@ -77,8 +77,8 @@ def test_bpe_bytes_may_end_inside_a_character(tmp_path, bpe_bytes):
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 @pytest.mark.parametrize("content, message", [
-    (b"latin caf\xe9 text, long enough", "my.txt: not UTF-8 text .near byte 9.; save"), (b"text, then a torn \xe2\x82", "my.txt: not UTF-8"),
-    ("wide".encode("utf-16"), "my.txt: not UTF-8 text .near byte 0."), (b"", "my.txt: 0 bytes cannot be split"), (b"a", "my.txt: 1 bytes")])
+    (b"latin caf\xe9 text, long enough", "my.txt: not UTF-8 text .byte 9.; save"), (b"text, then a torn \xe2\x82", "my.txt: not UTF-8"),
+    ("wide".encode("utf-16"), "my.txt: not UTF-8 text .byte 0."), (b"", "my.txt: 0 bytes cannot be split"), (b"a", "my.txt: 1 bytes")])
 def test_a_text_that_is_not_utf8_or_too_short_is_refused(tmp_path, content, message, tokenizer):
     with pytest.raises(UserError, match=message):
         prepare(tmp_path, content, tokenizer=tokenizer)

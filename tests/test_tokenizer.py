@@ -17,7 +17,6 @@ from data.tokenizer import (
     SPACE_BEHIND_PATTERN,
     SPLIT_PATTERN,
     apply_merges,
-    bytes_per_id,
     count_ids,
     get_tokenizer,
     learn_merges,
@@ -26,7 +25,6 @@ from data.tokenizer import (
     show_spaces,
     token_pieces,
     train_bpe,
-    write_spec,
 )
 
 PROPERTY = settings(max_examples=60, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
@@ -109,7 +107,7 @@ def test_training_stops_at_vocab_size_and_never_pairs_across_texts_or_digits(tex
 @pytest.mark.parametrize("vocab_size", [255, 65_533])
 def test_a_vocab_size_out_of_range_is_refused(vocab_size):
     assert train_bpe(["abab"], 65_532)["merges"] == [[A, B]]
-    with pytest.raises(UserError, match=f"vocab_size={vocab_size}: must be from 256 .* 65,532 .*16-bit"):
+    with pytest.raises(UserError, match=f"vocab_size={vocab_size}: must be from 256.* 65532: .*16-bit"):
         train_bpe(["abab"], vocab_size)
 
 
@@ -128,7 +126,6 @@ def test_every_id_of_a_trained_tokenizer_has_its_own_bytes(bpe):
     assert len(set(pieces)) == 300 and pieces[:256] == [bytes([i]) for i in range(256)]
     for i, (left, right) in enumerate(train_bpe([PARAGRAPH] * 2, 300)["merges"]):
         assert pieces[256 + i] == pieces[left] + pieces[right]
-    assert bytes_per_id(bpe, 310) == [len(piece) for piece in pieces] + [0] * 10
 
 
 def test_role_tokens_are_the_ids_after_the_ordinary_ones_and_typed_ones_never_become_them(bpe, gpt2_vocabulary):
@@ -151,7 +148,7 @@ def test_gpt2s_ordinary_ids_are_tiktokens_own(gpt2_vocabulary, text):
 
 def test_a_spec_survives_its_file_and_makes_the_same_tokenizer(tmp_path, bpe):
     spec, path = train_bpe([PARAGRAPH] * 2, 300), tmp_path / "tokenizer.json"
-    write_spec(path, spec)
+    path.write_text(json.dumps(spec), encoding="utf-8")
     assert read_spec(path) == read_spec(str(path)) == spec == read_spec(spec)
     assert read_spec("bytes") == "bytes" and read_spec("gpt2") == "gpt2"
     assert get_tokenizer(path).encode_ordinary(PARAGRAPH) == bpe.encode_ordinary(PARAGRAPH)
@@ -165,14 +162,15 @@ EXERCISE_1 = SPLIT_PATTERN.replace(r"\d|", r"\d{1,3}|")  # as GPT-4 splits numbe
 @pytest.mark.parametrize("pattern", [SPLIT_PATTERN, SPACE_BEHIND_PATTERN, *OLD_PATTERNS, EXERCISE_1, r"[\s\S]", r"\w+|\W"])
 def test_a_pattern_that_splits_every_text_is_accepted(tmp_path, pattern):
     path = tmp_path / "tokenizer.json"
-    write_spec(path, {"pattern": pattern, "merges": [[97, 98], [256, 99]]})
+    path.write_text(json.dumps({"pattern": pattern, "merges": [[97, 98], [256, 99]]}), encoding="utf-8")
     enc = get_tokenizer(path)
     assert enc.n_vocab == count_ids(read_spec(path)) == 262 and enc.decode(enc.encode_ordinary("abc  é\n")) == "abc  é\n"
 
 
 BAD_PATTERNS = ["x*", "", r"\b|[\s\S]", "a", "(", "(" * 1000, "a{4294967296}|.", "(?:[\\s\\S]{1000}){1000}{1000}|[\\s\\S]", 7, None]
 BAD_MERGES = [3, [[1]], [[1, "x"]], [[97, 256]], [[97, 98.5]], {"97": 98}, [[97, 98], [97, 98]],
-              [[97, 98], [256, 99], [98, 99], [97, 258]]]  # the last two make one token twice
+              [[97, 98], [256, 99], [98, 99], [97, 258]],  # the last two make one token twice
+              [[97, i] for i in range(97, 70_000)]]  # too many for 16 bits
 
 
 @pytest.mark.parametrize("content", [
@@ -181,15 +179,15 @@ BAD_MERGES = [3, [[1]], [[1, "x"]], [[97, 256]], [[97, 98.5]], {"97": 98}, [[97,
 def test_a_broken_tokenizer_file_is_one_line_with_its_path_before_tiktoken_panics(tmp_path, capfd, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*; prepare the data again$") as caught:
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*; use gpt2, bytes or the path") as caught:
         get_tokenizer(path)
     assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("name", ["gtp2", "none.json"])
-def test_an_unknown_name_or_missing_file_is_one_line_with_the_choices(name):
-    with pytest.raises(UserError, match=f"'{name}'.*gpt2, bytes"):
-        get_tokenizer(name)
+def test_an_unknown_name_or_missing_file_is_one_line_with_the_choices():
+    for name in ("gtp2", "none.json"):
+        with pytest.raises(UserError, match=f"^{name}: not a tokenizer: .*gpt2, bytes"):
+            get_tokenizer(name)
 
 
 @pytest.mark.parametrize("error", [requests.ConnectionError("no route"), OSError("full"), ValueError("hash")])
@@ -200,9 +198,7 @@ def test_without_gpt2s_vocabulary_the_error_says_what_to_set(monkeypatch, error)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/a/cache/folder")
     with pytest.raises(UserError) as caught:
         get_tokenizer("gpt2")
-    message = str(caught.value)
-    for part in ("TIKTOKEN_CACHE_DIR", "/a/cache/folder", "vocab.bpe", "encoder.json", type(error).__name__):
-        assert part in message and "\n" not in message
+    assert re.fullmatch(f".*{type(error).__name__}.*TIKTOKEN_CACHE_DIR.*/a/cache/folder.*", str(caught.value))
 
 
 def test_pieces_show_parts_of_a_character_as_bytes():
