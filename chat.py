@@ -26,13 +26,10 @@ import model as gpt
 from config import UserError
 from data.conversation import prompt_ids, special_ids, turns_to_messages
 from data.tokenizer import GPT2_VOCAB_SIZE, get_tokenizer
-from data.weights import GPT2_NAMES
 from runtime import terminal
 from runtime.checkpoint import load_checkpoint, load_model, max_turns
 from runtime.devices import pick_device
 from runtime.fast_cpu import speed_up
-from runtime.multiple_choice import read_choices, score_choices
-from runtime.scoring import score_chats
 
 
 @dataclass
@@ -79,13 +76,10 @@ class ChatSession:
         self.prompt, self.stop = [], ""  # of the last reply: what the model read, why it ended
 
     def reply(self, question, cfg):
-        """Answer a message, given as ids: yield the reply in pieces of text, never half a
-        character, never a special token.
-
-        It ends at <|end|>, after max_new_tokens, or where the context is full: self.stop says
-        which. self.history has the turn from the start, even if the caller stops early. Raises
-        UserError where the logits are not finite.
-        """
+        """Answer a message, given as ids: yield the reply as text, never half a character. It ends
+        at <|end|>, after max_new_tokens, or where the context is full: self.stop says which.
+        self.history has the turn from the start, even if the caller stops early. Raises UserError
+        where the logits are not finite."""
         if self.trained_turns:
             self.prompt, question = self.chat_prompt(question, cfg)
             # One more than fits: the last token is never read, so it needs no position.
@@ -157,7 +151,8 @@ def print_reply(session, question, cfg):
     for piece in session.reply(question, cfg):
         pieces.append(piece)
         if not cfg.json:
-            print(terminal.show_controls(piece, sys.stdout), end="", flush=True)
+            shown = piece.translate(terminal.CONTROL_PICTURES) if sys.stdout.isatty() else piece
+            print(shown, end="", flush=True)
     seconds, n_tokens = time.perf_counter() - began, len(session.history[-1][1])
     record = {"text": "".join(pieces), "tokens": n_tokens, "seconds": round(seconds, 4),
               "tokens_per_second": round(n_tokens / max(seconds, 1e-6), 2),
@@ -170,14 +165,18 @@ def print_reply(session, question, cfg):
 def chat(session, cfg):
     """Answer messages from standard input until it ends; in a terminal, run /commands too."""
     tty = sys.stdin.isatty() and sys.stdout.isatty()
-    for line in terminal.read_lines(tty, cfg.CHANGEABLE):
-        with terminal.report_errors(tty):
-            if tty and terminal.is_command(line):
+    for line in filter(None, terminal.typed_lines() if tty else map(str.strip, sys.stdin)):
+        try:
+            if tty and terminal.COMMAND_LINE.match(line):
                 cfg = terminal.run_command(session, cfg, line, print_reply)
                 if cfg is None:  # /quit
                     return
             else:  # as ordinary text: a typed <|end|> never becomes the special token
                 print_reply(session, session.enc.encode_ordinary(line), cfg)
+        except (KeyboardInterrupt, UserError, OSError) as error:
+            if not tty:
+                raise
+            terminal.note(" (stopped)" if isinstance(error, KeyboardInterrupt) else error)
 
 
 def load_session(cfg):
@@ -188,6 +187,7 @@ def load_session(cfg):
     if int8 and device.type != "cpu":
         raise UserError(f"dtype=int8: only on a CPU, not on {device}; add --device=cpu")
     if cfg.init_from:
+        from data.weights import GPT2_NAMES
         name, tokenizer, trained_turns = cfg.init_from, "gpt2", 0
         model = (gpt.load_gpt2(name, GPT2_VOCAB_SIZE) if name in GPT2_NAMES else
                  gpt.load_gpt2(config.local_path(name)))
@@ -195,9 +195,9 @@ def load_session(cfg):
             raise UserError(f"init_from={name}: its {model.config.vocab_size} ids are not GPT-2's; "
                             "use the checkpoint that it was made from: --checkpoint=FILE")
     else:
-        hint = "The config file with its out_dir makes it; that file's first lines say how."
-        if cfg.checkpoint.absolute() == config.REPO / Settings.checkpoint:
-            hint = "Make it: make chat (or README.md's commands), or name one: --checkpoint=FILE"
+        is_default = cfg.checkpoint.absolute() == config.REPO / Settings.checkpoint
+        hint = ("Make it: make chat (or README.md's commands), or name one: --checkpoint=FILE"
+                if is_default else "The first lines of its config file say how to make it.")
         checkpoint = load_checkpoint(cfg.checkpoint, hint)
         model = load_model(checkpoint, source=cfg.checkpoint)
         name = f"{cfg.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
@@ -214,8 +214,8 @@ def main(argv):
     terminal.use_utf8()
     session, about = load_session(cfg)
     if cfg.score:
-        rows = read_choices(cfg.score)
-        return score_choices(session, rows, cfg) if rows else score_chats(session, cfg)
+        from runtime.multiple_choice import score  # a chat starts sooner without it
+        return score(session, cfg)
     if cfg.prompt is None:
         terminal.greet(session, cfg, about)
         return chat(session, cfg)

@@ -1,19 +1,12 @@
-"""GGUF files, for llama.cpp and what is built on it, such as Ollama.
+"""GGUF files, for llama.cpp and what is built on it, such as Ollama, by the `gguf` package.
 
-The `gguf` package writes them. llama.cpp has neither this project's way to split text nor its chat
-format built in, so the file has a chat template, and a tokenizer that makes the same ids of nearly
-every text (see ids_may_differ).
+llama.cpp has neither this project's pattern to split text nor its chat format built in. So the file
+has a chat template, and a tokenizer that makes the same ids of nearly every text.
 """
 from config import UserError
 from data.conversation import ASSISTANT, END, chat_template, special_ids
 from data.files import write_atomically, write_text
-from data.tokenizer import (
-    END_OF_TEXT,
-    ROLE_TOKENS,
-    SPACE_BEHIND_PATTERN,
-    SPLIT_PATTERN,
-    get_tokenizer,
-)
+from data.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, get_tokenizer
 from runtime.export import gpt2_weights, merge_pairs, to_gpt2_unicode
 
 # The gguf package's names of a tensor's type and of a file with such matrices.
@@ -21,12 +14,11 @@ DTYPES = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"),
           "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
 
 
-def write_gguf(path, model, tokenizer_spec, dtype="float32", turns=1):
-    """Write a GPT as a GGUF file, atomically.
+def export_gguf(path, model, spec, dtype, turns):
+    """Write a GPT as a GGUF file, atomically, and a Modelfile. Raises UserError or OSError.
 
     dtype: of the matrices, "float32", "float16" or "q8_0" (blocks of 32 int8 and a float16 scale);
-    biases, norms and positions are float32. turns: how many questions the model sees at most; 0: it
-    is a base model. Raises UserError for a model that does not fit, and OSError.
+    the rest is float32. turns: how many questions the model sees; 0: a base model.
     """
     try:
         import gguf
@@ -48,7 +40,7 @@ def write_gguf(path, model, tokenizer_spec, dtype="float32", turns=1):
         writer.add_feed_forward_length(4 * cfg.n_embd)
         writer.add_head_count(cfg.n_head)
         writer.add_layer_norm_eps(1e-5)
-        add_tokenizer(writer, tokenizer_spec)
+        add_tokenizer(writer, spec)
         writer.add_chat_template(chat_template(turns))
         for name, tensor in weights.items():
             is_matrix = tensor.dim() == 2 and name != "wpe.weight"
@@ -59,23 +51,26 @@ def write_gguf(path, model, tokenizer_spec, dtype="float32", turns=1):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
+        except OSError as error:  # NumPy's have neither errno nor file name
+            raise OSError(f"{path}: {error}") from error
         finally:
             writer.close()
 
     write_atomically(path, write)
+    write_modelfile(path.with_suffix(".Modelfile"), path.name, cfg.block_size, turns)
+    if spec not in ("gpt2", "bytes"):
+        print("note: llama.cpp may split texts with several spaces, or with punctuation next to "
+              "letters of several bytes, into other tokens than chat.py")
 
 
 def add_tokenizer(writer, spec):
-    """Add a tokenizer to a GGUFWriter.
-
-    llama.cpp knows GPT-2's pattern, "gpt-2", and neither of this project's. "superbpe" splits a
-    text at numbers only and leaves the rest to the merges. Ours hardly ever reach across a split of
-    ours, because they were learned between splits.
-    """
+    """Add a tokenizer to a GGUFWriter. llama.cpp has GPT-2's pattern, "gpt-2". "superbpe" splits a
+    text at numbers only and leaves the rest to the merges, which hardly ever reach across a split
+    of ours, because they were learned between splits."""
     enc = get_tokenizer(spec)
     end_of_text, user, assistant, end = special_ids(enc)
-    tokens = {i: to_gpt2_unicode(token) for token, i in enc._mergeable_ranks.items()}
-    tokens |= {i: token for token, i in enc._special_tokens.items()}
+    ranks = enc._mergeable_ranks
+    tokens = list(map(to_gpt2_unicode, sorted(ranks, key=ranks.get)))  # by id
     merges = merge_pairs(enc)
     if spec != "gpt2":
         # A few tokens are never made: train_bpe splits with Python's re, to which a separate accent
@@ -87,9 +82,8 @@ def add_tokenizer(writer, spec):
     merges = [" ".join(map(to_gpt2_unicode, pair)) for pair in merges]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2" if spec == "gpt2" else "superbpe")
-    writer.add_token_list([tokens[i] for i in range(enc.n_vocab)])
-    writer.add_token_types([3 if i in enc._special_tokens.values() else 1  # 3: never part of a text
-                            for i in range(enc.n_vocab)])
+    writer.add_token_list([*tokens, *SPECIAL_TOKENS])
+    writer.add_token_types([1] * len(tokens) + [3] * len(SPECIAL_TOKENS))  # 3: not part of texts
     writer.add_token_merges(merges or [f"{END} {END}"])  # there must be one; this never applies
     writer.add_bos_token_id(end_of_text)
     writer.add_add_bos_token(False)
@@ -105,32 +99,14 @@ def is_text(token):
     return token.decode("utf-8", "ignore").encode("utf-8") == token
 
 
-def ids_may_differ(spec):
-    """Return which texts llama.cpp may split into other ids than this tokenizer, or None."""
-    if spec in ("gpt2", "bytes"):
-        return None
-    tokens = get_tokenizer(spec)._mergeable_ranks
-    if spec["pattern"] not in (SPLIT_PATTERN, SPACE_BEHIND_PATTERN):
-        return "any text, because this tokenizer has an older pattern"
-    # Tokens of part of a character and the edge of one: llama.cpp splits less than we do, so such
-    # merges may join there what we keep apart.
-    if any(not is_text(token) and any(byte & 0xC0 != 0x80 for byte in token[1:])
-           for token in tokens):
-        return "texts with punctuation next to letters of several bytes"
-    has_spaces = any(token.isspace() and token[:1] == b" " and len(token) > 1 for token in tokens)
-    if has_spaces and spec["pattern"] == SPACE_BEHIND_PATTERN:
-        return "texts with several spaces after a word"
-    return None
-
-
-def write_modelfile(path, gguf, config, turns):
-    """Write the Modelfile that `ollama create NAME -f FILE` needs next to a GGUF file. It has the
-    chat format as a Go template, without system messages."""
+def write_modelfile(path, gguf_name, block_size, turns):
+    """Write the Modelfile that `ollama create NAME -f FILE` needs. It has the chat format as a Go
+    template, without system messages."""
     newest = 2 * turns - 1  # messages that the model sees
     chat = (END_OF_TEXT + "{{ range $i, $m := .Messages }}"
             f'{{{{ if and (ne $m.Role "system") (le (len (slice $.Messages $i)) {newest}) }}}}'
             "<|{{ $m.Role }}|>{{ $m.Content }}" + END + "{{ end }}{{ end }}" + ASSISTANT)
-    lines = [f"FROM ./{gguf.name}", f'TEMPLATE """{chat if turns else "{{ .Prompt }}"}"""',
-             f"PARAMETER num_ctx {config.block_size}"]
-    lines += [f'PARAMETER stop "{token}"' for token in (END_OF_TEXT, *ROLE_TOKENS)]
+    lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{chat if turns else "{{ .Prompt }}"}"""',
+             f"PARAMETER num_ctx {block_size}"]
+    lines += [f'PARAMETER stop "{token}"' for token in SPECIAL_TOKENS]
     write_text(path, "\n".join(lines) + "\n")

@@ -20,41 +20,43 @@ def score_chats(session, cfg):
     """Answer the last question of each row greedily, print a table by category, and write every
     answer to a JSON file. Raises UserError or OSError."""
     if not session.trained_turns:
-        raise UserError(f"score={cfg.score}: a base model gives no answers; use a model trained on "
-                        "chats, or a file of multiple choice (see runtime/multiple_choice.py)")
-    groups, answers = rows_to_score(cfg.score, cfg.score_rows), []
-    for group, rows in groups.items():
-        for n, (messages, category) in enumerate(rows, 1):
-            if answer := score_row(session.model, session.enc, messages):
-                answers.append({"rows": group, "category": category, **answer})
-            show_progress(group, n, len(rows))
-    check_lengths(sum(map(len, groups.values())), len(answers), cfg)
-    summary = summarize(answers)
+        raise UserError(f"score={cfg.score}: a base model does not answer; use a model trained on "
+                        "chats, or multiple choice")
+    rows, answers = rows_to_score(cfg.score, cfg.score_rows), []
+    for n, (group, messages, category) in enumerate(rows, 1):
+        if answer := score_row(session.model, session.enc, messages):
+            answers.append({"rows": group, "category": category, **answer})
+        show_progress("rows", n, len(rows))
+    cells = defaultdict(list)  # of categories, of the parts before their "/", and of all
+    for a in answers:
+        for name in {a["category"], a["category"].partition("/")[0], "all"} - {""}:
+            cells[name == "all", name, a["rows"]].append(a)
+    summary = [{"category": name, "rows": group, **means(cells[is_all, name, group])}
+               for is_all, name, group in sorted(cells)]
+    write_scores(cfg, len(rows), summary, answers)
     print(f"{'category':<24}{'rows':<12}{'exact match':>18}{'F1':>8}{'loss':>8}")
     for x in summary:
         exact = f"{x['exact']} of {x['n']} {x['exact'] / x['n']:>5.0%}"
         print(f"{x['category']:<24}{x['rows']:<12}{exact:>18}{x['f1']:>8.2f}{x['loss']:>8.3f}")
     note("exact match: the same words; F1: overlap of the words; loss: of the expected answer")
-    write_scores(cfg, summary, answers)
 
 
 def rows_to_score(source, wanted):
-    """{"held out": rows, "trained on": rows} of a prepared folder, {"rows": rows} of a file; rows
-    are (messages, category) pairs, `wanted` of each, evenly spaced. wanted 0: all of a file, all
-    held-out rows and as many trained ones. Raises UserError or OSError."""
+    """Return [(group, messages, category), ...] of a file or a prepared folder. wanted: how many of
+    a group, evenly spaced; 0: all of a file, all held-out rows and as many trained ones."""
     if not source.is_dir():
         rows = chats.read_conversations(source)
-        return {"rows": evenly_spaced(rows, wanted or len(rows))}
+        return [("rows", *row) for row in evenly_spaced(rows, wanted)]
     if read_meta(source)["kind"] != "chat":
         raise UserError(f"score={source}: contains plain text; use a folder or a file of chats")
-    dataset = open_dataset(source, block_size=2**20, batch_size=1)
-    enc, groups = get_tokenizer(dataset.tokenizer), {}
+    dataset, rows = open_dataset(source, block_size=2**20, batch_size=1), []
+    enc = get_tokenizer(dataset.tokenizer)
     for split, group in (("val", "held out"), ("train", "trained on")):
         ids = dataset.conversations(split)
         wanted = wanted or len(ids)
-        rows = evenly_spaced(list(zip(ids, row_categories(source, split, len(ids)))), wanted)
-        groups[group] = [(chats.decode_conversation(row, enc), category) for row, category in rows]
-    return groups
+        rows += [(group, chats.decode_conversation(row, enc), category) for row, category in
+                 evenly_spaced(list(zip(ids, row_categories(source, split, len(ids)))), wanted)]
+    return rows
 
 
 @torch.no_grad()
@@ -77,45 +79,32 @@ def score_row(model, enc, messages):
 
 
 def token_f1(answer, expected):
-    """Overlap of two texts' words, 0 to 1: the harmonic mean of precision and recall (as for SQuAD,
-    Rajpurkar et al. 2016)."""
+    """Overlap of two texts' words, from 0 to 1, as for SQuAD (Rajpurkar et al. 2016)."""
     answer, expected = Counter(answer.split()), Counter(expected.split())
     total = answer.total() + expected.total()
     return 2 * (answer & expected).total() / total if total else 1.0
 
 
-def summarize(answers):
-    """Summarize answers by category, by the part before a category's "/", and all; the loss is the
-    mean over all their tokens."""
-    cells, summary = defaultdict(list), []
-    for a in answers:
-        for name in {a["category"], a["category"].partition("/")[0], "all"} - {""}:
-            cells[name, a["rows"]].append(a)
-    for name, group in sorted(cells, key=lambda cell: (cell[0] == "all", cell[0])):
-        rows = cells[name, group]
-        loss = sum(a["loss"] * a["tokens"] for a in rows) / sum(a["tokens"] for a in rows)
-        summary.append({"category": name, "rows": group, "n": len(rows),
-                        "exact": sum(a["exact"] for a in rows),
-                        "f1": sum(a["f1"] for a in rows) / len(rows), "loss": loss})
-    return summary
+def means(answers):
+    """The scores of a line of the table; the loss is the mean over all tokens of the answers."""
+    n, n_tokens = len(answers), sum(a["tokens"] for a in answers)
+    exact, f1 = sum(a["exact"] for a in answers), sum(a["f1"] for a in answers) / n
+    loss = sum(a["loss"] * a["tokens"] for a in answers) / n_tokens
+    return {"n": n, "exact": exact, "f1": f1, "loss": loss}
 
 
 def evenly_spaced(rows, wanted):
-    """`wanted` of the rows, evenly spaced, or all if there are fewer."""
-    count = min(wanted, len(rows))
+    """`wanted` of the rows, evenly spaced, or all: where wanted is 0, or there are fewer."""
+    count = min(wanted or len(rows), len(rows))
     return [rows[n * len(rows) // count] for n in range(count)]
 
 
-def check_lengths(n_rows, n_scored, cfg):
-    """Note how many rows do not fit into the context. Raises UserError if none is left."""
-    if not n_scored:
+def write_scores(cfg, n_rows, summary, answers):
+    """Write a score to a JSON file. Raises UserError where no row fits into the context."""
+    if not answers:
         raise UserError(f"score={cfg.score}: no rows fit into this model's context; use others")
-    if n_rows > n_scored:
-        note(f"{n_rows - n_scored} rows are longer than this model's context and were left out")
-
-
-def write_scores(cfg, summary, answers):
-    """Write a score to a JSON file, and note its name. Raises OSError."""
+    if n_rows > len(answers):
+        note(f"{n_rows - len(answers)} rows are longer than this model's context and were left out")
     folder = (config.repo_folder() / "out" / Path(cfg.init_from).name if cfg.init_from else
               cfg.checkpoint.parent)
     path = cfg.score_file or folder / "score.json"

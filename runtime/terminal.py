@@ -27,10 +27,11 @@ HELP = f"""/help              this list
 /look [FILE]       a page that shows the inside of the model: out/look.html or FILE
 /quit              exit, like {EXIT_KEY}; Ctrl-C stops a reply"""
 COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
+COMMAND_LINE = re.compile(r"/\w*(\s|$)|(exit|quit)$")  # other programs exit at such a word
 
 # Control characters, which a terminal would obey, as visible symbols.
 CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
-CONTROL_PICTURES |= {c: 0x2426 for c in range(127, 160)}
+CONTROL_PICTURES |= dict.fromkeys(range(127, 160), 0x2426)
 GREEN, MAGENTA, CYAN, GREY = 32, 35, 36, 90
 
 
@@ -41,11 +42,6 @@ def use_utf8():
             stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
     if os.name == "nt":
         os.system("")
-
-
-def show_controls(text, stream):
-    """Make control characters visible where the stream is a terminal."""
-    return text.translate(CONTROL_PICTURES) if stream.isatty() else text
 
 
 def coloured(code, text):
@@ -67,91 +63,45 @@ def show_progress(name, done, total):
 
 def greet(session, cfg, about):
     """Where messages are typed, note which model this is, what it sees, and how to exit."""
-    if not sys.stdin.isatty():
-        return
-    turns = cfg.turns or session.trained_turns
-    sees = f"It sees your last {turns} messages." if turns > 1 else "It sees one message at a time."
+    sees = f"It sees at most {cfg.turns or session.trained_turns} of your messages at a time."
     if not session.trained_turns:
         sees = "Base model: it continues your text."
     commands = " /help lists the commands," if sys.stdout.isatty() else ""
-    note(f"{about}\n{sees}{commands} {EXIT_KEY} exits.")
+    if sys.stdin.isatty():
+        note(f"{about}\n{sees}{commands} {EXIT_KEY} exits.")
 
 
-@contextlib.contextmanager
-def report_errors(tty):
-    """Context manager: in a terminal, Ctrl-C and a user's mistake end the block with a note, and
-    the chat continues."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not tty:
-            raise
-        note(" (stopped)")
-    except (UserError, OSError) as error:
-        if not tty:
-            raise
-        note(error)
+def typed_lines():
+    """Yield the lines typed in a terminal. Where Python has readline: with line editing, history,
+    Tab completion of commands, and several pasted lines as one message."""
+    def complete(text, number):
+        return [*(name for name in COMMANDS if name.startswith(text)), None][number]
 
-
-def read_lines(tty, setting_names):
-    """Yield the lines that are typed or piped in, without empty ones. setting_names: what Tab
-    completes after /set."""
-    if not tty:
-        yield from filter(None, map(str.strip, sys.stdin))
-        return
-    use_readline(setting_names)
+    with contextlib.suppress(ImportError):  # on Windows
+        import readline
+        readline.set_completer_delims(" ")
+        readline.set_completer(complete)
+        is_libedit = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+        if os.environ.get("TERM") != "dumb":  # Python's default is off
+            readline.parse_and_bind("set enable-bracketed-paste on")
     while True:
         try:
             print()
-            if line := input("> ").strip():
-                yield line
+            yield input("> ").strip()
         except EOFError:
-            print()
-            return
+            return print()
         except KeyboardInterrupt:
             note(f"\n({EXIT_KEY} exits)")
 
 
-def use_readline(setting_names):
-    """Enable line editing, history, Tab completion, and pasting several lines as one message, where
-    Python has readline."""
-    try:
-        import readline
-    except ImportError:  # Windows
-        return
-
-    def complete(text, state):
-        is_set = readline.get_line_buffer().startswith("/set ")
-        words = [f"{name}=" for name in setting_names] if is_set else COMMANDS
-        matches = [word for word in words if word.startswith(text)]
-        return matches[state] if state < len(matches) else None
-
-    readline.set_completer(complete)
-    readline.set_completer_delims(" ")
-    is_libedit = "libedit" in (readline.__doc__ or "")
-    readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
-    if os.environ.get("TERM") != "dumb":  # Python's default is off
-        readline.parse_and_bind("set enable-bracketed-paste on")
-
-
-def is_command(line):
-    """Whether a line is a /word, or one of the words that exit other programs."""
-    return re.match(r"/\w*(\s|$)", line) or line in ("exit", "quit")
-
-
 def run_command(session, cfg, line, print_reply):
-    """Run a /command and return the settings to continue with, or None to quit.
-
-    print_reply(session, question, cfg) prints the reply to a message, given as ids. Raises
-    UserError or OSError, having changed nothing.
-    """
+    """Run a /command and return the settings to continue with, or None to quit. print_reply is
+    chat.py's. Raises UserError or OSError, having changed nothing."""
     name, _, rest = line.partition(" ")
-    rest = rest.strip()
-    path = Path(os.path.expanduser(rest))
+    path = Path(os.path.expanduser(rest.strip()))
     if name in ("/undo", "/retry", "/save", "/tokens", "/look") and not session.history:
         raise UserError(f"{name}: the conversation is empty; write a message first")
-    if name in ("/save", "/load") and not rest:
-        raise UserError(f"{name} needs a file: {name} chat.jsonl")
     match name:
         case "/help":
             note(HELP)
@@ -165,8 +115,11 @@ def run_command(session, cfg, line, print_reply):
             question, _ = session.history.pop()
             print_reply(session, question, replace(cfg, seed=None))
         case "/set":
-            cfg = change_settings(cfg, rest.split())
-            note("  ".join(f"{field}={getattr(cfg, field)}" for field in cfg.CHANGEABLE))
+            flags = ["--" + change.lstrip("-") for change in rest.split()]
+            if fixed := {flag[2:].partition("=")[0] for flag in flags}.difference(cfg.CHANGEABLE):
+                raise UserError(f"{min(fixed)}: cannot be set here; /set lists what can be")
+            cfg = config.load(type(cfg), flags, start=cfg, typed="/set")
+            note("  ".join(f"{key}={getattr(cfg, key)}" for key in cfg.CHANGEABLE))
         case "/save":
             save_chat(session, path)
         case "/load":
@@ -176,9 +129,8 @@ def run_command(session, cfg, line, print_reply):
         case "/look":
             show_look(session, path if rest else Path("out/look.html"))
         case _:
-            close = difflib.get_close_matches(name, COMMANDS, 1)
-            advice = f"did you mean {close[0]}?" if close else "/help lists the commands"
-            raise UserError(f"{name}: no such command; {advice}")
+            close, *_ = [*difflib.get_close_matches(name, COMMANDS, 1), "/help"]
+            raise UserError(f"{name}: no such command; did you mean {close}?")
     return cfg
 
 
@@ -186,15 +138,6 @@ def replace_history(session, history):
     """Replace the turns of a session."""
     session.history, session.n_dropped = history, 0
     note(f"(messages so far: {2 * len(history)})")
-
-
-def change_settings(cfg, flags):
-    """Return the settings with name=value changes. Raises UserError."""
-    flags = [flag.lstrip("-") for flag in flags]
-    for name in [flag.partition("=")[0] for flag in flags]:
-        if name not in cfg.CHANGEABLE:
-            raise UserError(f"{name}: cannot be set here; use {', '.join(cfg.CHANGEABLE)}")
-    return config.load(type(cfg), [f"--{flag}" for flag in flags], start=cfg, typed="/set")
 
 
 def save_chat(session, path):
@@ -223,21 +166,19 @@ def load_chat(session, path):
 def seen_ids(session):
     """The ids that the model saw last, its own reply included."""
     if not session.trained_turns:
-        _, answer = session.history[-1]
-        return [*session.prompt, *answer]
+        return session.prompt + session.history[-1][1]
     seen = session.history[-session.turns:][session.n_dropped:]
     return chats.assemble(chats.turns_to_messages(seen), session.enc)
 
 
 def show_tokens(session):
     """Print the ids that the model saw: a line for each message, roles in different colours."""
-    ids, special = seen_ids(session), chats.special_ids(session.enc)
-    _, user, assistant, _ = special
-    colours, colour = {user: CYAN, assistant: GREEN}, GREY
-    for piece, i in zip(token_pieces(session.enc, ids), ids):
-        if i in colours:
-            colour = colours[i]
+    ids, enc = seen_ids(session), session.enc
+    special = chats.special_ids(enc)
+    for i, piece, is_answer in zip(ids, token_pieces(enc, ids), chats.supervised(ids, enc)):
+        if i in special[1:3]:  # <|user|>, <|assistant|>
             print(file=sys.stderr)
+        colour = GREEN if is_answer else CYAN
         text = show_spaces(piece).translate(CONTROL_PICTURES)
         text = coloured(MAGENTA if i in special else colour, text)
         print(text + coloured(GREY, f"[{i}]"), end=" ", file=sys.stderr)
@@ -247,14 +188,10 @@ def show_tokens(session):
 def show_look(session, path):
     """Write a page that shows the inside of the model for what it saw last; note its habits."""
     from runtime.look import look, write_page
-    ids, block_size, start = seen_ids(session), session.model.config.block_size, None
-    if session.trained_turns:
-        ids = ids[:block_size]  # the last token of a full context is never read
-    else:
-        ids = ids[-block_size:]
+    ids, size, start = seen_ids(session), session.model.config.block_size, None
+    if not session.trained_turns:
+        ids = ids[-size:]
         start = max(len(ids) - len(session.history[-1][1]), 0)  # of the model's own words
-    page = look(session.model, session.enc, ids, start)
-    for line in page["habits"]:
-        note(line)
+    page = look(session.model, session.enc, ids[:size], start)  # a full context's last is not read
     write_page(path, page)
-    note(f"{path}: open it in a browser")
+    note("\n".join([*page["habits"], f"{path}: open it in a browser"]))

@@ -8,22 +8,25 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from config import UserError
-from data import tokenizer
 from data.conversation import encode_conversation, encode_prompt
-from data.tokenizer import END_OF_TEXT, ROLE_TOKENS, get_tokenizer, train_bpe
+from data.tokenizer import (
+    END_OF_TEXT,
+    ROLE_TOKENS,
+    SPACE_BEHIND_PATTERN,
+    SPLIT_PATTERN,
+    get_tokenizer,
+    train_bpe,
+)
 from model import GPT, GPTConfig, load_gpt2
 from runtime import export
 from runtime.checkpoint import model_state, save_checkpoint
+from tests.test_gguf import PARAGRAPH, exported_to, random_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: these tests need no hub
 transformers = pytest.importorskip("transformers")
 
 FAMILY = "👨\u200d👩\u200d👧\u200d👦"  # one emoji, four joined by zero-width joiners
-PARAGRAPH = ("Où est le café?  Ça, c'est à 3.14 km; naïve Ærøskøbing, Straße, 東京都, здравствуйте, नमस्ते."
-             f"\n\n\tif x_1 == 10**6:\n        return '👋🏽 {FAMILY} 🇫🇷 e\u0301'   \r\n \n\n  I'll we've "
-             "they'D   1,234,567   ...!?  __init__ \u00a0\u2003 end  ")
-SHAPES = {"gpt2": dict(n_head=4, n_embd=16), "bpe": dict(n_head=2, n_embd=32, bias=False),
-          "space behind": dict(n_head=2, n_embd=32), "bytes": dict(n_head=3, n_embd=48)}
+SHAPES = {"gpt2": dict(n_head=4, n_embd=16), "bpe": dict(bias=False), "space behind": {}, "bytes": dict(n_head=3, n_embd=48)}
 PROPERTY = settings(max_examples=40, deadline=None, database=None, derandomize=True,
                     suppress_health_check=list(HealthCheck))
 
@@ -32,18 +35,12 @@ PROPERTY = settings(max_examples=40, deadline=None, database=None, derandomize=T
 def exported(request, tmp_path_factory):
     """A checkpoint with one of the four kinds of tokenizer, exported on the command line."""
     name, folder = request.param, tmp_path_factory.mktemp("export")
-    patterns = {"bpe": tokenizer.SPLIT_PATTERN, "space behind": tokenizer.SPACE_BEHIND_PATTERN}
+    patterns = {"bpe": SPLIT_PATTERN, "space behind": SPACE_BEHIND_PATTERN}
     spec = train_bpe([PARAGRAPH] * 3, 420, patterns[name]) if name in patterns else name
     enc = request.getfixturevalue("gpt2_vocabulary") if spec == "gpt2" else get_tokenizer(spec)
-    torch.manual_seed(5)
-    gpt = GPT(GPTConfig(enc.n_vocab, block_size=64, n_layer=2, **SHAPES[name])).eval()
-    with torch.no_grad():
-        for p in gpt.parameters():  # biases and norms too, so that a forgotten one shows
-            p.add_(torch.randn_like(p) * 0.15)
-    save_checkpoint(folder / "best.pt", model_state(gpt, spec, "chat", step=1, max_iters=1))
-    export.main([f"--checkpoint={folder / 'best.pt'}", f"--out={folder / 'hf'}"])
-    return SimpleNamespace(gpt=gpt, enc=enc, folder=folder / "hf",
-                           tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "hf"))
+    gpt = random_model(spec, **SHAPES[name])
+    path = exported_to(folder, gpt, spec, out="hf")
+    return SimpleNamespace(gpt=gpt, enc=enc, folder=path, tokenizer=transformers.AutoTokenizer.from_pretrained(path))
 
 
 @torch.no_grad()
@@ -62,12 +59,6 @@ def test_transformers_computes_the_same_and_so_does_the_model_read_back(exported
         [i for i in theirs if i not in ends]
 
 
-def test_special_tokens_have_their_ids(exported):
-    for token in (END_OF_TEXT, *ROLE_TOKENS):
-        assert exported.tokenizer.encode(token) == [exported.enc.encode_single_token(token)]
-    assert len(exported.tokenizer) == exported.enc.n_vocab
-
-
 PIECES = st.sampled_from([" ", "  ", "\n", "\n\n", "\t", "\u00a0", "\u200d", "é", "e\u0301", "👋", FAMILY, "12", "7", "'ll",
                           "'s", "the", " The", "__", "...", "<|", "|>", "東京", "\x1c", "\u0085", "²", "Ⅷ"])
 TEXT = st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=20).map("".join)).filter(
@@ -80,7 +71,7 @@ TEXT = st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=20).map("".join
 @example(f"{FAMILY} " * 3)
 def test_the_tokenizer_makes_the_same_ids_and_text(exported, text):
     ids = exported.tokenizer.encode(text)
-    assert ids == exported.enc.encode_ordinary(text)
+    assert ids == exported.enc.encode_ordinary(text) and len(exported.tokenizer) == exported.enc.n_vocab
     assert exported.tokenizer.decode(ids) == text
 
 

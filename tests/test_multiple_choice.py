@@ -46,12 +46,12 @@ def log_likelihood(hf, context, ending):
 
 
 def by_hand(hf, kind, row):
-    """The log-likelihood of each choice of a row; only the end of a long question is read, the same for all."""
+    """The log-likelihood of each choice of a row; None if the longest is not read whole."""
     question = list(row["question"].encode())
     endings = [[*choice.encode(), END] if kind == "chat" else list(f" {choice}".encode()) for choice in row["choices"]]
-    room = BLOCK + 1 - max(map(len, endings)) - (4 if kind == "chat" else 0)
-    context = [START, USER, *question[-room:], END, ASSISTANT] if kind == "chat" else question[-room:] or [START]
-    return [log_likelihood(hf, context, ending) for ending in endings]
+    context = [START, USER, *question, END, ASSISTANT] if kind == "chat" else question or [START]
+    if len(context) + max(map(len, endings)) - 1 <= BLOCK:  # the last id is never read
+        return [log_likelihood(hf, context, ending) for ending in endings]
 
 
 def random_rows(count):
@@ -70,27 +70,22 @@ def test_every_log_likelihood_is_that_of_transformers(
         gpt, double, score, tmp_path, monkeypatch, kind, batch_tokens):  # noqa: F811
     monkeypatch.setattr(multiple_choice, "BATCH_TOKENS", batch_tokens)  # single rows, some, all of a length
     rows = random_rows(30)
+    wanted = {number: sums for number, row in enumerate(rows, 1) if (sums := by_hand(double, kind, row))}
     out, saved, err = score(gpt, write(tmp_path / "rows.jsonl", rows), kind=kind)
-    assert [answer["row"] for answer in saved["answers"]] == list(range(1, 31)) and "only their ends" in err
-    correct = {"sum": 0, "mean": 0}
-    for row, answer in zip(rows, saved["answers"]):
+    assert [answer["row"] for answer in saved["answers"]] == list(wanted)
+    assert f"{30 - len(wanted)} rows are longer" in err and 20 < len(wanted) < 30
+    correct, chance = {"sum": 0, "mean": 0}, 0
+    for answer in saved["answers"]:
+        row, sums = rows[answer["row"] - 1], wanted[answer["row"]]
         assert [answer[name] for name in row] == list(row.values())
-        sums = by_hand(double, kind, row)
         assert answer["log_likelihoods"] == pytest.approx(sums, rel=1e-4)
         assert answer["tokens"] == [len(choice.encode()) + 1 for choice in row["choices"]]
         means = [x / n for x, n in zip(sums, answer["tokens"])]
         correct["sum"] += sums[row["answer"]] == max(sums)
         correct["mean"] += means[row["answer"]] == max(means)
+        chance += 1 / len(sums) / len(wanted)
     assert {line["by"]: line["correct"] for line in saved["summary"]} == correct
-    assert f"chance: accuracy {(6 / 2 + 24 / 3) / 30:.2%}" in out
-
-
-def test_the_context_is_read_once_for_all_choices(gpt, score, tmp_path, monkeypatch):  # noqa: F811
-    read, hidden = [], GPT.hidden
-    monkeypatch.setattr(chat, "speed_up", lambda model, int8: model)
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *rest: read.append(idx.numel()) or hidden(self, idx, *rest))
-    score(gpt, write(tmp_path / "row.jsonl", [{"question": 20 * "q", "choices": ["a.", "bcd."], "answer": 0}]), kind="text")
-    assert read == [19, 2 * 5]  # then its last id and the endings, at most five ids each
+    assert f"chance: accuracy {chance:.2%}" in out
 
 
 @pytest.mark.parametrize("kind, longest", [("text", BLOCK - 1), ("chat", BLOCK - 5)])
@@ -151,20 +146,22 @@ GOOD, OWN = {"question": "Q", "choices": ["a", "b", "c"], "answer": 0}, {"ctx": 
     ({**GOOD, "answer": 3}, "'answer' must be a number from 0 to 2, or the text of one choice, found 3"),
     ({**GOOD, "answer": -1}, "found -1"), ({**GOOD, "answer": 1.0}, "found 1.0"), ({**GOOD, "answer": True}, "found True"),
     ({**GOOD, "answer": "d"}, "found 'd'"), ({**GOOD, "choices": ["a", "b", "a"], "answer": "a"}, "found 'a'"),
-    ({**OWN, "label": "7"}, "'label' must be a number from 0 to 2.*found 7"), ({**OWN, "ctx": 5}, "'ctx' must be text"),
+    ({**OWN, "label": "7"}, "'label' must be a number from 0 to 2.*found '7'"), ({**OWN, "ctx": 5}, "'ctx' must be text"),
     ({"question": "Q", "answer": 0}, r"must have the fields \('ctx', .* found"), ([], "found"), (None, "found None"),
     ({**GOOD, "question": "\ud800"}, "surrogate")])
-def test_a_row_of_a_different_layout_is_a_user_error_that_names_it(tmp_path, row, message):
+def test_a_row_of_a_different_layout_is_a_user_error_that_names_it(score, tmp_path, row, message):  # noqa: F811
     path = write(tmp_path / "rows.jsonl", [GOOD, OWN, row])
     with pytest.raises(UserError, match=message) as error:
-        multiple_choice.read_choices(path)
+        score(unigram(), path)
     assert str(error.value).startswith(f"{path}, row 3: ") and "\n" not in str(error.value)
 
 
 def test_the_command_downloads_the_authors_file_of_known_checksum(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(multiple_choice, "download", lambda *args: asked.append(args) or write(args[1], [OWN, OWN]))
-    multiple_choice.main([f"--out_dir={tmp_path}"])
-    assert capsys.readouterr().out == f"{tmp_path / 'hellaswag_val.jsonl'}: 2 rows\n"
-    [(url, _, sha256, size)] = asked
-    assert url.startswith("https://raw.githubusercontent.com/rowanz/hellaswag/") and len(sha256) == 64 and size == 12_246_618
+    monkeypatch.setattr(multiple_choice, "download", lambda *args: asked.append(args) or args[1])
+    multiple_choice.main([])
+    assert capsys.readouterr().out == "python chat.py --score=data/hellaswag/hellaswag_val.jsonl\n"
+    [(url, _, sha256)] = asked
+    assert url.startswith("https://raw.githubusercontent.com/rowanz/hellaswag/") and len(sha256) == 64
+    multiple_choice.main(["--help"])
+    assert len(asked) == 1 and "python -m runtime.multiple_choice" in capsys.readouterr().out

@@ -60,10 +60,11 @@ def assert_same_logits(gpt, hf, vocab_size=100, tolerance=1e-4):
 
 # ---- what is read ----
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_logits_equal_those_of_transformers(name, tmp_path):
-    n_layer, n_head = SHAPES[name]
-    hf = hf_gpt2(4 * n_head, n_head, n_layer)
+@pytest.mark.parametrize("n_layer, n_head, options", [
+    *[(*SHAPES[name], {}) for name in SHAPES], (2, 16, {"activation_function": "gelu_pytorch_tanh"}), (2, 16, {"n_inner": 256}),
+    (2, 16, {"reorder_and_upcast_attn": True})])
+def test_logits_equal_those_of_transformers(n_layer, n_head, options, tmp_path):
+    hf = hf_gpt2(4 * n_head, n_head, n_layer, **options)
     hf.save_pretrained(tmp_path)
     gpt = load_gpt2(str(tmp_path))
     assert (gpt.config.n_layer, gpt.config.n_head, gpt.config.n_embd) == (n_layer, n_head, 4 * n_head)
@@ -93,19 +94,13 @@ def test_every_layout_of_a_file_is_read(save, tiny, tmp_path):
     assert_same_logits(load_gpt2(tmp_path), tiny)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_becomes_float32(dtype, tmp_path):
-    hf = hf_gpt2().to(dtype)
-    hf.save_pretrained(tmp_path)
-    gpt = load_gpt2(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_becomes_float32_and_heads_have_64_channels_without_a_config(dtype, tmp_path):
+    hf = hf_gpt2(192, 3).to(dtype)
+    safetensors.save_file(tensors_of(hf), tmp_path / "any name.safetensors")
+    gpt = load_gpt2(tmp_path / "any name.safetensors")
     assert {p.dtype for p in gpt.parameters()} == {torch.float32}
     assert_same_logits(gpt, hf.float())
-
-
-def test_without_a_config_heads_have_64_channels(tmp_path):
-    hf = hf_gpt2(192, 3)
-    safetensors.save_file(tensors_of(hf), tmp_path / "any name.safetensors")
-    assert_same_logits(load_gpt2(tmp_path / "any name.safetensors"), hf)
 
 
 def test_a_shorter_context_keeps_the_first_positions(tiny, tiny_folder):
@@ -117,40 +112,33 @@ def test_a_shorter_context_keeps_the_first_positions(tiny, tiny_folder):
 
 # ---- what config.json and the tokenizer say ----
 
-@pytest.mark.parametrize("options", [{"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 256},
-                                     {"reorder_and_upcast_attn": True}, {"n_head": 4}])
-def test_options_that_compute_a_plain_gpt2_are_read(options, tmp_path):
-    hf = hf_gpt2(**{"n_head": 1} | options)
-    hf.save_pretrained(tmp_path)
-    assert_same_logits(load_gpt2(tmp_path), hf)
-
-
-@pytest.mark.parametrize("key, value", [
+OPTIONS = [
     ("activation_function", "relu"), ("activation_function", "gelu"), ("scale_attn_weights", False),
     ("scale_attn_by_inverse_layer_idx", True), ("layer_norm_epsilon", 1e-6), ("add_cross_attention", True),
     ("tie_word_embeddings", False), ("n_inner", 100), ("model_type", "gpt_neo"), ("n_layer", 1),
     ("quantization_config", {"bits": 4}), ("vocab_size", 99), ("n_head", 3), ("n_head", 0), ("n_head", -2),
-    ("n_head", None), ("n_head", "many"), ("n_head", 1.0), ("n_head", float("nan"))])
-def test_an_option_that_computes_something_else_is_refused(key, value, tiny, tmp_path):
+    ("n_head", None), ("n_head", "many"), ("n_head", 1.0), ("n_head", float("nan"))]
+
+
+@pytest.mark.parametrize("config, message", [
+    *[({key: value}, f"{key}={value!r}") for key, value in OPTIONS],
+    *[(text, "it or its config.json is damaged") for text in ("", "{", "[]", "null", "[" * 100_000)]], ids=lambda x: str(x)[:40])
+def test_a_config_that_is_damaged_or_computes_something_else_is_refused(config, message, tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
-    options = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps(options | {key: value}), encoding="utf-8")
-    with pytest.raises(UserError, match=f"model.safetensors: .*{key}={re.escape(repr(value))}"):
+    if isinstance(config, dict):
+        config = json.dumps(json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) | config)
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(UserError, match=f"model.safetensors: .*{re.escape(message)}"):
         load_gpt2(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000])
-def test_a_damaged_config_is_refused(text, tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    (tmp_path / "config.json").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match="config.json: not a JSON object"):
-        load_gpt2(tmp_path)
-
-
-def test_an_untied_head_is_refused(tiny, tmp_path):
-    head = {"lm_head.weight": torch.zeros(100, 64)}
-    safetensors.save_file(tensors_of(tiny) | head, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="lm_head.weight differs from wte.weight"):
+@pytest.mark.parametrize("name, change, message", [
+    ("lm_head.weight", lambda _: torch.zeros(100, 64), "lm_head.weight differs from wte.weight"),
+    ("transformer.h.1.mlp.c_fc.weight", lambda t: t.fill_(torch.nan), "h.1.mlp.c_fc.weight contains NaN or inf")])
+def test_an_untied_head_and_weights_that_are_not_finite_are_refused(name, change, message, tiny, tmp_path):
+    tensors = tensors_of(tiny)
+    safetensors.save_file(tensors | {name: change(tensors.get(name))}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
         load_gpt2(tmp_path)
 
 
@@ -249,12 +237,6 @@ def whole():
     return content, json.loads(content[8:start]), content[start:]
 
 
-def write_file(path, header, data):
-    """A safetensors file with this header, a JSON value or bytes."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-
-
 def loads(path):
     """Whether a file loads and computes. If not, it must be a UserError of one line that names it."""
     try:
@@ -303,44 +285,27 @@ def test_a_file_of_something_else_is_refused(value, tmp_path):
     assert not loads(tmp_path)
 
 
-@pytest.mark.parametrize("header", [
-    b"", b"{}", b"[]", b"null", b"7", b"{", b"\xff\xfe{}", b"[" * 200_000, b'{"a":' * 200_000, b'{"a": ' + b"9" * 10_000 + b"}",
-    b'{"wte.weight": null}', b'{"wte.weight": "F32"}', b'{"wte.weight": {}}'], ids=lambda header: header[:20].decode("latin1"))
-def test_a_header_of_something_else_is_refused(header, whole, tmp_path):
-    write_file(tmp_path / "a.safetensors", header, whole[2])
-    assert not loads(tmp_path / "a.safetensors")
-
-
+HEADERS = [b"", b"{}", b"[]", b"null", b"7", b"{", b"\xff\xfe{}", b"[" * 200_000, b'{"a":' * 200_000,
+           b'{"a": ' + b"9" * 10_000 + b"}", b'{"wte.weight": null}', b'{"wte.weight": "F32"}', b'{"wte.weight": {}}']
 EMPTY = {"data_offsets": [0, 0]}
 FIELDS = {"ln_f.weight": [
-    {"dtype": "F33"}, {"dtype": None}, {"dtype": []}, {"dtype": "F16"}, {"shape": ["64"]}, {"shape": [64.5]}, {"shape": [63]},
-    {"shape": 65}, {"shape": None}, {"shape": [-1]}, {"shape": [-8, -8]}, {"shape": [64, 0]}, {"shape": [2**63, 2]},
-    {"shape": [10**4000]}, {"shape": [2, 32]}, {"shape": [0, 10**30], **EMPTY}, {"data_offsets": [0]}, {"data_offsets": None},
-    {"data_offsets": "ab"}, {"data_offsets": [0.0, 256.0]}, {"data_offsets": [-256, 0]}, {"data_offsets": [256, 0]},
-    {"data_offsets": [0, 257]}, {"data_offsets": [2**64, 2**64 + 256]}],
+    {"dtype": "F33"}, {"dtype": None}, {"dtype": []}, {"dtype": "F16"}, {"shape": ["64"]}, {"shape": [64.5]}, {"shape": 65},
+    {"shape": None}, {"shape": [-1]}, {"shape": [-8, -8]}, {"shape": [64, 0]}, {"shape": [2**63, 2]}, {"shape": [10**4000]},
+    {"shape": [2, 32]}, {"shape": [0, 10**30], **EMPTY}, {"data_offsets": [0]}, {"data_offsets": "ab"}, {"data_offsets": [0.0, 256.0]},
+    {"data_offsets": [-256, 0]}, {"data_offsets": [256, 0]}, {"data_offsets": [0, 257]}, {"data_offsets": [2**64, 2**64 + 256]}],
     "h.0.attn.c_attn.weight": [{"shape": [64, 3, 64]}, {"shape": [192, 64]}], "wpe.weight": [{"shape": [128, 32]}],
-    "wte.weight": [{"shape": [1280]}, {"shape": [40, 32]}, {"shape": [20, 0], **EMPTY}]}
+    "wte.weight": [{"shape": [1280]}, {"shape": [40, 32]}, {"shape": [20, 0], **EMPTY}, None],  # None: the tensor is missing
+    "ln_f.bias": [None], "h.0.mlp.c_proj.weight": [None], "extra": [{}], "h.": [{}], "h.999999999.ln_1.weight": [{}]}
 
 
-@pytest.mark.parametrize("name, fields", [(name, fields) for name in FIELDS for fields in FIELDS[name]], ids=lambda value: str(value)[:40])
-def test_an_impossible_tensor_is_refused(name, fields, whole, tmp_path):
-    write_file(tmp_path / "a.safetensors", {**whole[1], name: whole[1][name] | fields}, whole[2])
+@pytest.mark.parametrize("change", HEADERS + [(name, entry) for name in FIELDS for entry in FIELDS[name]], ids=lambda x: str(x)[:40])
+def test_a_damaged_header_or_an_impossible_tensor_is_refused(change, whole, tmp_path):
+    if isinstance(change, tuple):
+        name, entry = change
+        header = whole[1] | {name: whole[1].get(name, whole[1]["ln_f.weight"]) | (entry or {})}
+        change = json.dumps({key: header[key] for key in header if entry is not None or key != name}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(change)) + change + whole[2])
     assert not loads(tmp_path / "a.safetensors")
-
-
-@pytest.mark.parametrize("name", ["wte.weight", "ln_f.bias", "h.0.mlp.c_proj.weight", "extra", "h.", "h.999999999.ln_1.weight"])
-def test_a_missing_or_unknown_tensor_is_refused(name, whole, tmp_path):
-    header = {key: entry for key, entry in whole[1].items() if key != name}
-    write_file(tmp_path / "a.safetensors", header if name in whole[1] else {**header, name: header["ln_f.weight"]}, whole[2])
-    assert not loads(tmp_path / "a.safetensors")
-
-
-def test_weights_that_are_not_finite_are_named(tiny, tmp_path):
-    tensors = tensors_of(tiny)
-    tensors["transformer.h.1.mlp.c_fc.weight"][-1, -1] = float("nan")
-    safetensors.save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="h.1.mlp.c_fc.weight contains NaN or inf"):
-        load_gpt2(tmp_path)
 
 
 def test_what_is_written_opens_with_the_safetensors_package_and_ours(tmp_path):
@@ -355,14 +320,10 @@ def test_what_is_written_opens_with_the_safetensors_package_and_ours(tmp_path):
 # ---- the download ----
 
 def test_a_model_by_name_is_downloaded_once(tiny, tiny_folder, tmp_path, monkeypatch, capsys):
-    class Hub(SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
     copy = tmp_path / "hub" / "openai-community" / "gpt2" / "resolve" / "main" / "model.safetensors"
     copy.parent.mkdir(parents=True)
     copy.write_bytes((tiny_folder / "model.safetensors").read_bytes())
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=tmp_path / "hub"))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path / "hub"))
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("GPT2_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
