@@ -10,7 +10,7 @@
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 itself continues text
 
 Only replies go to standard output, everything else to standard error. A base model, trained on
-plain text, does not answer: it continues your text.
+plain text, does not answer: it continues your text. Old turns are left out when the context is full.
 """
 import codecs
 import json
@@ -52,7 +52,7 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32, bfloat16, or int8 (int8 weights, CPU only)
 
-    # Not settings, since they have no type: what model.py's `sample` takes, what /set changes.
+    # Without a type, dataclass makes no settings of these: what `sample` takes, what /set changes.
     SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
     CHANGEABLE = (*SAMPLING, "max_new_tokens", "seed", "turns")
 
@@ -82,7 +82,7 @@ class ChatSession:
         where the logits are not finite."""
         if self.trained_turns:
             self.prompt, question = self.chat_prompt(question, cfg)
-            # One more than fits: the last token is never read, so it needs no position.
+            # + 1: the last token is not fed back to the model, so it needs no position.
             limit = min(cfg.max_new_tokens, self.model.config.block_size - len(self.prompt) + 1)
         else:
             self.history = []  # a base model continues each text by itself

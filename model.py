@@ -6,9 +6,13 @@
     python chat.py --init_from=gpt2 --prompt="Once upon a time"
 
 Read it from the top, from leaf to root. A block is layer norm, attention, layer norm and an MLP. A
-GPT is embeddings, a stack of blocks, and the token embeddings again as the output head. Shapes
-trail the lines: B batch, T new tokens, S tokens so far (the new ones included), C = n_embd
-channels, nh heads of hs = C / nh channels, V vocabulary.
+GPT is embeddings, a stack of blocks, and the token embeddings again as the output head, which gives
+each token of the vocabulary a score, its logit; softmax makes them probabilities. Shapes trail the
+lines: B batch, T new tokens, S tokens so far (the new ones included), C = n_embd channels, nh heads
+of hs = C / nh channels, V vocabulary. Modules have GPT-2's own names, so that its files load.
+
+New to PyTorch? Calling a module, as in self.attn(x), runs its forward. view is NumPy's reshape,
+transpose(1, 2) swaps two axes and mT the last two, split(C, dim=2) cuts into pieces of size C.
 
 Papers: Attention Is All You Need (Vaswani et al. 2017); Language Models are Unsupervised Multitask
 Learners (Radford et al. 2019, "GPT-2").
@@ -24,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 50260  # GPT-2's 50257 token ids and the three role tokens
+    vocab_size: int = 50260  # GPT-2's 50257 token ids, <|user|>, <|assistant|>, <|end|>
     block_size: int = 1024  # the longest context, in tokens
     n_layer: int = 12
     n_head: int = 12
@@ -71,7 +75,7 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         # Rotary positions would rotate q and k here.
         if cache is not None:
-            k, v = cache.append(k, v, start)  # (B, nh, S, hs)
+            k, v = cache.store(k, v, start)  # (B, nh, S, hs)
         S = k.shape[2]
         if not self.fused:
             scores = q @ k.mT / math.sqrt(q.shape[3])  # (B, nh, T, S)
@@ -80,8 +84,9 @@ class CausalSelfAttention(nn.Module):
             weights = self.attn_dropout(scores.softmax(dim=-1))  # each row sums to 1
             y = weights @ v  # (B, nh, T, hs)
         else:
-            # The same in one kernel, which never stores the (T, S) weights. is_causal masks later
-            # tokens; only several new tokens after cached ones need an explicit mask.
+            # The same in one fused kernel, which never stores the (T, S) weights. is_causal masks
+            # later tokens. After cached tokens, several new ones need an explicit mask, and a
+            # single one may attend to everything.
             mask = causal_mask(T, S, x.device) if start and T > 1 else None
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=start == 0,
@@ -113,8 +118,8 @@ def layer_norm(config):
 
 
 class Block(nn.Module):
-    """Attention moves information between tokens, the MLP processes it. Both read the residual
-    stream through a layer norm and add their output to it."""
+    """Attention moves information between tokens, the MLP processes it. Both read x, the residual
+    stream, through a layer norm and add their output to it."""
 
     def __init__(self, config):
         super().__init__()
@@ -208,7 +213,7 @@ class GPT(nn.Module):
                 window = ids[window_start(len(ids), self.config.block_size):]
                 start = cache.keep_prefix(window)
                 new = torch.tensor([window[start:]], device=self.wte.weight.device)  # (1, T)
-                x = self.hidden(new, cache, start)  # (1, T, C): prefill, later one token at a time
+                x = self.hidden(new, cache, start)  # (1, T, C), prefill; then T = 1 each time
                 cache.ids = window
                 logits = self.head(x[:, -1])[0, :self.config.vocab_size]  # (V,), without padding
                 next_id = sample(logits.float().cpu(), window, generator, exempt=stop_ids,
@@ -230,8 +235,8 @@ class GPT(nn.Module):
         FLOPs per token (2 forward, 4 backward), attention 12 * C per pair and layer (Chowdhery et
         al. 2022, "PaLM", appendix B)."""
         matrices = sum(p.numel() for p in self.h.parameters() if p.dim() >= 2)
-        in_products = 6 * (matrices * tokens + self.wte.weight.numel() * targets)
-        return in_products + 12 * self.config.n_layer * self.config.n_embd * pairs
+        in_weights = 6 * (matrices * tokens + self.wte.weight.numel() * targets)
+        return in_weights + 12 * self.config.n_layer * self.config.n_embd * pairs
 
 
 # ---- the KV cache ----
@@ -244,7 +249,7 @@ class LayerCache:
         self.k = torch.empty(shape, device=device, dtype=dtype)  # (1, nh, block_size, hs)
         self.v = torch.empty(shape, device=device, dtype=dtype)
 
-    def append(self, k, v, start):
+    def store(self, k, v, start):
         """Store k and v, both (1, nh, T, hs), at `start`; return all so far, (1, nh, S, hs)."""
         stop = start + k.shape[2]
         self.k[:, :, start:stop] = k
@@ -264,7 +269,7 @@ class KVCache:
         """Keep the prefix that the cache shares with `ids`, and return its length: at most
         len(ids) - 1, since the hidden state of the last token is needed to sample the next."""
         n = min(common_prefix(self.ids, ids), len(ids) - 1)
-        del self.ids[n:]  # before their keys are overwritten: Ctrl-C may come in between
+        del self.ids[n:]  # now: after Ctrl-C their keys may be overwritten already
         return n
 
 
@@ -278,8 +283,8 @@ def common_prefix(a, b):
 
 def window_start(length, block_size):
     """Where the context of a text of `length` tokens starts: 0 while it fits. After that the window
-    slides by half a block, not by one token, since each slide changes all positions and costs a new
-    prefill. With a block_size of 8, texts of up to 8 tokens start at 0, of 9 to 12 at 4."""
+    slides by half of block_size, not by one token, since each slide changes all positions and costs
+    a new prefill. With a block_size of 8, texts of up to 8 tokens start at 0, of 9 to 12 at 4."""
     if length <= block_size:
         return 0
     slide = max(block_size // 2, 1)
@@ -335,9 +340,8 @@ def load_gpt2(name_or_path, vocab_size=None, dropout=0.0):
     """Return GPT-2 with its pretrained weights, as a GPT.
 
     name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl (downloaded once), or a local folder or
-    file (see data/weights.py). vocab_size: more ids than the file has get new embedding rows. None:
-    GPT-2's 50257 and the three role tokens, or as many as the file has. Raises UserError or
-    OSError.
+    file (see data/weights.py). vocab_size: ids that the file does not have get new embedding rows.
+    None: as many as the file has, but 50260 for GPT-2's 50257. Raises UserError or OSError.
     """
     from config import UserError
     from data.tokenizer import GPT2_VOCAB_SIZE
@@ -375,7 +379,8 @@ def grow_embedding(table, config):
 
 
 class SkipInit(TorchFunctionMode):
-    """Context manager: new modules keep uninitialized memory, for weights that will be loaded."""
+    """Context manager: new modules keep uninitialized memory, for weights that will be loaded.
+    PyTorch calls this in place of each function; nn.init's pass their tensor on by name."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):

@@ -107,7 +107,7 @@ def select(conversations, drop_duplicates, report):
 
 def split_rows(conversations, val_fraction, seed, report):
     """Return {"train": [...], "val": [...]}. The same share of every category is held out, at least
-    one row of each if there are few. Rows with the same first question are in one split."""
+    one row of each if categories are few. Rows with the same question are in one split."""
     total = len(conversations)
     questions, categories = defaultdict(list), defaultdict(list)  # of row numbers; of such lists
     for number, (messages, _) in enumerate(conversations):
@@ -123,10 +123,10 @@ def split_rows(conversations, val_fraction, seed, report):
         size = sum(map(len, groups))
         room = min(max(round(size * val_fraction), 1), size - 1)  # at least one, but never all
         for numbers in rng.sample(groups, min(room, len(groups))):
-            if len(numbers) <= room:
+            if len(numbers) <= room:  # else another split would get part of the question's rows
                 held_out.update(numbers)
                 room -= len(numbers)
-    if total and not held_out:  # every question has too many rows
+    if total and not held_out:  # every question has more rows than that: split one
         held_out.update(rng.sample(range(total), max(round(total * val_fraction), 1)))
     return {"train": [c for number, c in enumerate(conversations) if number not in held_out],
             "val": [c for number, c in enumerate(conversations) if number in held_out]}
