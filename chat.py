@@ -10,7 +10,7 @@
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 itself continues text
 
 Only replies go to standard output, everything else to standard error. A base model, trained on
-plain text, does not answer: it continues your text. Old turns are left out when the context is full.
+plain text, continues your text instead of answering. When the context is full, old turns go.
 """
 import codecs
 import json
