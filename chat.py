@@ -52,7 +52,7 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32, bfloat16, or int8 (int8 weights, CPU only)
 
-    # Without a type, dataclass makes no settings of these: what `sample` takes, what /set changes.
+    # No settings, since they have no type: what model.py's `sample` takes, what /set may change.
     SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
     CHANGEABLE = (*SAMPLING, "max_new_tokens", "seed", "turns")
 
@@ -72,21 +72,21 @@ class ChatSession:
         self.trained_turns = trained_turns  # of the longest chat in training; 0: a base model
         self.turns = trained_turns  # how many of the user's last messages the model sees
         self.history = []  # the turns: [(the user's ids, the model's ids), ...]
-        self.n_dropped = 0  # of the last self.turns, how many did not fit into the context
+        self.n_dropped = 0  # how many of the last self.turns turns did not fit into the context
         self.prompt, self.stop = [], ""  # of the last reply: what the model read, why it ended
 
     def reply(self, question, cfg):
         """Answer a message, given as ids: yield the reply as text, never half a character. It ends
-        at <|end|>, after max_new_tokens, or where the context is full: self.stop says which.
+        at <|end|>, after max_new_tokens, or when the context is full: self.stop says which.
         self.history has the turn from the start, even if the caller stops early. Raises UserError
-        where the logits are not finite."""
+        if the logits are not finite."""
         if self.trained_turns:
             self.prompt, question = self.chat_prompt(question, cfg)
             # + 1: the last token is not fed back to the model, so it needs no position.
             limit = min(cfg.max_new_tokens, self.model.config.block_size - len(self.prompt) + 1)
         else:
             self.history = []  # a base model continues each text by itself
-            self.prompt = question or special_ids(self.enc)[:1]  # no text: <|endoftext|>
+            self.prompt = question or [special_ids(self.enc)[0]]  # no text: <|endoftext|>
             limit = cfg.max_new_tokens
         answer = []
         self.history.append((question, answer))
@@ -120,15 +120,15 @@ class ChatSession:
         self.turns, block_size = cfg.turns or self.trained_turns, self.model.config.block_size
         limit = block_size - min(cfg.max_new_tokens, block_size // 4)  # leaves room for the reply
         earlier = self.history[-(self.turns - 1):] if self.turns > 1 else []  # [-0:] would be all
-        turns, clipped = trim(earlier, question, limit, self.enc)
+        turns, kept = trim(earlier, question, limit, self.enc)
         n_dropped = len(earlier) - len(turns)
-        if len(clipped) < len(question):
+        if len(kept) < len(question):
             terminal.note("(the message is too long for this model, which reads only the last "
-                          f"{len(clipped)} tokens)")
+                          f"{len(kept)} tokens)")
         elif n_dropped > self.n_dropped:
             terminal.note("(the context is full: the oldest turns are left out)")
         self.n_dropped = n_dropped
-        return chat_ids(turns, clipped, self.enc), clipped
+        return chat_ids(turns, kept, self.enc), kept
 
 
 def chat_ids(turns, question, enc):
@@ -203,7 +203,7 @@ def load_session(cfg):
         name = f"{cfg.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
         tokenizer, trained_turns = checkpoint["tokenizer"], max_turns(checkpoint)
     about = f"{name}: {model.num_params():,} parameters\n{why}{', int8 weights' if int8 else ''}"
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a new plan for every length
+    torch.backends.cuda.enable_cudnn_sdp(False)  # slow: it makes a new plan for every length
     model = speed_up(model.to(device, dtype).eval(), int8)  # unchanged on a GPU or in bfloat16
     return ChatSession(model, get_tokenizer(tokenizer), trained_turns), about
 

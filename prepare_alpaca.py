@@ -32,19 +32,19 @@ NO_INPUT = re.compile(r"\W*no ?input( required| needed)?\W*", re.IGNORECASE)
 
 @dataclass
 class Settings:
-    source: str = ALPACA_URL  # JSON, JSON-lines or CSV files, or URLs of such; commas between
+    source: str = ALPACA_URL  # JSON, JSON-lines or CSV files, or URLs, separated by commas
     bad_rows: str = "error"  # rows that do not make a chat: error, or drop (and count them)
     out_dir: Path = Path("data/alpaca")  # where train.bin, val.bin, meta.json, chat_corpus.txt go
     tokenizer: str = "gpt2"  # gpt2, bytes, bpe (learned here) or a tokenizer.json's path
-    vocab_size: int = 1024  # ids that bpe makes
+    vocab_size: int = 1024  # ids that bpe makes, not counting the four special ones
     space_behind: bool = False  # bpe joins a space to the word before it: fewer tokens
     val_fraction: float = 0.05  # rows held out for validation, of every category alike
     seed: int = 1337  # which rows are held out
     max_tokens: int = 1024  # longest conversation, in tokens
     too_long: str = "cut"  # longer ones: cut (inside an answer, then <|end|>) or drop
     drop_duplicates: bool = True  # keep only the first of identical rows
-    extra: Path | None = None  # a file of more rows, all for training (see data/rules.py)
-    repeat: int = 1  # how often to use each training row of the source
+    extra: Path | None = None  # a file of more training rows, not checked (see data/rules.py)
+    repeat: int = 1  # how many times to use each training row of the source
     join: int = 1  # join up to this many training rows into a chat; 1: do not
 
 
@@ -89,13 +89,13 @@ def select(conversations, drop_duplicates, report):
     without Alpaca's "<noinput>"."""
     kept, seen = [], set()
     for messages, category in conversations:
-        question, _, context = messages[0]["content"].rpartition("\n")
-        if NO_INPUT.fullmatch(context):
+        question, _, row_input = messages[0]["content"].rpartition("\n")  # see data/rows.py
+        if NO_INPUT.fullmatch(row_input):
             messages = [{"role": "user", "content": question}, *messages[1:]]
         texts = tuple(m["content"] for m in messages)
         if not all(texts[1::2]):
             report["dropped: empty output"] += 1
-        elif not texts[0]:
+        elif not all(texts[::2]):
             report["dropped: empty instruction"] += 1
         elif drop_duplicates and texts in seen:
             report["dropped: duplicate"] += 1
@@ -121,11 +121,11 @@ def split_rows(conversations, val_fraction, seed, report):
     held_out, rng = set(), random.Random(seed)
     for _, groups in sorted(categories.items()):
         size = sum(map(len, groups))
-        room = min(max(round(size * val_fraction), 1), size - 1)  # at least one, but never all
-        for numbers in rng.sample(groups, min(room, len(groups))):
-            if len(numbers) <= room:  # else another split would get part of the question's rows
+        quota = min(max(round(size * val_fraction), 1), size - 1)  # at least one, but never all
+        for numbers in rng.sample(groups, min(quota, len(groups))):
+            if len(numbers) <= quota:
                 held_out.update(numbers)
-                room -= len(numbers)
+                quota -= len(numbers)
     if total and not held_out:  # every question has more rows than that: split one
         held_out.update(rng.sample(range(total), max(round(total * val_fraction), 1)))
     return {"train": [c for number, c in enumerate(conversations) if number not in held_out],
@@ -136,13 +136,13 @@ def join_rows(conversations, most, rng):
     """Join conversations, in random order, into chats of 1 to `most` turns at random: a model
     learns to answer after earlier turns. A chat has its last row's category, since its last answer
     is the one that is scored."""
-    joined, room = [], 0
+    joined, max_messages = [], 0
     for messages, category in rng.sample(conversations, len(conversations)):
-        if joined and len(joined[-1][0]) + len(messages) <= room:
+        if joined and len(joined[-1][0]) + len(messages) <= max_messages:
             joined[-1] = joined[-1][0] + messages, category
         else:
             joined.append((messages, category))
-            room = 2 * rng.randint(1, most)  # messages
+            max_messages = 2 * rng.randint(1, most)
     return joined
 
 
@@ -167,18 +167,18 @@ def encode_split(conversations, enc, cfg, report):
         report["supervised tokens"] += targets
         rows.append((np.array(ids, np.uint16), messages, category))
     if not rows:
-        raise UserError(f"{cfg.source}: no row is left to train on or to validate with, of "
-                        f"{dict(report)}; use more rows, or more than max_tokens={cfg.max_tokens}")
+        raise UserError(f"{cfg.source}: the training or validation split is empty ({dict(report)});"
+                        f" use more rows, or more than max_tokens={cfg.max_tokens}")
     return rows
 
 
 def cut_answer(ids, enc, max_tokens):
     """Cut a conversation to at most max_tokens ids, inside the last answer that keeps a token of
-    text before <|end|> (hence - 2). What comes after that answer is left out."""
+    text before <|end|>, hence - 2. What comes after that answer is left out."""
     _, _, assistant, end = chats.special_ids(enc)
     last = max((i for i, token in enumerate(ids[:max_tokens - 2]) if token == assistant), default=0)
-    turn_ends = ids.index(end, last)  # of the question, where no answer fits
-    return ids[:min(turn_ends, max_tokens - 1)] + [end]
+    turn_end = ids.index(end, last)  # the question's if no answer fits
+    return ids[:min(turn_end, max_tokens - 1)] + [end]
 
 
 if __name__ == "__main__":

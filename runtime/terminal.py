@@ -39,7 +39,8 @@ def use_utf8():
     """Make the standard streams UTF-8 and, on Windows, let the console show colours."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's streams do not have it
-            stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
+            encoding = "utf-8-sig" if stream is sys.stdin else "utf-8"  # sig: ignore a BOM
+            stream.reconfigure(encoding=encoding, errors="replace", newline="\n")
     if os.name == "nt":
         os.system("")
 
