@@ -25,9 +25,9 @@ import config
 import model as gpt
 from config import UserError
 from data.conversation import prompt_ids, special_ids, turns_to_messages
-from data.tokenizer import GPT2_VOCAB_SIZE, get_tokenizer
+from data.tokenizer import get_tokenizer
 from runtime import terminal
-from runtime.checkpoint import load_checkpoint, load_model, max_turns
+from runtime.checkpoint import load_pretrained
 from runtime.devices import pick_device
 from runtime.fast_cpu import speed_up
 
@@ -186,23 +186,9 @@ def load_session(cfg):
     device, dtype, why = pick_device(cfg.device, "float32" if int8 else cfg.dtype)
     if int8 and device.type != "cpu":
         raise UserError(f"dtype=int8: only on a CPU, not on {device}; add --device=cpu")
-    if cfg.init_from:
-        from data.weights import GPT2_NAMES
-        name, tokenizer, trained_turns = cfg.init_from, "gpt2", 0
-        model = (gpt.load_gpt2(name, GPT2_VOCAB_SIZE) if name in GPT2_NAMES else
-                 gpt.load_gpt2(config.local_path(name)))
-        if model.config.vocab_size not in (GPT2_VOCAB_SIZE, gpt.GPTConfig.vocab_size):
-            raise UserError(f"init_from={name}: its {model.config.vocab_size} ids are not GPT-2's; "
-                            "use the checkpoint that it was made from: --checkpoint=FILE")
-    else:
-        is_default = cfg.checkpoint.absolute() == config.REPO / Settings.checkpoint
-        hint = ("Make it: make chat (or README.md's commands), or name one: --checkpoint=FILE"
-                if is_default else "The first lines of its config file say how to make it.")
-        checkpoint = load_checkpoint(cfg.checkpoint, hint)
-        model = load_model(checkpoint, source=cfg.checkpoint)
-        name = f"{cfg.checkpoint} (step {checkpoint['step']} of {checkpoint['max_iters']})"
-        tokenizer, trained_turns = checkpoint["tokenizer"], max_turns(checkpoint)
-    about = f"{name}: {model.num_params():,} parameters\n{why}{', int8 weights' if int8 else ''}"
+    source = cfg.init_from or cfg.checkpoint
+    model, tokenizer, trained_turns = load_pretrained(source)
+    about = f"{source}: {model.num_params():,} parameters\n{why}{', int8 weights' if int8 else ''}"
     torch.backends.cuda.enable_cudnn_sdp(False)  # slow: it makes a new plan for every length
     model = speed_up(model.to(device, dtype).eval(), int8)  # unchanged on a GPU or in bfloat16
     return ChatSession(model, get_tokenizer(tokenizer), trained_turns), about

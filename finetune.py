@@ -39,7 +39,7 @@ class Settings(train.LoopSettings):
 def main(argv):
     """Finetune as the settings say. Raises UserError or OSError for a mistake that a user can
     fix."""
-    cfg = setup.load_settings(Settings, argv, __doc__, ("block_size", "max_iters", "eval_interval"))
+    cfg = setup.load_settings(Settings, argv, __doc__, ("max_iters", "eval_interval"))
     if read_meta(cfg.data_dir)["kind"] != "chat":
         raise UserError(f"data_dir={cfg.data_dir}: contains plain text; finetune on chats "
                         "(prepare_alpaca.py), or continue on text with train.py --init_from")

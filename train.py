@@ -38,22 +38,22 @@ class LoopSettings:
     resume: bool = False  # continue from out_dir/last.pt, if there is one
     eval_only: bool = False  # only evaluate init_from's model: loss, perplexity, bits per byte
     # one step
-    batch_size: int = 8  # micro-batch, in windows of block_size tokens (or chats of as many tokens)
-    gradient_accumulation: int = 1  # micro-batches per step across ranks; divisible by world size
+    batch_size: int = 8  # micro-batch, in windows of block_size tokens; or chats of as many tokens
+    gradient_accumulation: int = 1  # micro-batches per step; ranks share them, so a multiple
     max_iters: int = 2000  # steps
-    prompt_loss_iters: int = 0  # first steps, whose loss covers a chat's prompts too
+    prompt_loss_iters: int = 0  # number of first steps whose loss also covers a chat's prompts
     dropout: float = 0.0  # share of activations zeroed in training; slows overfitting
     # the optimizer
     optimizer: str = "muon"  # muon (the blocks' matrices; AdamW for the rest) or adamw (all)
-    learning_rate: float = 0.01  # peak, of Muon, or of AdamW if it trains everything
-    embedding_learning_rate: float = 0.003  # peak, of AdamW next to Muon
+    learning_rate: float = 0.01  # peak rate of Muon, or of AdamW if optimizer is adamw
+    embedding_learning_rate: float = 0.003  # peak rate of AdamW next to Muon
     warmup_iters: int = 20  # steps from near 0 to the peak
     decay: str = "linear"  # after warmup: linear, cosine or constant
     final_lr: float = 0.0  # where the decay ends, as a fraction of the peak
     weight_decay: float = 0.0  # of matrices and embeddings, not of norms and biases
-    momentum: float = 0.9  # of Muon
-    beta1: float = 0.9  # of AdamW
-    beta2: float = 0.99  # of AdamW
+    momentum: float = 0.9  # for Muon
+    beta1: float = 0.9  # for AdamW
+    beta2: float = 0.99  # for AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     # logging, evaluating, saving
     log_interval: int = 50  # steps between progress lines
@@ -68,35 +68,34 @@ class LoopSettings:
     seed: int = 1337  # of the initial weights, the batches and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (weights stay float32)
-    compile: str = "auto"  # torch.compile: auto, on or off
+    fused: bool = True  # attention in one fused kernel; False: the readable one in model.py
+    compile: bool = False  # torch.compile: faster on a GPU; needs Triton and a C compiler
 
 
 @dataclass
 class Settings(LoopSettings):
-    """The loop's settings, and those of a new model."""
-    init_from: str = "scratch"  # or gpt2, gpt2-medium, ..., a folder, a .pt: weights and sizes
-    block_size: int = 128  # context length, in tokens; with eval_only: the model's
+    """The loop's settings, and the sizes of a new model."""
+    init_from: str = "scratch"  # or gpt2, gpt2-medium, ..., a folder, a .pt: its weights and sizes
+    block_size: int = 0  # context length, in tokens; 0: 128, or all that init_from has
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads in each block
     n_embd: int = 256  # channels: the width of the model
     bias: bool = True  # biases in linear layers and layer norms, as in GPT-2
-    fused: bool = True  # attention in one fused kernel; False: the readable one in model.py
 
 
-def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
+def train(cfg, model, dataset, device, dtype, resumed=None):
     """Train until max_iters, early stopping, or a signal.
 
     cfg: LoopSettings. model: a GPT on `device`. dataset: see data/datasets.py. resumed: the dict of
-    the last.pt to continue from. Returns the number of the signal that stopped it, or 0. Raises
-    UserError or OSError.
+    a last.pt, to continue. Returns the signal that stopped it, or 0. Raises UserError or OSError.
     """
     optimizers = configure_optimizers(model, cfg, dtype)
-    state = resume.restore(resumed, optimizers, device)
+    state = resume.restore(resumed, optimizers)
     autocast = mixed_precision(device, dtype)  # matrix products in bfloat16 on a GPU
-    wrapped = distributed.wrap_model(model, dataset, use_compile)  # compiled, in DDP
+    wrapped = distributed.wrap_model(model, dataset, cfg.compile)  # compiled, in DDP
     logger = Logger(cfg.out_dir / "log.csv", state.step, device, dtype)
     stop, saved_at = False, time.monotonic()
-    save_due = not resumed  # at once, to see whether there is room
+    save_due = not resumed  # once at the start, to find out whether the disk has room
     model.train()
     with stop_signals() as signals:
         while not stop:
@@ -116,7 +115,7 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
 
             # 2. Save everything that an exact resume needs. A resumed run continues from here.
             if save_due:
-                resume.save_last(cfg, model, dataset, state, optimizers, device)
+                resume.save_last(cfg, model, dataset, state, optimizers)
                 saved_at = time.monotonic()
 
             # 3. Take one step.
@@ -124,7 +123,7 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
             loss, norm, (targets, tokens, pairs) = train_step(
                 wrapped, optimizers, dataset, state.step, cfg, device, autocast)
             save_due = resume.save_is_due(cfg, state.step + 1, saved_at)
-            loss, tokens, pairs, save_due, stop = all_reduce(  # what all ranks must agree on
+            loss, tokens, pairs, save_due, stop = all_reduce(  # sums; any rank can save or stop
                 device, loss, tokens, pairs, save_due, bool(signals))
             seconds = time.perf_counter() - began
 
@@ -132,19 +131,19 @@ def train(cfg, model, dataset, device, dtype, use_compile=False, resumed=None):
             row = report.log_row(cfg, dataset, state) | {
                 "loss": loss, "norm": norm, "lr": cfg.learning_rate * lr_factor(state.step, cfg),
                 "tokens": tokens, "seconds": seconds, "flops": model.flops(targets, tokens, pairs)}
-            logger.log(row)  # numbers by name: wandb.log(row) would go here
-            state.step += 1
+            logger.log(row)
+            state.step += 1  # row has the step just taken
             state.seconds += seconds
             with stop_on_broken_pipe(signals):
                 if row["step"] % cfg.log_interval == 0:
                     logger.print_step(row, cfg.max_iters, state.seconds / state.step)
                 if cfg.sample_interval and state.step % cfg.sample_interval == 0:
                     report.print_sample(cfg, model, dataset)
-    resume.save_last(cfg, model, dataset, state, optimizers, device)
+    resume.save_last(cfg, model, dataset, state, optimizers)
     with stop_on_broken_pipe(signals):
-        report.print_summary(cfg, dataset, state)
+        report.print_summary(cfg, state)
     if stop:
-        return signals[0] if signals else signal.SIGTERM  # it came to another rank
+        return signals[0] if signals else signal.SIGTERM  # another rank received it
     return 0
 
 
@@ -152,13 +151,13 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
     """Take step number `step`, from 0. With one micro-batch and one rank this is just
     (model(idx, targets, loss_positions) / n_targets).backward(), and a step of each optimizer.
 
-    Returns (this rank's part of the mean loss per target, gradient norm, counts): the targets of
-    the step, and this rank's tokens and pairs of tokens in attention. The gradient is that of the
-    mean over all the step's targets, however they are spread over micro-batches and ranks. Raises
-    UserError for a loss or gradient that is not finite, before any weight changes.
+    Returns this rank's share of the mean loss, the gradient norm, and counts (targets of all ranks;
+    tokens and attention pairs of this rank). The gradient is that of the mean over all the step's
+    targets, however they are spread over micro-batches and ranks. Raises UserError for a loss or
+    gradient that is not finite, before any weight changes.
     """
-    # A micro-batch depends on its number alone, so a resumed run finds its place by the step. With
-    # gradient accumulation a step has several micro-batches, which the ranks take round-robin.
+    # A micro-batch and its dropout depend on its number alone, so a resumed run computes the same.
+    # With gradient accumulation a step has several of them, which the ranks take round-robin.
     rank, world_size = rank_and_world_size()
     first = step * cfg.gradient_accumulation
     numbers = range(first, first + cfg.gradient_accumulation)
@@ -167,11 +166,13 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
     step_loss, n_tokens, n_pairs = 0.0, 0, 0
     for i in mine:
         idx, targets, loss_positions = to_device(dataset.batch("train", i), device)
-        with distributed.sync_gradients(model, i == mine[-1]):  # between ranks, once a step
-            with autocast:
-                loss_sum = model(idx, targets, loss_positions)
-            # backward adds to p.grad. DDP takes the mean over ranks, so the sum needs world_size.
-            (loss_sum * (world_size / n_targets)).backward()
+        torch.manual_seed(cfg.seed + i)  # of dropout
+        if world_size > 1:  # DDP averages the gradients of all ranks, once a step
+            model.require_backward_grad_sync = i == mine[-1]
+        with autocast:
+            loss_sum = model(idx, targets, loss_positions)
+        # backward adds to p.grad. DDP takes the mean over ranks, so the sum needs world_size.
+        (loss_sum * (world_size / n_targets)).backward()
         step_loss += loss_sum.detach()
         n_tokens += idx.numel()
         n_pairs += idx.numel() * idx.shape[1]  # T * T for each row
@@ -189,7 +190,7 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
     return step_loss, norm.item(), (n_targets, n_tokens, n_pairs)
 
 
-DECAYS = {"linear": lambda done: 1 - done,  # from 1 to 0 while done goes from 0 to 1
+DECAYS = {"linear": lambda done: 1 - done,  # done goes from 0 to 1
           "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
           "constant": lambda done: 1.0}
 
@@ -200,7 +201,7 @@ def lr_factor(step, cfg):
     if step < cfg.warmup_iters:
         return (step + 1) / (cfg.warmup_iters + 1)
     done = (step - cfg.warmup_iters) / max(cfg.max_iters - cfg.warmup_iters, 1)
-    return cfg.final_lr + (1 - cfg.final_lr) * max(DECAYS[cfg.decay](done), 0.0)
+    return cfg.final_lr + (1 - cfg.final_lr) * DECAYS[cfg.decay](done)
 
 
 def configure_optimizers(model, cfg, dtype=torch.float32):
@@ -266,20 +267,20 @@ def main(argv):
 
 def run(cfg, make_model, set_steps=None):
     """Train the model that make_model(cfg) returns, or that the run resumes with; with eval_only
-    evaluate it. set_steps(cfg, dataset) returns the settings with those that depend on the data."""
+    evaluate it. set_steps(cfg, dataset) returns cfg with the steps of the epochs filled in."""
     config.check(cfg, decay=tuple(DECAYS))
-    device, dtype, why = pick_device(cfg.device, cfg.dtype)
+    device, dtype, device_text = pick_device(cfg.device, cfg.dtype)
     with (distributed.process_group(device) as device, resume.lock_out_dir(cfg),
-          explain_torch_errors(cfg)):
+          explain_torch_errors()):
         model, dataset, resumed = setup.set_up(cfg, device, make_model)
         if set_steps and not cfg.eval_only:
             cfg = set_steps(cfg, dataset)
-        use_compile = setup.print_setup(cfg, model, dataset, device, why, resumed)
+        setup.print_setup(cfg, model, dataset, device_text, resumed)
         if cfg.eval_only:
             autocast = mixed_precision(device, dtype)
             return report.run_eval(cfg, dataset, lambda data, split: evaluate(
                 model, data, split, cfg, device, autocast))
-        stopped_by = train(cfg, model, dataset, device, dtype, use_compile, resumed)
+        stopped_by = train(cfg, model, dataset, device, dtype, resumed)
     if stopped_by:
         print(f"the same command with --resume=True continues from {cfg.out_dir / 'last.pt'}")
         raise SystemExit(128 + stopped_by)

@@ -17,4 +17,5 @@ beta2 = 0.95
 eval_tokens = 1_000_000
 save_interval = "15m"
 log_interval = 10
+compile = True
 sample_prompt = "The best thing about"

@@ -1,27 +1,24 @@
-"""Checkpoint files: a model's config, weights and tokenizer, and how it was trained.
-
-`best.pt` holds what chat.py needs, `last.pt` also what an exact resume needs (runtime/resume.py).
-Both are torch.save files of tensors and plain values, opened with weights_only=True: loading one
-never executes anything.
-"""
+"""Checkpoint files: a model's config, weights and tokenizer, and how it was trained. best.pt holds
+what chat.py needs, last.pt also what an exact resume needs (runtime/resume.py). Loading one never
+executes anything (weights_only=True)."""
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from config import UserError
+from config import UserError, local_path
 from data.files import write_atomically
 from data.tokenizer import count_ids
-from model import GPTConfig, empty_model, load_weights
+from data.weights import GPT2_NAMES
+from model import GPTConfig, empty_model, load_gpt2, load_weights
 
 SCHEMA = {"config": dict, "model": dict, "tokenizer": (str, dict), "kind": str, "step": int,
           "max_iters": int}
 
 
 def model_state(model, tokenizer_spec, kind, **extra):
-    """The dict that save_checkpoint writes: all that chat.py needs, and `extra`. kind: "chat" or
-    "text"."""
+    """What chat.py needs and `extra`, as a dict for save_checkpoint. kind: "chat" or "text"."""
     return {"config": asdict(model.config), "model": model.state_dict(),
             "tokenizer": tokenizer_spec, "kind": kind, **extra}
 
@@ -31,20 +28,15 @@ def save_checkpoint(path, checkpoint):
     write_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
-def load_checkpoint(path, hint=""):
-    """Return the dict that save_checkpoint wrote. Its tensors are mapped from the file (except on
-    Windows, where a mapped file cannot be replaced).
-
-    Raises UserError for a file that is missing (`hint` says how to make it), damaged, or not a
-    checkpoint.
-    """
+def load_checkpoint(path, hint="Make it: make chat, or the config file with its out_dir."):
+    """Return the dict that save_checkpoint wrote. Raises UserError for a file that is missing
+    (`hint` says how to make it), damaged, or not a checkpoint."""
     path = Path(path)
     if not path.is_file():
-        problem = "is a folder; name the best.pt in it" if path.is_dir() else "no such checkpoint"
-        raise UserError(f"{path}: {problem}. {hint}".strip())
+        raise UserError(f"{path}: no such checkpoint. {hint}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True,
-                                mmap=sys.platform != "win32")
+                                mmap=sys.platform != "win32")  # there a mapped file stays locked
         for name, kind in SCHEMA.items():
             if not isinstance(checkpoint[name], kind):
                 raise TypeError(f"its {name} is of type {type(checkpoint[name]).__name__}")
@@ -52,8 +44,6 @@ def load_checkpoint(path, hint=""):
         ids, wanted = count_ids(checkpoint["tokenizer"]), checkpoint["config"]["vocab_size"]
         if ids != wanted:
             raise ValueError(f"its tokenizer has {ids} ids, its model {wanted}")
-    except PermissionError:
-        raise
     except Exception as error:  # torch.load raises many types for a damaged file
         reason = str(error).split("\n")[0][:100]
         raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}: {reason}); "
@@ -62,11 +52,25 @@ def load_checkpoint(path, hint=""):
 
 
 def load_model(checkpoint, dropout=0.0, source="the checkpoint"):
-    """Return the GPT in a checkpoint's dict. Raises UserError, naming the source, where the weights
-    do not fit model.py."""
+    """Return the GPT in a checkpoint's dict. Raises UserError where it does not fit model.py."""
     model = empty_model(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
     load_weights(model, checkpoint["model"], source)
     return model
+
+
+def load_pretrained(source, dropout=0.0):
+    """Load a trained model: (the GPT, its tokenizer's spec, its max_turns). source: a checkpoint's
+    .pt, or GPT-2's weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl (downloaded once), or a folder
+    or file that data/weights.py reads. Raises UserError or OSError."""
+    path = local_path(str(source))
+    if path.suffix == ".pt" and path.name != "ckpt.pt":  # which is nanoGPT's
+        checkpoint = load_checkpoint(path)
+        return load_model(checkpoint, dropout, path), checkpoint["tokenizer"], max_turns(checkpoint)
+    model = load_gpt2(source if source in GPT2_NAMES else path, dropout=dropout)
+    if model.config.vocab_size != GPTConfig.vocab_size:
+        raise UserError(f"{source}: its {model.config.vocab_size} token ids are not GPT-2's; use "
+                        "the checkpoint that it was made from")
+    return model, "gpt2", 0
 
 
 def max_turns(checkpoint):

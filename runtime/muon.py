@@ -1,8 +1,5 @@
-"""The Muon optimizer (Jordan et al. 2024), for the matrices of the blocks.
-
-It reaches a loss in far fewer steps than AdamW. Its matrix products take about a fifth of a step of
-make chat's model.
-"""
+"""The Muon optimizer (Jordan et al. 2024), for the matrices of the blocks. It reaches a loss in far
+fewer steps than AdamW; its products take about a fifth of a step of make chat's model."""
 import math
 
 import torch
@@ -15,15 +12,11 @@ NEWTON_SCHULZ_ROUNDS = ((8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184),
 
 def newton_schulz(x, dtype=torch.float32):
     """Approximate the nearest semi-orthogonal matrices: (n, rows, cols), all singular values near
-    1.
-
-    Each round maps every singular value v to a v + b v^3 + c v^5, using only matrix products. Four
-    rounds bring each v above a thousandth of the norm to between 0.4 and 1.6. That is rough, but a
-    fifth round costs a quarter more and does not lower the loss.
-    """
+    1. Each round maps every singular value v to a v + b v^3 + c v^5, using only matrix products.
+    Four rounds bring each v above a thousandth of the norm to between 0.4 and 1.6, which is enough:
+    a fifth does not lower the loss."""
     is_tall = x.shape[1] > x.shape[2]
-    x = x.mT if is_tall else x  # the smaller side first, so that x @ x.mT is small
-    x = x.to(dtype)  # bfloat16 is exact enough, where it is fast
+    x = (x.mT if is_tall else x).to(dtype)  # the smaller side first, so that x @ x.mT is small
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in NEWTON_SCHULZ_ROUNDS:
         xx = x @ x.mT
@@ -33,25 +26,20 @@ def newton_schulz(x, dtype=torch.float32):
 
 
 def split_matrices(name, p):
-    """The matrices in a parameter, as a list of views with no more rows than columns. c_attn has
-    three, for queries, keys and values; a 3-D parameter has one for each index of its first
-    dimension. Tall ones are transposed, so that c_fc shares a stack with c_proj."""
+    """The matrices in a parameter, as a list of views: three in c_attn (queries, keys, values), one
+    for each index of a 3-D parameter's first dimension. Tall ones are transposed, so that c_fc
+    shares a stack with c_proj."""
     rows, cols = p.shape[-2:]
-    if name.endswith("c_attn.weight") and rows == 3 * cols:
-        matrices = p.view(3, rows // 3, cols)
-    else:
-        matrices = p.view(-1, rows, cols)
+    is_qkv = name.endswith("c_attn.weight") and rows == 3 * cols
+    matrices = p.view(-1, cols if is_qkv else rows, cols)
     return list(matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum with orthogonalized updates. A gradient is large in a few directions; an orthogonal
     update is equally large in all. Updates are scaled to the size of AdamW's (Liu et al. 2025,
-    "Muon is Scalable"), so learning rates and weight decay are comparable.
-
-    named_params: {name: parameter of 2 or more dimensions}; the name says how a parameter is split
-    into matrices, see split_matrices. dtype: of the matrix products.
-    """
+    "Muon is Scalable"), so learning rates and weight decay are comparable. named_params: {name:
+    parameter of 2 or more dimensions}. dtype: of the matrix products; bfloat16 is enough."""
 
     def __init__(self, named_params, lr, momentum=0.9, weight_decay=0.0, dtype=torch.float32):
         self.dtype, self.names = dtype, {p: name for name, p in named_params.items()}

@@ -1,23 +1,23 @@
 """What a run prints besides progress: samples, evaluations, overfitting, the final report."""
 import math
-import shlex
-from importlib.util import find_spec
+from datetime import timedelta
+from types import SimpleNamespace
 
 from config import UserError
 from data.conversation import decode_conversation, encode_prompt, special_ids
 from data.datasets import SPLITS, count_targets
 from data.tokenizer import get_tokenizer
 from runtime.distributed import is_rank_0
-from runtime.log import bits_per_byte, duration
+from runtime.log import bits_per_byte
 from runtime.plots import plot_losses
 from runtime.resume import lowest
 from runtime.terminal import show_progress
 
 
 def log_row(cfg, dataset, state):
-    """The part of a log row that is known before the step, with the losses of an evaluation."""
-    row = {"step": state.step,
-           "epoch": dataset.epochs("train", state.step * cfg.gradient_accumulation)}
+    """What is known of a log row before its step: step, epoch, and the losses if evaluated."""
+    epoch = dataset.epochs("train", state.step * cfg.gradient_accumulation)
+    row = {"step": state.step, "epoch": epoch}
     if state.history and state.history[-1][0] == state.step:
         _, row["train_loss"], row["val_loss"] = state.history[-1]
         row["val_bits_per_byte"] = bits_per_byte(
@@ -41,20 +41,18 @@ def report_evaluation(cfg, dataset, state):
 
 
 def is_overfitting(history):
-    """Whether validation loss rises while training loss falls: the last two validation losses are
-    1 % above the lowest, and rising. history: (step, train loss, val loss) of each evaluation."""
+    """Whether training loss falls, and the last two validation losses are 1 % above the lowest, and
+    rising. history: (step, train loss, val loss) of each evaluation."""
     if len(history) < 3:
         return False
     _, train_at_lowest, val_lowest = lowest(history)
     (_, train_before, val_before), (_, train_now, val_now) = history[-2:]
     val_rises = val_lowest * 1.01 < val_before < val_now
-    train_falls = train_now < train_before < train_at_lowest
-    return val_rises and train_falls
+    return val_rises and train_now < train_before < train_at_lowest
 
 
 def print_sample(cfg, model, dataset):
-    """Print what the model writes now, after cfg.sample_prompt, or a held-out question, or the
-    start of a line."""
+    """Print what the model writes after cfg.sample_prompt, a held-out question, or a newline."""
     if not is_rank_0():
         return
     enc, prompt = get_tokenizer(dataset.tokenizer), cfg.sample_prompt
@@ -69,63 +67,47 @@ def print_sample(cfg, model, dataset):
     print(f"  sample: {prompt!r} -> {enc.decode(list(reply))!r}", flush=True)
 
 
-def print_summary(cfg, dataset, state):
+def print_summary(cfg, state):
     """Print the result of a run, and the command that talks to the model."""
-    print(f"{state.step} steps in {duration(state.seconds)}")
+    print(f"{state.step} steps in {timedelta(seconds=int(state.seconds))}; {cfg.out_dir} has "
+          "log.csv and, where matplotlib is installed, loss.png")
     if state.history:
-        (step, train_loss, val_loss), low = state.history[-1], lowest(state.history)
-        bits = bits_per_byte(val_loss, *count_targets(dataset, "val", cfg.eval_tokens))
-        epoch = dataset.epochs("train", low[0] * cfg.gradient_accumulation)
-        print(f"step {step}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}, "
-              f"{bits:.4f} bits per byte\nlowest validation loss: {low[2]:.4f} at step {low[0]} "
-              f"(epoch {epoch:.2f})")
-        column = 1 + SPLITS.index(cfg.best_by)
-        best = min(state.history, key=lambda entry: entry[column])
-        print(f"best.pt has the lowest {cfg.best_by} loss, of step {best[0]}; talk to it:")
-        print(f"    python chat.py --checkpoint={shlex.quote(str(cfg.out_dir / 'best.pt'))}")
-    made = ", ".join(name for name in ("log.csv", "loss.png") if (cfg.out_dir / name).exists())
-    picture = "" if find_spec("matplotlib") else " (for loss.png: pip install matplotlib)"
-    print(f"{cfg.out_dir}: {made}{picture}", flush=True)
+        step, _, val_loss = lowest(state.history)
+        print(f"lowest validation loss: {val_loss:.4f} at step {step}\nbest.pt has the lowest "
+              f"{cfg.best_by} loss; talk to it:\n    python chat.py --checkpoint="
+              f"{cfg.out_dir / 'best.pt'}", flush=True)
 
 
 def run_eval(cfg, dataset, evaluate):
     """Print loss, perplexity and bits per byte of both splits. evaluate(dataset, split) returns the
-    mean loss.
-
-    Text is read in windows that do not overlap, so a token has half a window of context on average.
-    Published figures often use overlapping windows, and are then lower.
-    """
+    mean loss. Windows of text do not overlap; published figures whose windows do are lower."""
     for split in reversed(SPLITS):
         n_targets, n_bytes = count_targets(dataset, split, cfg.eval_tokens)
-        loss = evaluate(WithProgress(dataset, n_targets), split)
-        perplexity = math.inf if loss > 700 else math.exp(loss)  # float64 overflows
+        loss = evaluate(with_progress(dataset, n_targets), split)
+        perplexity = math.exp(min(loss, 700))  # float64 overflows
         print(f"{split}: loss {loss:.4f}  perplexity {perplexity:.2f}  "
               f"{bits_per_byte(loss, n_targets, n_bytes):.4f} bits per byte  ({n_targets:,} "
               f"targets, {n_bytes:,} bytes)", flush=True)
 
 
-class WithProgress:
-    """A dataset that shows the progress of its evaluation."""
-
-    def __init__(self, dataset, n_targets):
-        self.dataset, self.n_targets = dataset, n_targets
-
-    def eval_batches(self, split, max_tokens):
+def with_progress(dataset, n_targets):
+    """A dataset to evaluate, which shows how many of its targets are done."""
+    def eval_batches(split, max_tokens):
         done = 0
-        for batch in self.dataset.eval_batches(split, max_tokens):
+        for batch in dataset.eval_batches(split, max_tokens):
             yield batch
             done += batch[1].size
-            show_progress(split, done, self.n_targets)
+            show_progress(split, done, n_targets)
+    return SimpleNamespace(eval_batches=eval_batches)
 
 
 def diverged(cfg, step, loss, norm, model):
-    """The UserError for a loss or gradient that is not finite."""
-    grads = {name: p.grad.abs().max().item()
+    """The UserError for a loss or gradient that is not finite; it names the largest gradient."""
+    grads = {name: p.grad.nan_to_num(math.inf, math.inf, -math.inf).abs().max().item()
              for name, p in model.named_parameters() if p.grad is not None}
-    largest = max(grads, key=lambda name: (not math.isfinite(grads[name]), grads[name]))
+    largest = max(grads, key=grads.get)
     plain = largest.removeprefix("module.").removeprefix("_orig_mod.")  # DDP's, torch.compile's
     return UserError(
         f"step {step}: the loss is {loss} and the gradient norm {norm}, the largest gradient "
         f"{grads[largest]:.3g} in {plain}. The last checkpoint is kept. Try a lower learning_rate "
-        f"(now {cfg.learning_rate:g}), more warmup_iters (now {cfg.warmup_iters}) or a lower "
-        f"grad_clip (now {cfg.grad_clip:g})")
+        f"(now {cfg.learning_rate:g}), more warmup_iters or a lower grad_clip")

@@ -5,13 +5,10 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from config import UserError
 from data.files import lock_folder
 from runtime.checkpoint import load_checkpoint, model_state, save_checkpoint
-from runtime.distributed import is_rank_0, rank_and_world_size
+from runtime.distributed import is_rank_0
 
 # A resumed run must have the same.
 SAME_SETTINGS = ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",
@@ -34,10 +31,10 @@ def lowest(history):
     return min(history, key=lambda entry: entry[2])
 
 
-def save_last(cfg, model, dataset, state, optimizers, device):
-    """Save last.pt, with everything that an exact resume needs. Raises OSError."""
-    save(cfg, "last.pt", model, dataset, state, rng=gather_rng_states(device),
-         optimizers=[optimizer.state_dict() for optimizer in optimizers])
+def save_last(cfg, model, dataset, state, optimizers):
+    """Save last.pt, with all that an exact resume needs. Raises OSError."""
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    save(cfg, "last.pt", model, dataset, state, optimizers=states)
 
 
 def save(cfg, name, model, dataset, state, **extra):
@@ -59,36 +56,23 @@ def save_is_due(cfg, step, saved_at):
 
 
 def load_last(cfg):
-    """Return the dict of out_dir/last.pt with cfg.resume, or None without it or without a last.pt.
-    Raises UserError where that run had another model, batch or seed."""
+    """Return the dict of out_dir/last.pt, or None where there is none. Raises UserError where that
+    run had another model, batch or seed."""
     path = cfg.out_dir / "last.pt"
-    if not cfg.resume:
-        return None
     if not path.exists():
         print(f"{path}: no such checkpoint; starting from scratch", flush=True)
         return None
     resumed = load_checkpoint(path)
-    if not {"optimizers", "rng", "history", "data", "settings"} <= resumed.keys():
-        raise UserError(f"{path}: contains no optimizer state, so a run cannot resume from it")
     for name in SAME_SETTINGS:
-        then, now = resumed["settings"].get(name), getattr(cfg, name, None)
+        then, now = resumed.get("settings", {}).get(name), getattr(cfg, name, None)
         if then != now:
-            raise UserError(f"{path}: was made with {name}={then}, this run has {name}={now}; use "
-                            "the same, or another out_dir")
+            raise UserError(f"{path}: was made with {name}={then}; use that, not {name}={now}")
     return resumed
 
 
-def check_same_data(cfg, resumed, dataset):
-    """Raise UserError where last.pt was trained on other data."""
-    if resumed and (resumed["tokenizer"], resumed["data"]) != (
-            dataset.tokenizer, dataset.fingerprint):
-        raise UserError(f"{cfg.out_dir / 'last.pt'}: was trained on other data than data_dir="
-                        f"{cfg.data_dir} now contains; use the same, or another out_dir")
-
-
-def restore(resumed, optimizers, device):
-    """Load the optimizers and random generators from a last.pt's dict; return its TrainState, or a
-    new one for None."""
+def restore(resumed, optimizers):
+    """Load the optimizers' state from a last.pt's dict; return its TrainState, or a new one for
+    None. Raises UserError."""
     if not resumed:
         return TrainState()
     try:
@@ -97,39 +81,12 @@ def restore(resumed, optimizers, device):
             groups = [mine | {"params": theirs["params"], "lr": theirs["lr"]} for mine, theirs in
                       zip(optimizer.param_groups, saved["param_groups"], strict=True)]
             optimizer.load_state_dict(saved | {"param_groups": groups})
-    except ValueError as error:
-        raise UserError(f"last.pt: its optimizers do not fit this run ({error}); leave out "
-                        "--resume") from error
-    restore_rng(resumed["rng"], device)
-    return TrainState(**{f.name: resumed[f.name] for f in fields(TrainState)})
+        return TrainState(**{f.name: resumed[f.name] for f in fields(TrainState)})
+    except (KeyError, ValueError) as error:
+        raise UserError(f"last.pt: does not fit this run ({error}); leave out --resume") from error
 
 
-def gather_rng_states(device):
-    """The states of the random generators that dropout uses, of every rank: a list of lists."""
-    mine = [torch.get_rng_state()]
-    if device.type in ("cuda", "mps"):
-        mine.append(getattr(torch, device.type).get_rng_state())
-    states = [mine] * rank_and_world_size()[1]
-    if len(states) > 1:
-        dist.all_gather_object(states, mine)
-    return states
-
-
-def restore_rng(states, device):
-    """Load this rank's part of what gather_rng_states returned, if it has one."""
-    rank = rank_and_world_size()[0]
-    if rank < len(states):
-        torch.set_rng_state(states[rank][0])
-        if device.type in ("cuda", "mps") and len(states[rank]) > 1:
-            getattr(torch, device.type).set_rng_state(states[rank][1])
-
-
-@contextlib.contextmanager
 def lock_out_dir(cfg):
-    """Context manager: keep other runs out of out_dir. Raises UserError where one is training into
-    it."""
-    if is_rank_0() and not cfg.eval_only:
-        with lock_folder(cfg.out_dir):
-            yield
-    else:
-        yield
+    """Context manager: keep other runs out of out_dir. Raises UserError where one is training."""
+    is_writer = is_rank_0() and not cfg.eval_only
+    return lock_folder(cfg.out_dir) if is_writer else contextlib.nullcontext()

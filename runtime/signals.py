@@ -9,26 +9,26 @@ import time
 
 @contextlib.contextmanager
 def stop_signals():
-    """Context manager: note the first SIGINT, SIGTERM or SIGHUP in the list that it yields, for
-    the loop to save and end. Another one more than a second later raises KeyboardInterrupt."""
-    caught, first_at = [], 0.0
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    # Those that a shell ignores stay ignored: SIGHUP under nohup, SIGINT behind & in a script.
-    numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    """Context manager: note SIGINT, SIGTERM and SIGHUP in the list that it yields, for the loop to
+    save and end. One that comes a second after the first raises KeyboardInterrupt."""
+    caught, times = [], []
 
     def handler(number, frame):
-        nonlocal first_at
-        if not caught:
-            caught.append(number)
-            first_at = time.monotonic()
+        caught.append(number)
+        times.append(time.monotonic())
+        if len(times) == 1:
             with contextlib.suppress(OSError):  # a terminal that is closed cannot be printed to
                 print(f"\n{signal.Signals(number).name}: finishing the step, then saving (press "
                       "again to quit now)", file=sys.stderr, flush=True)
-        elif time.monotonic() - first_at >= 1:  # a shell and torchrun may both pass on the first
+        elif times[-1] - times[0] >= 1:  # a shell and torchrun may both pass on the first
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        # Those that a shell ignores stay ignored: SIGHUP under nohup, SIGINT behind & in a script.
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
     try:
         yield caught
     finally:
@@ -38,8 +38,8 @@ def stop_signals():
 
 @contextlib.contextmanager
 def stop_on_broken_pipe(signals):
-    """Context manager for printing: a reader that has left (`| head`), or a closed terminal, is
-    noted as SIGPIPE in the list of stop_signals; after that nothing is printed."""
+    """Context manager for printing: where the reader has left (`| head`, a closed terminal), add
+    SIGPIPE to the list of stop_signals, and print nothing from then on."""
     try:
         yield
     except OSError as error:

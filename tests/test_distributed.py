@@ -26,7 +26,6 @@ from tests.toy_runs import (
     quick,
     read_log,
     run,
-    same,
     toys,
 )
 
@@ -54,14 +53,13 @@ def assert_close_runs(out_dir, alone):
 @pytest.mark.parametrize("script, optimizer, count", [("train", "muon", 3), ("finetune", "adamw", 2)])
 def test_several_ranks_take_the_steps_of_one_and_only_rank_0_writes(toys, tmp_path, script, optimizer, count):
     module = {"train": train, "finetune": finetune}[script]
-    settings = dict(gradient_accumulation=6, dropout=0.0, optimizer=optimizer, sample_interval=6)
+    settings = dict(gradient_accumulation=6, optimizer=optimizer, sample_interval=6)
     ranks = start_ranks(script, flags(toys, module, tmp_path / "many", **settings), tmp_path, make_quick, count)
     run(toys, module, tmp_path / "alone", **settings)
     assert exit_codes(*ranks) == [0] * count, output(tmp_path)
     assert_close_runs(tmp_path / "many", tmp_path / "alone")
-    assert len(re.findall(r"^step .*  norm ", output(tmp_path), re.M)) == 12 and f"{count} processes" in output(tmp_path)
+    assert len(re.findall(r"^step .*  norm ", output(tmp_path), re.M)) == 12 and f"processes: {count}" in output(tmp_path)
     assert not any(output(tmp_path, rank) for rank in range(1, count))
-    assert len(load_checkpoint(tmp_path / "many" / "last.pt")["rng"]) == count
 
 
 def note_batches_and_syncs(notes):
@@ -114,13 +112,11 @@ def crash_at_7():
     before_step(7, crash)
 
 
-def test_dropout_differs_between_ranks_and_a_resumed_pair_ends_the_same(toys, tmp_path):
+def test_a_resumed_pair_ends_the_same(toys, tmp_path):
     def pair(out_dir, patch=make_quick, **more):
         argv = flags(toys, train, tmp_path / out_dir, gradient_accumulation=2, save_interval=3, **more)
         return exit_codes(*start_ranks("train", argv, tmp_path, patch))
     assert pair("straight") == [0, 0]
-    mine, other = load_checkpoint(tmp_path / "straight" / "last.pt")["rng"]
-    assert not same(mine, other)
     assert 0 not in pair("out", crash_at_7) and load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 6
     assert pair("out", resume=True) == [0, 0]  # as torchrun --max-restarts does with --resume=True
     assert_same_run(tmp_path / "out", tmp_path / "straight")

@@ -17,7 +17,7 @@ from data.datasets import open_dataset
 from model import GPT, GPTConfig
 from runtime import devices, report, setup
 from runtime.checkpoint import load_checkpoint, load_model
-from runtime.log import bits_per_byte, duration
+from runtime.log import bits_per_byte
 from tests.conftest import largest_file
 from tests.toy_runs import (
     CPU,
@@ -68,10 +68,10 @@ def test_the_decay_falls_from_the_peak_to_final_lr(decay, final_lr, quarter, mid
 
 
 @pytest.mark.parametrize("setting", [
-    "block_size=0", "n_layer=0", "n_head=-1", "batch_size=0", "gradient_accumulation=0", "max_iters=0",
+    "block_size=-1", "n_layer=0", "n_head=-1", "batch_size=0", "gradient_accumulation=0", "max_iters=0",
     "eval_interval=0", "eval_tokens=0", "learning_rate=0.0", "embedding_learning_rate=-1.0", "weight_decay=-0.1",
     "grad_clip=-1.0", "warmup_iters=-1", "seed=-1", "dropout=1.0", "beta1=1.0", "beta2=2.0", "final_lr=1.5",
-    "optimizer=sgd", "decay=step", "best_by=luck", "compile=yes", "save_interval=0", "save_interval=10s",
+    "optimizer=sgd", "decay=step", "best_by=luck", "save_interval=0", "save_interval=10s",
     "save_interval=-1m", "save_interval=often", "n_head=3"])
 def test_a_setting_out_of_range_is_refused_by_name_and_value(toys, tmp_path, setting):
     name, _, value = setting.partition("=")
@@ -309,11 +309,6 @@ def test_early_stopping_after_patience_evaluations_without_a_lower_val_loss(toys
     assert again["step"] == 6, "a run that has stopped early stays stopped"
 
 
-@pytest.mark.parametrize("seconds, text", [(9.9, "9s"), (185, "3m05s"), (7800, "2h10m"), (13 * 86400 + 4 * 3600, "13d04h")])
-def test_durations(seconds, text):
-    assert duration(seconds) == text
-
-
 def test_bits_per_byte_by_hand():
     assert bits_per_byte(math.log(4), 10, 5) == pytest.approx(4)  # 2 bits for each of 10 targets, over 5 bytes
     assert math.isnan(bits_per_byte(1.0, 3, 0))
@@ -379,12 +374,11 @@ def test_the_written_out_attention_is_trained_where_fused_is_false(toys, tmp_pat
 @pytest.mark.parametrize("change, message", [
     ({"data_dir": "text"}, "data_dir=.*plain text.*prepare_alpaca.py"),
     ({"init_from": "no.pt"}, "no.pt: no such checkpoint"),
-    ({"init_from": "gpt-2"}, "init_from=gpt-2: no model there.*gpt2-medium"),
+    ({"init_from": "gpt-2"}, "gpt-2: contains none of model.safetensors.*gpt2-medium"),
     ({"init_from": "gpt2"}, "init_from=gpt2: has another tokenizer.*--tokenizer=gpt2")])
 def test_a_base_model_or_data_that_do_not_fit_are_one_line(toys, tmp_path, monkeypatch, change, message):
-    def fetch(name):
-        raise AssertionError(f"{name} was fetched")
-    monkeypatch.setattr("data.weights.fetch_gpt2", fetch)
+    monkeypatch.setattr("runtime.checkpoint.load_gpt2", lambda name, dropout: GPT(GPTConfig(**SHAPE)) if name == "gpt2" else
+                        model.load_gpt2(name))
     if "data_dir" in change:
         change = {"data_dir": toys / "text"}
     with pytest.raises(UserError, match=message):
@@ -436,18 +430,12 @@ def test_a_learning_rate_far_too_high_never_replaces_a_good_checkpoint(toys, tmp
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee more"), MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
     RuntimeError("MPS backend out of memory (MPS allocated: 5.05 GB, max allowed: 6.80 GB)")])
-def test_out_of_memory_names_a_smaller_batch_of_the_same_tokens(toys, tmp_path, monkeypatch, error):
+def test_out_of_memory_is_one_line_that_recommends_a_smaller_batch(toys, tmp_path, monkeypatch, error):
     def fail(*args):
         raise error
-    for batch_size, accumulation in ((2, 1), (9, 2), (1, 6)):
-        with monkeypatch.context() as patch, pytest.raises(UserError, match="^out of memory; ") as caught:
-            patch.setattr(train, "train_step", fail)
-            run(toys, train, tmp_path, batch_size=batch_size, gradient_accumulation=accumulation)
-        found = re.search(r"--batch_size=(\d+) --gradient_accumulation=(\d+)\b", str(caught.value))
-        if batch_size == 1:
-            assert not found and "block_size" in str(caught.value)
-        else:
-            assert int(found[1]) < batch_size and int(found[1]) * int(found[2]) == batch_size * accumulation
+    monkeypatch.setattr(train, "train_step", fail)
+    with pytest.raises(UserError, match="^out of memory; .*--batch_size.*--gradient_accumulation.*--block_size"):
+        run(toys, train, tmp_path)
 
 
 def test_an_error_in_a_readers_edit_keeps_its_traceback(toys, tmp_path, monkeypatch):
@@ -493,8 +481,7 @@ def test_auto_picks_the_cpu_in_float32_here(monkeypatch):
     with pytest.raises(UserError, match="dtype='half'.*float32"):
         devices.pick_device("cpu", "half")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    device, _, why = devices.pick_device()
-    assert device == CPU and "--device=mps" in why
+    assert devices.pick_device()[0] == CPU, "mps is used by name only"
     assert devices.pick_device("mps")[:2] == (torch.device("mps"), torch.float32)
 
 
@@ -507,7 +494,7 @@ def test_a_gpu_computes_in_bfloat16_only_where_that_is_not_emulated(monkeypatch,
     with pytest.raises(UserError, match="device='cuda:1'"):
         devices.pick_device("cuda:1")
     if not native:
-        with pytest.raises(UserError, match="dtype=bfloat16: cuda.*float32"):
+        with pytest.raises(UserError, match="dtype='bfloat16' .*cuda.*float32"):
             devices.pick_device("cuda", "bfloat16")
 
 
