@@ -1,11 +1,9 @@
 """Settings: a script's dataclass, then config files, then flags.
 
     python train.py config/train_recite.py --batch_size=16 --learning_rate=1e-3
-    python train.py --help
 
-A script declares its settings as fields of a dataclass, each with a type, a default and a comment
-(`batch_size: int = 32  # sequences per step`). A config file is Python that assigns to these names;
-names that start with `_` are ignored.
+A setting is a field of the dataclass, such as `batch_size: int = 32  # sequences per step`. A
+config file is Python that assigns to these names; names that start with `_` are ignored.
 """
 import ast
 import dataclasses
@@ -15,7 +13,6 @@ import os
 import re
 import runpy
 import sys
-import traceback
 import typing
 from pathlib import Path
 
@@ -28,10 +25,9 @@ class UserError(Exception):
 
 
 def load(settings_class, argv, doc="", start=None, typed="the command line"):
-    """Build settings_class from its defaults (or from `start`, an instance of it), then from each
-    config file and --key=value in argv, in order. A relative path (a field of type Path) starts at
-    the repository in defaults and config files, at the current folder in flags. --help prints all
-    settings and exits. `typed` names the source of argv in messages. Raises UserError."""
+    """Build settings_class from its defaults, or from `start`, an instance of it, then from the
+    config files and flags in argv, in order. A relative Path starts at the repository, in flags
+    at the current folder. `typed` names the source of argv in messages. Raises UserError."""
     if "--help" in argv or "-h" in argv:
         print(describe(settings_class, doc))
         raise SystemExit(0)
@@ -73,21 +69,11 @@ def is_file(text):
 
 
 def read_config(arg):
-    """Run the config file that arg names and return {name: value}. Raises UserError."""
+    """Run the config file that arg names, return {name: value}. Its errors keep their traceback."""
     path = local_path(arg)
     if path.suffix != ".py" or not path.is_file():
-        known = [f"config/{p.name}" for p in (REPO / "config").glob("*.py")]
-        close = difflib.get_close_matches(arg, known, 1)
-        hint = f"did you mean {close[0]}?" if close else f"write settings as --checkpoint={arg}"
-        raise UserError(f"{arg}: {'not a' if path.exists() else 'no such'} config file; {hint}")
-    try:
-        names = runpy.run_path(str(path))
-    except (Exception, SystemExit) as error:  # it is the user's Python, so any error is possible
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = ["?", *(frame.lineno for frame in frames if frame.filename == str(path))]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1]
-        raise UserError(f"{path}, line {line}: {type(error).__name__}: {error}") from error
-    return {name: value for name, value in names.items()
+        raise UserError(f"{arg}: not a config file; see config/, or write --checkpoint={arg}")
+    return {name: value for name, value in runpy.run_path(str(path)).items()
             if not name.startswith("_") and not inspect.ismodule(value)}
 
 
@@ -102,8 +88,7 @@ def parse(text, kind):
 
 
 def cast(name, value, kind, source, base):
-    """Return `value` as the type `kind`: 1 is also a float, 1e3 also an int, and a relative path
-    starts at the folder `base`. Raises UserError for any other type."""
+    """Return `value` as the type `kind`, a path relative to `base`. Raises UserError."""
     options = typing.get_args(kind) or (kind,)
     if Path in options and isinstance(value, str | Path) and str(value):
         return base / os.path.expanduser(value)
@@ -119,13 +104,11 @@ def cast(name, value, kind, source, base):
 
 def describe(settings_class, doc=""):
     """The text of --help: every setting with its default and the comment after it."""
-    classes = reversed(settings_class.__mro__[:-1])  # a subclass overrides its base
-    source = "\n".join(map(inspect.getsource, classes))
+    source = "".join(map(inspect.getsource, settings_class.__mro__[-2::-1]))  # base classes first
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.M))
     lines = [f"{f'  --{field.name}={field.default}':<34} {comments.get(field.name, '')}"
              for field in dataclasses.fields(settings_class)]
-    head = [doc.strip(), "", "Settings (--name=value, or name = value in a config file):", ""]
-    return "\n".join(head + lines)
+    return "\n".join([doc.strip(), "\nSettings (flags, or name = value in a file):\n", *lines])
 
 
 def check(cfg, **allowed):
@@ -145,13 +128,10 @@ def check(cfg, **allowed):
 
 
 def run(main):
-    """Call main(argv) with the command line. A UserError or OSError ends the script with one line
-    and exit code 1, Ctrl-C with 130; other exceptions keep their traceback."""
-    words = sys.argv[1:]
-    argv = words[:words.index("#")] if "#" in words else words  # zsh and cmd pass on a comment
+    """Call main(argv). UserError and OSError end it with one line and exit code 1, Ctrl-C 130."""
+    argv = sys.argv[1:[*sys.argv, "#"].index("#")]  # zsh and cmd pass on a comment
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not a notebook's
-            stream.reconfigure(errors="replace")  # a file on Windows may be unable to store emoji
+        stream.reconfigure(errors="replace")  # a file on Windows may be unable to store emoji
     try:
         main(argv)
         print(end="", flush=True)

@@ -5,7 +5,6 @@
 `look` runs the model once, with hooks, and `write_page` puts what they recorded into look.html.
 """
 import base64
-import inspect
 import json
 import zlib
 from pathlib import Path
@@ -16,13 +15,11 @@ from config import UserError
 from data.conversation import special_ids, supervised
 from data.files import write_atomically
 from data.tokenizer import token_pieces
-from model import GPT, MLP, CausalSelfAttention, sample
 
 KEPT = 256  # the page has the largest logits of each position, up to the largest top_k it offers
 STOPS = {"temperature": [n / 20 for n in range(41)],  # the values of its sliders
          "top_k": [*range(1, 11), 15, 20, 30, 40, 50, 75, 100, 150, 200, 0],
          "top_p": [n / 20 for n in range(1, 20)] + [0.99, 1]}
-STEPS = (GPT.forward, GPT.hidden, CausalSelfAttention.forward, MLP.forward, GPT.head, sample)
 
 
 def look(model, enc, ids, start=None, longest=256):
@@ -30,7 +27,7 @@ def look(model, enc, ids, start=None, longest=256):
     newest tokens (at most `longest`) and of L blocks:
 
     ids, roles (T,): a role is "user", "assistant" or "special". texts: {id: text}.
-    chosen: the position where the page opens, which predicts the second word of the reply.
+    chosen: the position where the page opens, the first token of the reply.
     next_ids (T, 10), logits (T, kept): the most likely first, minus the largest logit.
     rest (T, temperatures): the sum of exp(logit / temperature) over the logits not kept.
     came, came_p, came_rank (T,): logit, probability and rank (from 1) of the next token.
@@ -42,50 +39,35 @@ def look(model, enc, ids, start=None, longest=256):
     """
     if not ids:
         raise UserError("look: there are no tokens; write something first")
-    special, pieces = special_ids(enc), token_pieces(enc, ids)
-    shown, hidden = ids[-longest:], len(ids[:-longest])
+    special, shown, hidden = special_ids(enc), ids[-longest:], max(len(ids) - longest, 0)
     if start is None:
         start = len(ids) - ids[::-1].index(special[2]) if special[2] in ids else 0
     own = supervised(ids, enc)
     own[start:] = True
     roles = ["special" if i in special else "assistant" if is_own else "user"
              for i, is_own in zip(ids, own)]
-    chosen = before_second_word(pieces, start)
     with torch.no_grad():
-        stream, weights, scores = record(model, ids, longest)
+        stream, weights = record(model, ids, longest)
         came = torch.tensor([*shown[1:], shown[-1]])  # (T,)
         levels = [lens(model, x[0, -longest:], came) for x in stream]
         page = next_tokens(levels[-1][0], came)
     _, lens_ids, lens_p, lens_came = [torch.stack(z) for z in zip(*levels)]
     used = sorted({*shown, *page["next_ids"].flatten().tolist(), *lens_ids.flatten().tolist()})
     return {**page, "ids": shown, "hidden": hidden, "roles": roles[hidden:], "lens_ids": lens_ids,
-            "lens_p": lens_p, "lens_came": lens_came, "came_p": lens_came[-1],
-            "weights": weights, "chosen": max(chosen - hidden, 0), "stops": STOPS,
-            "texts": dict(zip(used, token_pieces(enc, used))), "habits": habits(scores),
-            "config": vars(model.config), "parameters": model.num_params(),
-            "lines": {f.__qualname__: inspect.getsourcelines(f)[1] for f in STEPS}}
-
-
-def before_second_word(pieces, start):
-    """The last position of the first word after `start`, or start if no second follows."""
-    for t in range(start, len(pieces) - 1):
-        if len("".join(pieces[start:t + 2]).split()) > 1:
-            return t
-    return min(start, len(pieces) - 1)
+            "lens_p": lens_p, "lens_came": lens_came, "came_p": lens_came[-1], "weights": weights,
+            "chosen": max(min(start, len(ids) - 1) - hidden, 0), "stops": STOPS,
+            "texts": dict(zip(used, token_pieces(enc, used))), "habits": habits(weights, shown),
+            "config": vars(model.config), "parameters": model.num_params()}
 
 
 def record(model, ids, longest):
-    """Run a model on ids; return the residual stream, (1, T, C) before the first block and after
-    each, the attention weights between the newest tokens, (L, 1 + nh, longest, longest), the mean
-    over the heads first, and each block's head_scores over all tokens. Raises UserError for a block
-    without attention weights: they come from CausalSelfAttention's form with fused = False."""
-    stream, weights, scores = [], [], []
+    """Run a model on ids; return its residual stream, (1, T, C) before the first block and after
+    each, and the weights of `look`. Raises UserError for a block without attention weights."""
+    stream, weights = [], []
 
-    def keep_weights(module, args, out):
-        out = out.float().cpu()  # (1, nh, T, T)
-        newest = out[0, :, -longest:, -longest:]
+    def keep_weights(module, args, out):  # out: (1, nh, T, T)
+        newest = out[0, :, -longest:, -longest:].float().cpu()
         weights.append(torch.cat([newest.mean(0, keepdim=True), newest]))
-        scores.append(head_scores(out, ids))
 
     hooks = [model.h[0].register_forward_pre_hook(lambda module, args: stream.append(args[0]))]
     for block in model.h:
@@ -95,7 +77,7 @@ def record(model, ids, longest):
     try:
         for layer in layers:
             hooks.append(layer.attn_dropout.register_forward_hook(keep_weights))
-            layer.fused = False
+            layer.fused = False  # the written-out form computes the weights
         model.hidden(torch.tensor([ids], device=model.wte.weight.device))
     finally:
         for layer, value in zip(layers, fused):
@@ -105,7 +87,7 @@ def record(model, ids, longest):
     if len(weights) != len(model.h):
         raise UserError("look: a block of this model.py has no attention weights; keep "
                         "CausalSelfAttention's `fused` and `attn_dropout`")
-    return stream, torch.stack(weights), scores
+    return stream, torch.stack(weights)
 
 
 def lens(model, x, came):
@@ -129,42 +111,35 @@ def next_tokens(logits, came):
             "rest": torch.stack([(others / t).exp().sum(1) for t in STOPS["temperature"][1:]], 1)}
 
 
-def head_scores(weights, ids):
-    """Three scores of every head, from 0 to 1: weights (L, nh, T, T), T ids -> {name: (L, nh)}.
-
-    They are the mean weights on the previous token, on the first token, and on all earlier
-    occurrences of the same token (where there are any), over the tokens after the first.
-    """
-    ids = torch.tensor(ids)
-    same = (ids[:, None] == ids).tril(-1).float()  # (T, T)
+def habits(weights, ids):
+    """Return lines of text that name the heads with the largest mean weights on the previous token,
+    on the first, and on earlier occurrences of the same token, over all of ids but the first.
+    weights: (L, 1 + nh, T, T); for T = 1, there are no lines."""
+    if len(ids) == 1:
+        return []
+    H, ids = weights.shape[1] - 1, torch.tensor(ids)
+    weights = weights[:, 1:].flatten(0, 1)  # (L * nh, T, T)
+    same = (ids[:, None] == ids).tril(-1)  # (T, T)
     repeated = same.any(1)
-    scores = {"previous token": weights.diagonal(-1, 2, 3).mean(-1),
-              "first token": weights[..., 1:, 0].mean(-1)}
+    scores = {"previous token": weights.diagonal(-1, 1, 2).mean(-1),  # (L * nh,)
+              "first token": weights[:, 1:, 0].mean(-1)}
     if repeated.any():
-        scores["same token earlier"] = (weights * same).sum(-1)[..., repeated].mean(-1)
-    return scores if len(ids) > 1 else {}
-
-
-def habits(layers):
-    """Return lines of text: the three heads with the highest of each of a layer's head_scores."""
-    lines = []
-    for name in layers[0]:
-        scores = torch.cat([layer[name] for layer in layers])  # (L, nh)
-        heads = []
-        for i in scores.flatten().argsort(descending=True)[:3].tolist():
-            layer, head = divmod(i, scores.shape[1])
-            heads.append(f"layer {layer + 1} head {head + 1}: {scores[layer, head]:.2f}")
+        scores["same token earlier"] = (weights * same).sum(-1)[:, repeated].mean(-1)
+    lines = ["which heads attend most to what, by mean weight:"]
+    for name, score in scores.items():
+        heads = [f"layer {i // H + 1} head {i % H + 1}: {score[i]:.2f}"
+                 for i in score.argsort(descending=True, stable=True)[:3].tolist()]
         lines.append(f"{name:<20}" + "   ".join(heads))
-    return ["which heads attend most to what, by mean weight:", *lines] if lines else []
+    return lines
 
 
 def write_page(path, page):
-    """Write what look returns as one HTML file, attention weights as uint8. Raises OSError."""
-    def pack(x):  # a tensor: its bytes, deflated, in base64
-        x = (x.int() if x.dtype == torch.int64 else x).numpy()
-        zipped = base64.b64encode(zlib.compress(x.tobytes())).decode()
-        return {"type": x.dtype.name, "shape": x.shape, "zlib": zipped}
-    weights = (page["weights"] * 255).round().to(torch.uint8)
-    text = json.dumps({**page, "weights": weights}, default=pack).replace("<", "\\u003c")
+    """Write what look returns as one HTML file, attention weights in 1 / 255. Raises OSError."""
+    page = {**page, "weights": (page["weights"] * 255).round().int()}
+    arrays = {name: (x.double().round(decimals=6) if x.is_floating_point() else x).tolist()
+              for name, x in page.items() if torch.is_tensor(x)}
+    zipped = zlib.compress(json.dumps(arrays, separators=(",", ":")).encode())
+    rest = {name: x for name, x in page.items() if name not in arrays}
+    text = json.dumps({**rest, "zlib": base64.b64encode(zipped).decode()}).replace("<", "\\u003c")
     html = Path(__file__).with_name("look.html").read_text(encoding="utf-8")
     write_atomically(path, lambda f: f.write(html.replace("DATA", text, 1).encode("utf-8")))

@@ -93,8 +93,8 @@ def test_settings_of_version_1_0_load_under_their_new_name(tmp_path):
     ("--steps=True", "steps=True is of type bool, not int"), ("--rate=None", "rate=None is of type NoneType, not float"),
     ("--resume=1", "resume=1 is of type int, not bool"), ("--limit=x", "limit='x' is of type str, not int or None"),
     ("--data_dir=", "data_dir='' is of type str, not Path"), ("--resume", "has no value; write --resume=VALUE, such as --resume=True"),
-    ("config/train_recitee.py", "no such config file; did you mean config/train_recite.py?"),
-    ("README.md", "not a config file; write settings as --checkpoint=README.md"),
+    ("config/train_recitee.py", "not a config file; see config/, or write --checkpoint=config/train_recitee.py"),
+    ("README.md", "not a config file; see config/, or write --checkpoint=README.md"),
 ])
 def test_a_wrong_argument_is_one_line_with_what_to_do(arg, message):
     source = "/set" if "=" in arg else arg
@@ -102,15 +102,15 @@ def test_a_wrong_argument_is_one_line_with_what_to_do(arg, message):
         config.load(Toy, [arg], typed="/set")
 
 
-@pytest.mark.parametrize("text, message", [
-    ("rates = 3", ": there is no setting 'rates'; did you mean 'rate'?"), ("steps = '5'", ": steps='5' is of type str, not int"),
-    ("steps = 3\nrate = = 2\n", ", line 2: SyntaxError: "), ("steps = 3\n\nrate = 1 / 0\n", ", line 3: ZeroDivisionError: "),
-    ("_f = lambda: missing\n_x = 1\nsteps = _f()\n", ", line 1: NameError: "), ("rate = 1\nexit()\n", ", line 2: SystemExit: "),
-])
-def test_a_mistake_in_a_config_file_names_the_file_and_the_line_of_an_error(tmp_path, text, message):
-    path = write(tmp_path, text)
-    with pytest.raises(UserError, match=f"^{re.escape(path + message)}.*$"):
-        load(path)
+@pytest.mark.parametrize("text, message", [("rates = 3", ": there is no setting 'rates'; did you mean 'rate'?"), ("steps = '5'", ": steps='5' is of type str, not int")])
+def test_a_wrong_setting_in_a_config_file_names_the_file(tmp_path, text, message):
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path / 'toy.py') + message)}$"):
+        load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("text, error", [("rate = = 2", SyntaxError), ("rate = 1 / 0", ZeroDivisionError)])
+def test_python_errors_in_a_config_file_keep_their_traceback(tmp_path, text, error):
+    pytest.raises(error, load, write(tmp_path, text))
 
 
 @settings(max_examples=100, deadline=None, database=None)

@@ -32,7 +32,7 @@ def test_the_losses_of_a_run(tmp_path, drawn, log, each_step):
     (out_dir / "log.csv").write_text(log, encoding="utf-8")
     plot_losses(out_dir, HISTORY)
     assert curves(drawn[0]) == {"each step": each_step, "training": [(0, 5.6), (1, 4.0), (2, 3.5)],
-                                "validation": [(0, 5.7), (1, 4.125), (2, 4.25)], "lowest: 4.12": [(1, 4.125)]}
+                                "validation, lowest: 4.12": [(0, 5.7), (1, 4.125), (2, 4.25)]}
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG") and len(list(out_dir.iterdir())) == 2
 
 
