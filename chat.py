@@ -10,7 +10,7 @@
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 itself continues text
 
 Only replies go to standard output, everything else to standard error. A base model, trained on
-plain text, continues your text instead of answering. When the context is full, old turns go.
+plain text, continues your text instead of answering. With a full context, old turns are dropped.
 """
 import codecs
 import json
@@ -46,13 +46,13 @@ class Settings:
     top_p: float = 1.0  # sample from the most likely tokens that make up this probability; 1: all
     repetition_penalty: float = 1.0  # 1 to 10; above 1, tokens that were used become less likely
     seed: int | None = None  # the same seed gives the same replies; None: a random one
-    score: Path | None = None  # compute a score: of a prepared folder, or a file of rows
-    score_rows: int = 0  # rows per group; 0: all of a file, or as many as are held out
-    score_file: Path | None = None  # where all answers go; None: score.json beside the checkpoint
+    score: Path | None = None  # compute the score on a prepared folder or a file of rows
+    score_rows: int = 0  # rows to score per split; 0: all of a file, or as many as are held out
+    score_file: Path | None = None  # where all answers go; None: score.json next to the checkpoint
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32, bfloat16, or int8 (int8 weights, CPU only)
 
-    # No settings, since they have no type: what model.py's `sample` takes, what /set may change.
+    # Not settings, since they have no annotation: arguments of `sample`; what /set may change.
     SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
     CHANGEABLE = (*SAMPLING, "max_new_tokens", "seed", "turns")
 
@@ -65,7 +65,7 @@ class Settings:
 
 
 class ChatSession:
-    """A conversation with a model. Its KV cache is kept, so that a turn only reads what is new."""
+    """A conversation with a model. Keep the KV cache, so that a turn computes only new tokens."""
 
     def __init__(self, model, enc, trained_turns):
         self.model, self.enc, self.cache = model, enc, gpt.KVCache(model)
@@ -115,8 +115,8 @@ class ChatSession:
                             "different checkpoint") from error
 
     def chat_prompt(self, question, cfg):
-        """Return what the model reads before it answers, and the question, clipped if it is too
-        long, both as ids. Notes what the model does not see."""
+        """Return the prompt, and the question, truncated if it is too long, both as ids. Print a
+        note if the model does not see all messages."""
         self.turns, block_size = cfg.turns or self.trained_turns, self.model.config.block_size
         limit = block_size - min(cfg.max_new_tokens, block_size // 4)  # leaves room for the reply
         earlier = self.history[-(self.turns - 1):] if self.turns > 1 else []  # [-0:] would be all
@@ -137,8 +137,8 @@ def chat_ids(turns, question, enc):
 
 
 def trim(turns, question, limit, enc):
-    """Drop the oldest turns, whole, until the prompt has at most `limit` ids; return the turns and
-    the question. A question that is too long by itself loses its beginning."""
+    """Drop whole turns, oldest first, until the prompt has at most `limit` ids; return the turns
+    and the question. A question that is too long by itself loses its beginning."""
     while turns and len(chat_ids(turns, question, enc)) > limit:
         turns = turns[1:]
     too_many = len(chat_ids(turns, question, enc)) - limit

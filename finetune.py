@@ -1,6 +1,6 @@
 """Finetune a model on chats: turn a base model, which continues text, into one that answers.
 
-    python finetune.py config/finetune_chat.py           # a model of train.py, minutes on a CPU
+    python finetune.py config/finetune_chat.py           # a train.py model, minutes on a CPU
     python finetune.py config/finetune_instruction.py    # GPT-2 on the small instruction data
     python finetune.py config/finetune_alpaca.py         # GPT-2 on Stanford Alpaca, for a GPU
     python finetune.py --init_from=out/mine/best.pt --data_dir=data/my_chats --out_dir=out/my_chat
@@ -32,8 +32,8 @@ class Settings(train.LoopSettings):
     eval_interval: int = 0  # steps between evaluations; 0: after each epoch, at most 20 times
     optimizer: str = "adamw"  # adamw (all), or muon (the blocks' matrices; AdamW for the rest)
     learning_rate: float = 5e-5  # peak
-    embedding_learning_rate: float = 5e-5  # peak, of AdamW next to Muon
-    dropout: float = 0.1  # share of activations zeroed in training; slows overfitting
+    embedding_learning_rate: float = 5e-5  # peak, of the AdamW used alongside Muon
+    dropout: float = 0.1  # fraction of activations zeroed in training; slows overfitting
 
 
 def main(argv):
@@ -42,7 +42,7 @@ def main(argv):
     cfg = setup.load_settings(Settings, argv, __doc__, ("max_iters", "eval_interval"))
     if read_meta(cfg.data_dir)["kind"] != "chat":
         raise UserError(f"data_dir={cfg.data_dir}: contains plain text; finetune on chats "
-                        "(prepare_alpaca.py), or continue on text with train.py --init_from")
+                        "(prepare_alpaca.py), or train on text with train.py --init_from")
     train.run(cfg, setup.load_base, set_steps)
 
 

@@ -1,11 +1,11 @@
-"""GPT-2, whole: attention, MLP, block, KV cache, generation, sampling, and OpenAI's weights.
+"""All of GPT-2: attention, MLP, block, KV cache, generation, sampling, and OpenAI's weights.
 
 `train.py` trains it and `chat.py` talks to it:
 
     python train.py config/train_recite.py
     python chat.py --init_from=gpt2 --prompt="Once upon a time"
 
-Read it from the top, from leaf to root. A block is layer norm, attention, layer norm and an MLP. A
+Read it from the top: parts come first. A block is layer norm, attention, layer norm and an MLP. A
 GPT is embeddings, a stack of blocks, and the token embeddings again as the output head, which gives
 each token of the vocabulary a score, its logit; softmax makes them probabilities. Shapes trail the
 lines: B batch, T new tokens, S tokens so far (the new ones included), C = n_embd channels, nh heads
@@ -51,7 +51,7 @@ def causal_mask(T, S, device):
 
 class CausalSelfAttention(nn.Module):
     """Each token attends to itself and the tokens before it, and takes a weighted mean of their
-    values. The weights say how well its query fits their keys."""
+    values. The weights come from how well its query matches their keys."""
 
     def __init__(self, config):
         super().__init__()
@@ -96,7 +96,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Works on each token by itself: widen to 4 C channels, apply a nonlinearity (GELU, Hendrycks &
+    """Process each token by itself: widen to 4 C channels, apply a nonlinearity (GELU, Hendrycks &
     Gimpel 2016, in GPT-2's tanh form), project back to C."""
 
     def __init__(self, config):
@@ -151,7 +151,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """Initial weights as in nanoGPT: normal(0, 0.02), biases 0, norms 1 (PyTorch's default)."""
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add up in the stream
+            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add to the residual stream
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() >= 2 and name.endswith("weight"):
                 nn.init.normal_(p, std=0.02)
@@ -191,7 +191,7 @@ class GPT(nn.Module):
             x = x[loss_positions]  # (N, C): the head, the widest layer, skips the other positions
         logits = self.head(x).float()  # (N, padded V)
         # A sum, not a mean: batches of chats have unequal numbers of targets. The caller divides by
-        # the number that the whole step has.
+        # the number of targets in the whole step.
         return F.cross_entropy(logits, targets.flatten(), reduction="sum")
 
     @torch.no_grad()
@@ -269,12 +269,12 @@ class KVCache:
         """Keep the prefix that the cache shares with `ids`, and return its length: at most
         len(ids) - 1, since the hidden state of the last token is needed to sample the next."""
         n = min(common_prefix(self.ids, ids), len(ids) - 1)
-        del self.ids[n:]  # now: after Ctrl-C their keys may be overwritten already
+        del self.ids[n:]  # now: an interrupted forward may overwrite their keys
         return n
 
 
 def common_prefix(a, b):
-    """How many ids two lists have in common at their start."""
+    """Return the length of the longest common prefix of two lists of ids."""
     shorter = min(len(a), len(b))
     if a[:shorter] == b[:shorter]:
         return shorter
@@ -380,7 +380,7 @@ def grow_embedding(table, config):
 
 class SkipInit(TorchFunctionMode):
     """Context manager: new modules keep uninitialized memory, for weights that will be loaded.
-    PyTorch calls this in place of each function; nn.init's pass their tensor on by name."""
+    PyTorch calls this in place of each torch function; nn.init passes `tensor` by keyword."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
@@ -389,18 +389,18 @@ class SkipInit(TorchFunctionMode):
 
 
 def empty_model(config):
-    """A GPT whose weights are not initialized, until load_weights replaces them."""
+    """Return a GPT with uninitialized weights, for load_weights to replace."""
     with SkipInit():
         return GPT(config)
 
 
 def load_weights(model, weights, source):
-    """Replace a model's weights by {name: tensor}, without copying. Raises UserError, naming the
-    source, where they do not fit the model or are not finite. They must be float32."""
+    """Replace a model's weights with {name: tensor}, without copying. Raises UserError, naming the
+    source, if they do not match the model or are not finite. They must be float32."""
     from config import UserError
     for name, tensor in weights.items():
         if not tensor.sum().isfinite():  # ten times faster than tensor.isfinite()
-            raise UserError(f"{source}: {name} contains NaN or inf; use an undamaged file")
+            raise UserError(f"{source}: {name} contains NaN or inf; use an intact copy")
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:

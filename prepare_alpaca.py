@@ -1,6 +1,6 @@
 """Instruction data -> chats -> token files.
 
-    python prepare_alpaca.py config/prepare_instruction.py    # the small data of this repository
+    python prepare_alpaca.py config/prepare_instruction.py    # this repository's small data set
     python prepare_alpaca.py                                  # Stanford Alpaca, 52,002 rows, 23 MB
     python prepare_alpaca.py --source=my.jsonl,more.csv --out_dir=data/mine
 
@@ -26,24 +26,24 @@ from data.rows import read_sources
 from data.tokenizer import SPACE_BEHIND_PATTERN, SPLIT_PATTERN, make_tokenizer
 
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
-# Alpaca's words for a row without an input.
+# What Alpaca writes as the input of a row that has none.
 NO_INPUT = re.compile(r"\W*no ?input( required| needed)?\W*", re.IGNORECASE)
 
 
 @dataclass
 class Settings:
     source: str = ALPACA_URL  # JSON, JSON-lines or CSV files, or URLs, separated by commas
-    bad_rows: str = "error"  # rows that do not make a chat: error, or drop (and count them)
+    bad_rows: str = "error"  # rows that cannot become a chat: error, or drop (and count them)
     out_dir: Path = Path("data/alpaca")  # where train.bin, val.bin, meta.json, chat_corpus.txt go
     tokenizer: str = "gpt2"  # gpt2, bytes, bpe (learned here) or a tokenizer.json's path
-    vocab_size: int = 1024  # ids that bpe makes, not counting the four special ones
+    vocab_size: int = 1024  # size of a bpe vocabulary, without the four special tokens
     space_behind: bool = False  # bpe joins a space to the word before it: fewer tokens
-    val_fraction: float = 0.05  # rows held out for validation, of every category alike
+    val_fraction: float = 0.05  # fraction of each category's rows held out for validation
     seed: int = 1337  # which rows are held out
     max_tokens: int = 1024  # longest conversation, in tokens
     too_long: str = "cut"  # longer ones: cut (inside an answer, then <|end|>) or drop
     drop_duplicates: bool = True  # keep only the first of identical rows
-    extra: Path | None = None  # a file of more training rows, not checked (see data/rules.py)
+    extra: Path | None = None  # more training rows, not split or deduplicated (see data/rules.py)
     repeat: int = 1  # how many times to use each training row of the source
     join: int = 1  # join up to this many training rows into a chat; 1: do not
 
@@ -107,7 +107,7 @@ def select(conversations, drop_duplicates, report):
 
 def split_rows(conversations, val_fraction, seed, report):
     """Return {"train": [...], "val": [...]}. The same share of every category is held out, at least
-    one row of each if categories are few. Rows with the same question are in one split."""
+    one row of each unless there are too many. Rows with the same question share a split."""
     total = len(conversations)
     questions, categories = defaultdict(list), defaultdict(list)  # of row numbers; of such lists
     for number, (messages, _) in enumerate(conversations):

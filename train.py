@@ -6,10 +6,10 @@
     python train.py --eval_only=True --init_from=out/chat/best.pt    # evaluate, write nothing
     python train.py --help                                 # every setting
 
-    torchrun --nproc_per_node=8 train.py config/train_gpt2.py    # many GPUs: the same steps, sooner
+    torchrun --nproc_per_node=8 train.py config/train_gpt2.py    # many GPUs: the same steps, faster
 
 It writes out_dir/best.pt, which chat.py talks to, out_dir/last.pt, which --resume continues from,
-log.csv and (where matplotlib is installed) loss.png.
+log.csv and (if matplotlib is installed) loss.png.
 """
 import math
 import signal
@@ -31,22 +31,22 @@ from runtime.signals import stop_on_broken_pipe, stop_signals
 
 @dataclass
 class LoopSettings:
-    """Settings of the training loop, which finetune.py has too."""
+    """Settings of the training loop, shared with finetune.py."""
     # input and output
     data_dir: Path = Path("data/instruction")  # a prepared folder: train.bin, val.bin, meta.json
     out_dir: Path = Path("out/new")  # where best.pt, last.pt and log.csv go
     resume: bool = False  # continue from out_dir/last.pt, if there is one
     eval_only: bool = False  # only evaluate init_from's model: loss, perplexity, bits per byte
     # one step
-    batch_size: int = 8  # micro-batch, in windows of block_size tokens; or chats of as many tokens
-    gradient_accumulation: int = 1  # micro-batches per step; ranks share them, so a multiple
+    batch_size: int = 8  # windows of block_size tokens per micro-batch; for chats, as many tokens
+    gradient_accumulation: int = 1  # micro-batches per step: a multiple of the world size
     max_iters: int = 2000  # steps
-    prompt_loss_iters: int = 0  # number of first steps whose loss also covers a chat's prompts
-    dropout: float = 0.0  # share of activations zeroed in training; slows overfitting
+    prompt_loss_iters: int = 0  # for this many initial steps, the loss covers prompts too
+    dropout: float = 0.0  # fraction of activations zeroed in training; slows overfitting
     # the optimizer
     optimizer: str = "muon"  # muon (the blocks' matrices; AdamW for the rest) or adamw (all)
     learning_rate: float = 0.01  # peak rate of Muon, or of AdamW if optimizer is adamw
-    embedding_learning_rate: float = 0.003  # peak rate of AdamW next to Muon
+    embedding_learning_rate: float = 0.003  # peak rate of the AdamW used alongside Muon
     warmup_iters: int = 20  # steps from near 0 to the peak
     decay: str = "linear"  # after warmup: linear, cosine or constant
     final_lr: float = 0.0  # where the decay ends, as a fraction of the peak
@@ -54,12 +54,12 @@ class LoopSettings:
     momentum: float = 0.9  # for Muon
     beta1: float = 0.9  # for AdamW
     beta2: float = 0.99  # for AdamW
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    grad_clip: float = 1.0  # clip the gradient norm to this value; 0: no clipping
     # logging, evaluating, saving
     log_interval: int = 50  # steps between progress lines
     eval_interval: int = 250  # steps between evaluations
-    save_interval: int | str = "5m"  # between saves of last.pt: 500 is steps, 10m minutes
-    sample_interval: int = 500  # steps between samples of what the model writes; 0: none
+    save_interval: int | str = "5m"  # between saves of last.pt: 500 means steps, 10m minutes
+    sample_interval: int = 500  # steps between generated samples; 0: none
     sample_prompt: str | None = None  # their prompt; None: a held-out one
     eval_tokens: int = 20_000  # tokens per evaluation, of each split; with eval_only: all
     best_by: str = "val"  # best.pt has the lowest loss on val; or on train, to memorize
@@ -166,7 +166,7 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
     step_loss, n_tokens, n_pairs = 0.0, 0, 0
     for i in mine:
         idx, targets, loss_positions = to_device(dataset.batch("train", i), device)
-        torch.manual_seed(cfg.seed + i)  # of dropout
+        torch.manual_seed(cfg.seed + i)  # for dropout
         if world_size > 1:  # DDP averages the gradients of all ranks, once a step
             model.require_backward_grad_sync = i == mine[-1]
         with autocast:
@@ -205,8 +205,8 @@ def lr_factor(step, cfg):
 
 
 def configure_optimizers(model, cfg, dtype=torch.float32):
-    """The optimizers of a run, a list: AdamW (Loshchilov & Hutter 2019) for all parameters, or Muon
-    for the blocks' matrices (its products in `dtype`) and AdamW for the rest."""
+    """Return a list of optimizers: AdamW (Loshchilov & Hutter 2019) for all parameters, or Muon for
+    the blocks' matrices (with matmuls in `dtype`) and AdamW for the rest."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = {n: p for n, p in trained.items() if p.dim() >= 2 and n.startswith("h.")}
     tables = {n: p for n, p in trained.items() if p.dim() >= 2 and n not in matrices}
@@ -228,8 +228,8 @@ def configure_optimizers(model, cfg, dtype=torch.float32):
 
 @torch.no_grad()
 def evaluate(model, dataset, split, cfg, device, autocast):
-    """Mean loss per target of a split, in nats, over the same cfg.eval_tokens tokens each time. It
-    uses no random number, so it does not change training."""
+    """Return a split's mean loss per target, in nats, over the same cfg.eval_tokens tokens each
+    time. Use no random numbers, so that evaluating does not affect training."""
     rank, world_size = rank_and_world_size()
     model.eval()
     total_loss, n_targets = 0.0, 0
@@ -266,8 +266,8 @@ def main(argv):
 
 
 def run(cfg, make_model, set_steps=None):
-    """Train the model that make_model(cfg) returns, or that the run resumes with; with eval_only
-    evaluate it. set_steps(cfg, dataset) returns cfg with the steps of the epochs filled in."""
+    """Train the model that make_model(cfg) returns, or the one restored from last.pt; with
+    eval_only, evaluate it. set_steps(cfg, dataset) returns cfg with epochs converted to steps."""
     config.check(cfg, decay=tuple(DECAYS))
     device, dtype, device_text = pick_device(cfg.device, cfg.dtype)
     with (distributed.process_group(device) as device, resume.lock_out_dir(cfg),

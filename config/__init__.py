@@ -26,8 +26,8 @@ class UserError(Exception):
 
 def load(settings_class, argv, doc="", start=None, typed="the command line"):
     """Build settings_class from its defaults, or from `start`, an instance of it, then from the
-    config files and flags in argv, in order. A relative Path starts at the repository, in flags
-    at the current folder. `typed` names the source of argv in messages. Raises UserError."""
+    config files and flags in argv, in order. Relative paths are relative to the repository, in
+    flags to the current folder. `typed` names the source of argv in messages. Raises UserError."""
     if "--help" in argv or "-h" in argv:
         print(describe(settings_class, doc))
         raise SystemExit(0)
@@ -129,9 +129,9 @@ def check(cfg, **allowed):
 
 def run(main):
     """Call main(argv). UserError and OSError end it with one line and exit code 1, Ctrl-C 130."""
-    argv = sys.argv[1:[*sys.argv, "#"].index("#")]  # zsh and cmd pass on a comment
+    argv = sys.argv[1:[*sys.argv, "#"].index("#")]  # zsh and cmd pass comments on as arguments
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a file on Windows may be unable to store emoji
+        stream.reconfigure(errors="replace")  # files on Windows may have no encoding for emoji
     try:
         main(argv)
         print(end="", flush=True)

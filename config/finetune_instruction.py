@@ -8,4 +8,4 @@ batch_size = 1  # 1,024 tokens: about 35 chats
 learning_rate = 5e-5
 warmup_iters = 10
 log_interval = 10
-patience = 2  # 1,571 rows soon overfit
+patience = 2  # the model soon overfits 1,571 rows

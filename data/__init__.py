@@ -1,1 +1,1 @@
-"""Text and files: from raw text to token files and batches, and a model in other tools' formats."""
+"""Text and files: from raw text to token files and batches, and reading GPT-2's weights."""

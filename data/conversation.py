@@ -1,4 +1,4 @@
-"""The chat format: its only writer and its only reader.
+"""The chat format: all code that writes or reads it.
 
 A conversation is a list of messages, {"role": "user" or "assistant", "content": text}, alternating,
 the user first. As token ids it is
@@ -46,7 +46,7 @@ def assemble(messages, enc):
 
 
 def prompt_ids(messages, enc):
-    """Like assemble, plus <|assistant|>: what the model continues with its reply."""
+    """Return assemble's ids and <|assistant|>: the prompt that the model's reply continues."""
     return [*assemble(messages, enc), special_ids(enc)[2]]
 
 
@@ -97,14 +97,14 @@ def chat_template(turns=None):
     """Return the format as a Jinja template, for tools that render chats by template. (They turn a
     typed "<|end|>" into the token; encode_conversation does not.)
 
-    turns: how many of the newest questions the model sees; None: all; 0: a base model, which
+    turns: how many of the most recent questions the model sees; None: all; 0: a base model, which
     continues the newest text. A system message is put before the first question.
     """
     if turns == 0:
         return "{{ messages[-1]['content'] or '" + END_OF_TEXT + "' }}"
     newest = f"[-{2 * turns - 1}:]" if turns else ""
-    # llama.cpp without Jinja takes a template that contains <|assistant|> for Phi-3's, which has
-    # newlines between the messages. Here it is in two halves.
+    # Without Jinja, llama.cpp mistakes a template that contains <|assistant|> for Phi-3's, with
+    # newlines between messages. So the token is written in two halves here.
     return ("{% set system = '' %}{% set chat = messages %}"
             "{% if messages[0]['role'] == 'system' %}"
             "{% set system = messages[0]['content'] + '\n' %}{% set chat = messages[1:] %}"

@@ -27,8 +27,8 @@ def write_tokens(path, chunks):
 
 
 def write_chats(folder, splits):
-    """Write the token files of {split: [(ids, messages, category), ...]}. Return what meta.json has
-    of them; row_categories reads the categories."""
+    """Write the token files of {split: [(ids, messages, category), ...]}. Return their entries for
+    meta.json; row_categories reads the categories."""
     names = sorted({category for rows in splits.values() for _, _, category in rows})
     meta = {"categories": names}
     for split, rows in splits.items():
@@ -88,7 +88,7 @@ def open_split(folder, split, meta):
     found = sum(map(len, shards))
     largest = max((shard[:10_000_000].max() for shard in shards), default=0)  # all take too long
     if not found or found != meta.get(f"{split}_tokens", found) or largest >= meta["vocab_size"]:
-        raise UserError(f"{whole}: {found} tokens with ids up to {largest} do not fit meta.json; "
+        raise UserError(f"{whole}: {found} tokens with ids up to {largest} do not match meta.json; "
                         "prepare the folder again")
     return shards
 
@@ -103,10 +103,10 @@ def open_dataset(folder, block_size, batch_size, seed=0, prompt_loss_batches=0):
     raise UserError(f"{folder}/meta.json: kind {kind!r} must be 'text' or 'chat'")
 
 
-@functools.lru_cache(4)  # evaluations ask again, and it reads all of them
+@functools.lru_cache(4)  # each evaluation calls it, and it reads every batch
 def count_targets(dataset, split, max_tokens):
-    """Return (number of targets of eval_batches, number of UTF-8 bytes that they represent). Losses
-    per byte compare across tokenizers. Special tokens are targets, too, but have no bytes."""
+    """Return (number of targets of eval_batches, number of UTF-8 bytes that they represent): losses
+    per byte are comparable across tokenizers. Special tokens are targets without bytes."""
     lengths = np.zeros(dataset.vocab_size, np.int64)
     for token, i in get_tokenizer(dataset.tokenizer)._mergeable_ranks.items():
         lengths[i] = len(token)
@@ -133,7 +133,7 @@ class Dataset:
 
 
 class TextDataset(Dataset):
-    """Plain text: windows of block_size tokens from random places, each target the token after.
+    """Plain text: windows of block_size tokens at random positions; each target is the next token.
     The text may be in several shards; no window crosses from one to the next."""
 
     kind = "text"
@@ -210,7 +210,7 @@ class ChatDataset(Dataset):
     """Chats: whole conversations, each from position 0, batched with others of similar length.
 
     A batch has as many conversations as fit into batch_size * block_size tokens, padding included.
-    Every epoch sorts by length, ties in a new random order, cuts at a random phase and shuffles the
+    Every epoch sorts by length, ties in random order, cuts at a random offset and shuffles the
     batches. Only the assistant's tokens are targets; in the first `prompt_loss_batches` of training
     the questions' tokens are too. A conversation longer than block_size + 1 is cut there, and left
     out if it has no target then (`dropped` counts them by split).
@@ -231,7 +231,7 @@ class ChatDataset(Dataset):
             tokens = self.tokens[split][0]
             starts = np.flatnonzero(tokens == self.pad_id)  # <|endoftext|> opens a conversation
             if tokens[0] != self.pad_id or tokens[-1] != end or (tokens[starts + 1] != user).any():
-                raise UserError(f"{folder}/{split}.bin: contains other text than conversations; "
+                raise UserError(f"{folder}/{split}.bin: contains text that is not a conversation; "
                                 "prepare the folder again")
             lengths = np.minimum(np.diff(starts, append=len(tokens)), block_size + 1)
             self.targets[split] = supervised(tokens, enc)
@@ -255,7 +255,7 @@ class ChatDataset(Dataset):
             rng = np.random.default_rng([self.seed, SPLITS.index(split), len(epochs) - 1])
             lengths = self.lengths[split]
             order = np.lexsort((rng.random(len(lengths)), lengths))  # by length, ties at random
-            first_budget = int(rng.integers(self.budget)) + 1  # so that cuts move
+            first_budget = int(rng.integers(self.budget)) + 1  # so that batch boundaries vary
             plan = cut(order, lengths, self.budget, first_budget)
             batches += [plan[i] for i in rng.permutation(len(plan))]
             epochs.append(len(batches))

@@ -39,7 +39,7 @@ def fetch(source, folder):
 
 def download(url, path, sha256=None, size=None):
     """Download `url` to `path`, unless that exists, and return the path. An interrupted download
-    resumes from `path.part`. Raises OSError, also for another SHA-256 or size in bytes."""
+    resumes from `path.part`. Raises OSError, also if its SHA-256 or size differs."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     if path.exists():
@@ -80,7 +80,7 @@ def fetch_rest(url, part):
         response.raise_for_status()
         is_page = response.headers.get("Content-Type", "").startswith("text/html")
         if is_page and not name_in(url).endswith((".html", ".htm")):
-            raise OSError(f"{url}: a web page, perhaps to log in; save the file as {part.stem}")
+            raise OSError(f"{url}: a web page, perhaps a login page; save the file as {part.stem}")
         if response.status_code == 200:  # the whole file
             part.unlink(missing_ok=True)  # before the ETag of another version is written
             etag.write_text(response.headers.get("ETag", "unknown"), "utf-8")

@@ -66,7 +66,7 @@ def lock_folder(folder):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if isinstance(error, BlockingIOError):  # and not a network disk without locks
+                if isinstance(error, BlockingIOError):  # not a network file system without locks
                     raise UserError(f"{folder}: another process is writing there; wait until it "
                                     "ends, or use another folder") from None
         yield

@@ -1,8 +1,8 @@
 """Rows of other people's files -> conversations.
 
 A file is a JSON list, JSON lines, a JSON object that contains one list of rows, or a CSV file with
-a header, gzipped or not. A row has a list of messages, or a question and an answer. FIELDS has the
-names that these go by.
+a header, gzipped or not. A row has a list of messages, or a question and an answer. FIELDS lists
+their names.
 """
 import csv
 import gzip
@@ -18,17 +18,17 @@ import config
 from config import UserError
 from data.download import fetch
 
-# Names of fields, in any case. Of several names for one thing the first counts.
+# Field names, case-insensitive. If several fit, the first one listed is used.
 FIELDS = {"messages": ("messages", "conversations", "conversation", "dialog", "dialogue"),
           "question": ("instruction", "question", "prompt", "query"),
-          "context": ("input", "context"),  # joins the question, or is the question
+          "context": ("input", "context"),  # appended to the question, or used as the question
           "answer": ("output", "response", "answer", "completion")}
 SYSTEM = ("system", "system_prompt")  # put before the first question
 ROLE, CONTENT = ("role", "from", "speaker"), ("content", "value", "text")  # of a message
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system",
          "developer": "system", **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard",
                                                  "bot", "chatbot", "model", "ai"), "assistant")}
-# Fields of rows that are made for something else.
+# Fields that show that a data set has a different purpose.
 OTHER_DATA = {
     **dict.fromkeys(("chosen", "rejected", "non_preferred_output"), "preference data"),
     **dict.fromkeys(("choices", "endings"), "multiple choice")}
@@ -37,7 +37,7 @@ BLANKS = "".join(filter(str.isspace, map(chr, range(2**16)))) + "\u200b\ufeff"
 
 
 class BadRow(UserError):
-    """A row that does not make a conversation. `reason` is a short text to count such rows by."""
+    """A row that cannot become a conversation. `reason` is a short label to count such rows by."""
 
     def __init__(self, reason, where, wanted, found):
         super().__init__(f"{where}: {wanted}, found {short(found)}")
@@ -145,11 +145,11 @@ def check_text(row, name, where):
 
 
 def check_characters(texts, where):
-    """Raise BadRow for texts that contain half of a surrogate pair: UTF-8 has no code for it."""
+    """Raise BadRow for texts that contain a lone surrogate, which UTF-8 cannot encode."""
     try:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRow("half a character", where, "must not contain half of a surrogate pair",
+        raise BadRow("half a character", where, "must not contain a lone surrogate",
                      error.object[error.start]) from error
 
 
@@ -160,12 +160,12 @@ def count_unused(row, used, whose, report):
 
 
 def read_sources(sources, folder, drop, report):
-    """Return (conversations, paths) of files or URLs with commas between them. A URL is downloaded
+    """Return (conversations, paths) of comma-separated files or URLs. A URL is downloaded
     into `folder` first. For drop and report see read_conversations. Raises UserError or OSError."""
     names = [sources] if config.is_file(sources) else sources.split(",")
     paths, conversations = [fetch(name.strip(), folder) for name in names], []
     if len(set(paths)) < len(paths):
-        raise UserError(f"source={sources}: two files have one name; name each once")
+        raise UserError(f"source={sources}: two sources have the same file name; name each once")
     for path in paths:
         try:
             found = read_conversations(path, report, drop)
@@ -196,7 +196,7 @@ def read_conversations(path, report=None, drop=False):
 
 def read_rows(path):
     """Return the rows of a JSON, JSON-lines or CSV file, gzipped or not, as Python values of any
-    type. Raises UserError, or OSError where there is no file."""
+    type. Raises UserError, or OSError if there is no file."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; name a file in it")

@@ -16,7 +16,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 def read_safetensors(path):
     """Return {name: tensor}, mapped from the file: pages are read when used, and writing to a
-    tensor leaves the file as it is. A damaged file raises an exception of any type."""
+    tensor leaves the file as it is. A damaged file may raise any exception."""
     raw = np.memmap(path, dtype=np.uint8, mode="c")
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
     header = json.loads(raw[8:start].tobytes())
@@ -25,7 +25,7 @@ def read_safetensors(path):
 
 
 def view_tensor(data, dtype, shape, data_offsets):
-    """Return a tensor of a header as a view of `data`, or a copy where that is not aligned."""
+    """Return a tensor of a header as a view of `data`, or a copy if that is not aligned."""
     import torch
     dtype, (start, stop) = getattr(torch, DTYPES[dtype]), data_offsets
     if not 0 <= start <= stop <= len(data) or min(shape, default=0) < 0:

@@ -23,7 +23,7 @@ class Settings:
     tokenizer: str = "bytes"  # bytes, gpt2, bpe (trained on this text) or a tokenizer.json
     vocab_size: int = 4096  # of bpe
     bpe_bytes: int = 100_000_000  # bpe is trained on the first bytes of the text, at most
-    val_fraction: float = 0.1  # the last part of the text is kept for validation
+    val_fraction: float = 0.1  # fraction held out for validation, from the end of the text
 
 
 def read_text(path, start, stop):
@@ -43,8 +43,8 @@ def read_text(path, start, stop):
 
 
 def character_start(path, at):
-    """The position of the first UTF-8 character at byte `at` or later that is not "\\n", the second
-    half of a Windows line end; or the end of the file."""
+    """Return the first position from `at` on that splits neither a UTF-8 character nor a Windows
+    line ending, so never one before "\\n"; or the end of the file."""
     with open(path, "rb") as f:
         f.seek(at)
         while (byte := f.read(1)) and (byte == b"\n" or byte[0] & 0xC0 == 0x80):

@@ -39,7 +39,7 @@ def learn_merges(text, n_merges, pattern=SPLIT_PATTERN):
     """Learn a byte-pair encoding (Sennrich et al. 2016, on bytes as in GPT-2): a list of pairs of
     ids, where merge i makes the new id 256 + i.
 
-    Start from the 256 bytes. Each step turns the most frequent pair of neighbours into a new id.
+    Start from the 256 bytes. Each step merges the most frequent adjacent pair into a new id.
     "aab aab" first merges (a, a), which occurs twice, then (aa, b): [(97, 97), (256, 98)].
     """
     words = [list(word.encode("utf-8")) for word in re.findall(pattern, text)]
@@ -47,7 +47,7 @@ def learn_merges(text, n_merges, pattern=SPLIT_PATTERN):
     for i in range(n_merges):
         counts = Counter()
         for word in words:
-            counts.update(zip(word, word[1:]))  # its pairs of neighbours
+            counts.update(zip(word, word[1:]))  # its adjacent pairs
         if max(counts.values(), default=0) < 2:  # no pair occurs twice
             break
         best = min(counts, key=lambda pair: (-counts[pair], pair))  # on a tie, the smallest pair
@@ -155,7 +155,7 @@ def get_tokenizer(spec):
 
 
 def load_gpt2_tokenizer():
-    """Return GPT-2's tokenizer. Raises UserError where its vocabulary cannot be downloaded."""
+    """Return GPT-2's tokenizer. Raises UserError if its vocabulary cannot be downloaded."""
     try:
         base = tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests, urllib3 and tiktoken each have their own
@@ -194,7 +194,7 @@ def count_ids(spec):
 
 
 def token_pieces(enc, ids):
-    """Return each id's own text. Bytes that are part of a character become <e2> and so on."""
+    """Return each id's own text. Bytes of an incomplete character are shown as <e2> and so on."""
     pieces = []
     for token in enc.decode_tokens_bytes(ids):
         try:
@@ -224,7 +224,7 @@ def main(argv):
             ("1. White space", "Simple, but 'world!' and 'world' are unrelated.", r"\S+"),
             ("2. And punctuation", "Better, but unseen words are unknown.", r"\w+|[^\w\s]"),
             ("3. Characters", "None is unknown, but there are 150,000.", r"[\s\S]"),
-            ("4. Bytes", "256 ids write everything, but texts get long.", "bytes"),
+            ("4. Bytes", "256 ids cover everything, but texts get long.", "bytes"),
             ("5. Byte pairs, learned here", f"{len(learned['merges'])} merges of frequent "
              f"neighbours in {source.name}: common words are one piece, nothing is unknown.",
              learned),

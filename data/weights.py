@@ -29,8 +29,8 @@ NANOGPT_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size
 def read_gpt2(name_or_path):
     """Return ({GPT-2's name, without "transformer.": float32 tensor}, {field of GPTConfig: value}).
 
-    Matrices have GPT-2's layout, (in, out), also those of nanoGPT (whose exact GELU GPT-2's
-    approximates to about 0.001 in a logit). Rows of wte for added tokens or padding are left out
+    Matrices have GPT-2's layout, (in, out), also those of nanoGPT (its exact GELU and
+    ours differ by about 0.001 in a logit). Rows of wte for added tokens or padding are left out
     with a note. Raises OSError, and UserError for what model.py would not compute correctly.
     """
     file = fetch_gpt2(name_or_path) if name_or_path in GPT2_NAMES else find_file(Path(name_or_path))
@@ -57,7 +57,7 @@ def parse(file):
                for name, tensor in content.items() if not name.endswith(CAUSAL_MASKS)}
     wte = weights["wte.weight"]
     if not weights.pop("lm_head.weight", wte).equal(wte):
-        raise ValueError("lm_head.weight differs from wte.weight, GPT-2 ties them")
+        raise ValueError("lm_head.weight differs from wte.weight, but GPT-2 ties them")
     if any(tensor.dim() > 2 or not tensor.numel() for tensor in weights.values()):
         raise ValueError("a tensor is empty or has more than two dimensions")
     sizes = read_sizes(config, weights)
@@ -104,7 +104,7 @@ def read_json(path):
 
 
 def read_sizes(config, weights):
-    """Return {field of GPTConfig: value}. Raises ValueError where model.py does not fit."""
+    """Return {field of GPTConfig: value}. Raises ValueError if model.py does not support them."""
     (vocab_size, n_embd), (block_size, _) = weights["wte.weight"].shape, weights["wpe.weight"].shape
     n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
     sizes = {"vocab_size": vocab_size, "n_embd": n_embd, "n_layer": n_layer}
@@ -120,12 +120,12 @@ def read_sizes(config, weights):
 
 
 def check_vocabulary(file, rows):
-    """Raise ValueError where a vocab.json or tokenizer.json beside the weights is not GPT-2's."""
+    """Raise ValueError if a vocab.json or tokenizer.json beside the weights is not GPT-2's."""
     vocab = (read_json(file.with_name("vocab.json")) or
              read_json(file.with_name("tokenizer.json")).get("model", {}).get("vocab"))
-    if vocab and rows >= GPT2_VOCAB_SIZE:  # fewer are never taken for GPT-2's
+    if vocab and rows >= GPT2_VOCAB_SIZE:  # smaller ones are never treated as GPT-2's
         enc = get_tokenizer("gpt2")
         tokens = {enc.decode([i]): i for i in range(0, GPT2_VOCAB_SIZE, 100)}
         words = [token for token in tokens if token.isascii() and token.isalpha()]
         if any(vocab.get(word) != tokens[word] for word in words):
-            raise ValueError("the tokenizer beside it is not GPT-2's")
+            raise ValueError("the tokenizer in its folder is not GPT-2's")

@@ -282,11 +282,11 @@ CHAT = [START, USER, 1, END, ASSISTANT, 2, END] * 10
 @pytest.mark.parametrize("kind, train, meta, part", [
     ("text", random_ids(32), {}, r"train: 32 tokens.*block_size=32.*--block_size=31"),
     ("chat", [[START, USER, *[65] * 50, END, ASSISTANT, 66, END]], {}, "block_size=32 no conversation"),
-    ("text", [65] * 40 + [260], {}, r"train\.bin: 41 tokens with ids up to 260 do not fit meta.json; prepare"),
+    ("text", [65] * 40 + [260], {}, r"train\.bin: 41 tokens with ids up to 260 do not match meta.json; prepare"),
     ("chat", [CHAT + [260]], {}, "up to 260"), ("text", CHAT, {"train_tokens": 71}, r"train\.bin: 70 tokens"),
     ("text", CHAT, {"vocab_size": 300}, "vocab_size=300.*bytes has 260"), ("text", CHAT, {"kind": "pictures"}, "'pictures'"),
     ("text", CHAT, {"vocab_size": "260"}, "vocab_size=260, but"),
-    *[("chat", ids, {}, "other text than conversations") for ids in (
+    *[("chat", ids, {}, "text that is not a conversation") for ids in (
         [[65, 66, 67]], [[START, ASSISTANT, 65, END]], [[65], CHAT], [CHAT, [65]], [CHAT, [START, 65, *CHAT[1:]]], [[START]])]])
 def test_a_folder_that_does_not_fit_is_one_line_that_names_it(tmp_path, kind, train, meta, part):
     make_folder(tmp_path, kind, train, **meta)
