@@ -45,14 +45,14 @@ def set_up(cfg, device, make_model):
     """Return (model, dataset, the dict of last.pt or None). make_model(cfg) returns the model where
     the run does not resume. Raises UserError or OSError."""
     world_size = rank_and_world_size()[1]
-    if cfg.gradient_accumulation % world_size and not cfg.eval_only:
-        raise UserError(f"gradient_accumulation={cfg.gradient_accumulation}: must be divisible by "
-                        f"the {world_size} processes, which share the micro-batches of a step")
     torch.manual_seed(cfg.seed)  # of the initial weights
     resumed = resume.load_last(cfg) if cfg.resume else None
     with rank_0_first():  # it may have to download the model
         model = (load_model(resumed, cfg.dropout, cfg.out_dir / "last.pt") if resumed
                  else make_model(cfg))
+    if cfg.gradient_accumulation % world_size and not cfg.eval_only:
+        raise UserError(f"gradient_accumulation={cfg.gradient_accumulation}: must be divisible by "
+                        f"the {world_size} processes, which share the micro-batches of a step")
     model.to(device)
     if not cfg.fused:
         model.config.fused = False
