@@ -1,1 +1,1 @@
-"""Everything around the idea: checkpoints, logging, processes, terminal, scoring, export."""
+"""Infrastructure of the scripts: checkpoints, logging, processes, terminal, scoring, export."""

@@ -1,4 +1,4 @@
-"""Checkpoint files: a model's config, weights and tokenizer, and how it was trained. best.pt holds
+"""Checkpoint files: a model's config, weights and tokenizer, and how it was trained. best.pt has
 what chat.py needs, last.pt also what an exact resume needs (runtime/resume.py). Loading one never
 executes anything (weights_only=True)."""
 import sys
@@ -18,7 +18,7 @@ SCHEMA = {"config": dict, "model": dict, "tokenizer": (str, dict), "kind": str, 
 
 
 def model_state(model, tokenizer_spec, kind, **extra):
-    """What chat.py needs and `extra`, as a dict for save_checkpoint. kind: "chat" or "text"."""
+    """Return a dict for save_checkpoint: what chat.py needs, and extra. kind: "chat" or "text"."""
     return {"config": asdict(model.config), "model": model.state_dict(),
             "tokenizer": tokenizer_spec, "kind": kind, **extra}
 
@@ -28,7 +28,7 @@ def save_checkpoint(path, checkpoint):
     write_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
-def load_checkpoint(path, hint="Make it: make chat, or the config file with its out_dir."):
+def load_checkpoint(path, hint="Run make chat, or train with the config file for its out_dir."):
     """Return the dict that save_checkpoint wrote. Raises UserError for a file that is missing
     (`hint` says how to make it), damaged, or not a checkpoint."""
     path = Path(path)
@@ -36,7 +36,7 @@ def load_checkpoint(path, hint="Make it: make chat, or the config file with its 
         raise UserError(f"{path}: no such checkpoint. {hint}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True,
-                                mmap=sys.platform != "win32")  # there a mapped file stays locked
+                                mmap=sys.platform != "win32")  # Windows locks mapped files
         for name, kind in SCHEMA.items():
             if not isinstance(checkpoint[name], kind):
                 raise TypeError(f"its {name} is of type {type(checkpoint[name]).__name__}")
@@ -47,23 +47,23 @@ def load_checkpoint(path, hint="Make it: make chat, or the config file with its 
     except Exception as error:  # torch.load raises many types for a damaged file
         reason = str(error).split("\n")[0][:100]
         raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}: {reason}); "
-                        "use another, or train again") from error
+                        "use a different one, or train again") from error
     return checkpoint
 
 
 def load_model(checkpoint, dropout=0.0, source="the checkpoint"):
-    """Return the GPT in a checkpoint's dict. Raises UserError where it does not fit model.py."""
+    """Return the GPT in a checkpoint's dict. Raises UserError if it does not fit model.py."""
     model = empty_model(GPTConfig(**checkpoint["config"] | {"dropout": dropout}))
     load_weights(model, checkpoint["model"], source)
     return model
 
 
 def load_pretrained(source, dropout=0.0):
-    """Load a trained model: (the GPT, its tokenizer's spec, its max_turns). source: a checkpoint's
+    """Load a trained model: return (GPT, tokenizer spec, max_turns). source: a checkpoint's
     .pt, or GPT-2's weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl (downloaded once), or a folder
     or file that data/weights.py reads. Raises UserError or OSError."""
     path = local_path(str(source))
-    if path.suffix == ".pt" and path.name != "ckpt.pt":  # which is nanoGPT's
+    if path.suffix == ".pt" and path.name != "ckpt.pt":  # ckpt.pt is nanoGPT's
         checkpoint = load_checkpoint(path)
         return load_model(checkpoint, dropout, path), checkpoint["tokenizer"], max_turns(checkpoint)
     model = load_gpt2(source if source in GPT2_NAMES else path, dropout=dropout)
@@ -74,5 +74,5 @@ def load_pretrained(source, dropout=0.0):
 
 
 def max_turns(checkpoint):
-    """How many questions the longest chat had that the model was trained on; 0 for plain text."""
+    """Return the number of questions in the longest training chat; 0 for plain text."""
     return checkpoint.get("turns", 1) if checkpoint["kind"] == "chat" else 0

@@ -1,4 +1,4 @@
-"""The device and its dtype, mixed precision, and torch's errors as one line."""
+"""Pick the device and dtype, use mixed precision, and explain PyTorch's errors in one line."""
 import contextlib
 import re
 
@@ -6,7 +6,7 @@ import torch
 
 from config import UserError
 
-ADVICE = {  # by a part of an error of torch
+ADVICE = {  # by a pattern in PyTorch's error
     "MemoryError|out of memory|allocate memory":
         "out of memory; the last checkpoint is kept; use a smaller --batch_size with more "
         "--gradient_accumulation, a smaller --block_size or a smaller model",
@@ -18,16 +18,16 @@ ADVICE = {  # by a part of an error of torch
 
 
 def pick_device(device="auto", dtype="auto"):
-    """Resolve "auto" or a name: (torch.device, torch.dtype, their names). A Mac's GPU (mps) is used
-    by name only, since PyTorch computes some things wrong on it. Raises UserError for a device that
-    this machine does not have, or a dtype that the device does not support."""
+    """Resolve "auto" or names to (torch.device, torch.dtype, a description). "auto" never selects a
+    Mac's GPU (mps), where PyTorch computes some things incorrectly. Raises UserError for a device
+    that this machine does not have, or a dtype that the device does not support."""
     names = ["auto", "cpu"]
     if torch.backends.mps.is_available():
         names.append("mps")
     if torch.cuda.is_available():
         names += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if device not in names:
-        raise UserError(f"device={device!r} is not on this machine; use {', '.join(names)}")
+        raise UserError(f"device={device!r} is not available here; use {', '.join(names)}")
     if device == "auto":
         device = "cuda" if "cuda" in names else "cpu"
     dtypes = ["auto", "float32", "bfloat16"]
@@ -48,7 +48,7 @@ def mixed_precision(device, dtype):
 
 def to_device(batch, device):
     """Convert a dataset's (idx, targets, loss_positions), NumPy arrays or None, to tensors on the
-    device. From pinned memory a GPU copies while it computes."""
+    device. Pinned memory lets the copy to a GPU overlap with computation."""
     pin = device.type == "cuda"
     tensors = [None if a is None else torch.from_numpy(a) for a in batch]
     return [t if t is None else (t.pin_memory() if pin else t).to(device, non_blocking=pin)
@@ -57,7 +57,7 @@ def to_device(batch, device):
 
 @contextlib.contextmanager
 def explain_torch_errors():
-    """Context manager: turn the errors of torch that have ADVICE into a UserError."""
+    """Context manager: turn the PyTorch errors listed in ADVICE into a UserError."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

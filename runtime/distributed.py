@@ -1,4 +1,4 @@
-"""Several processes, started by torchrun: ranks, all-reduce, DDP. Without it: one, of rank 0."""
+"""Distributed training with torchrun: ranks, all-reduce, DDP. Without torchrun: one rank, 0."""
 import contextlib
 import os
 import sys
@@ -15,7 +15,7 @@ from config import UserError
 @contextlib.contextmanager
 def process_group(device):
     """Context manager: join torchrun's processes, and yield this rank's device. Only rank 0 prints.
-    Raises UserError where a rank has no device of its own."""
+    Raises UserError if a rank has no device of its own."""
     if "WORLD_SIZE" not in os.environ:
         yield device
         return
@@ -39,7 +39,7 @@ def process_group(device):
 
 
 def rank_and_world_size():
-    """This process's rank and the number of processes: (0, 1) without torchrun."""
+    """Return this process's rank and the number of processes: (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -68,7 +68,7 @@ def all_reduce(device, *numbers):
 
 
 def wrap_model(model, dataset, compiled):
-    """Wrap the model in torch.compile and, for several processes, DDP; it shares the weights."""
+    """Wrap the model in torch.compile and, if distributed, in DDP. The weights are shared."""
     if compiled:
         # Text has one or two shapes, each with a graph of its own; chats share a dynamic one.
         model = torch.compile(model, dynamic=False if dataset.kind == "text" else None)

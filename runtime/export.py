@@ -23,7 +23,7 @@ from runtime.checkpoint import load_checkpoint, load_model, max_turns
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # what to export
     out: Path = Path("out/chat/hf")  # a folder for transformers, or FILE.gguf for llama.cpp
-    dtype: str = "float32"  # of the matrices in FILE.gguf: float32, float16 or q8_0 (8.5 bits)
+    dtype: str = "float32"  # of FILE.gguf's matrices: float32, float16, q8_0 (8.5 bits per weight)
 
 
 def main(argv):
@@ -38,13 +38,13 @@ def main(argv):
     elif cfg.dtype == "float32":
         write_hf_folder(cfg.out, model, spec)
     else:
-        raise UserError(f"dtype={cfg.dtype}: only for --out=FILE.gguf; a folder has float32")
+        raise UserError(f"dtype={cfg.dtype}: only for --out=FILE.gguf; folders are always float32")
     print(f"{cfg.checkpoint} -> {cfg.out}")
 
 
 def gpt2_weights(model):
-    """Return {name: tensor} of a GPT as other tools know GPT-2: without the vocabulary's padding,
-    with zeros for missing biases. Raises UserError where an edited model has other parameters."""
+    """Return {name: tensor} of a GPT as other tools expect GPT-2: without the vocabulary's padding,
+    with zeros for missing biases. Raises UserError if an edited model's parameters differ."""
     cfg, C, weights = model.config, model.config.n_embd, model.state_dict()
     block = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "ln_2": (C,),
              "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
@@ -62,7 +62,7 @@ def gpt2_weights(model):
 
 
 def write_hf_folder(folder, model, spec):
-    """Write a GPT and its tokenizer as transformers stores them. Raises UserError or OSError."""
+    """Write a GPT and its tokenizer as transformers saves them. Raises UserError or OSError."""
     weights, enc = transpose_conv1d(gpt2_weights(model)), get_tokenizer(spec)
     with new_files(folder, deciding="config.json") as part:
         write_safetensors(part / "model.safetensors",

@@ -1,5 +1,5 @@
-"""Generate faster on a CPU. Prefill uses oneDNN, a tenth faster than PyTorch's BLAS. One token,
-which is mostly reading weights, uses NumPy, whose BLAS reads them with all cores, not one."""
+"""Generate faster on a CPU. Prefill uses oneDNN, which is 10 % faster than PyTorch's BLAS. Decoding
+is memory-bound: it uses NumPy, whose BLAS reads the weights with all cores instead of one."""
 import copy
 import math
 import sys
@@ -31,8 +31,8 @@ class FastLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear with int8 weights, for embedding bags: PyTorch sums rows of a table, each times
-    a channel of the token. A row has a channel's weights for `width` outputs, scale and minimum."""
+    """nn.Linear with int8 weights, as an embedding_bag: a sum of table rows, each times one input
+    channel. A row has that channel's weights for `width` outputs, and their scale and minimum."""
 
     def __init__(self, weight, bias=None):
         super().__init__()
@@ -59,7 +59,7 @@ class Int8Linear(nn.Module):
 
 
 class FastGPT(GPT):
-    """GPT with fast linear layers, in which one token with a KV cache goes through NumPy."""
+    """GPT with fast linear layers, which decodes with a KV cache one token at a time in NumPy."""
 
     @np.errstate(all="ignore")  # chat.py reports logits that are not finite
     def hidden(self, idx, cache=None, start=0):
@@ -93,7 +93,7 @@ def build(model, linear):
     fast.__class__, fast.num_params = FastGPT, lambda: n_params  # int8 weights are not parameters
     for parent in list(fast.modules()):
         for name, layer in parent.named_children():
-            if type(layer) is nn.Linear:  # a subclass may compute something else
+            if type(layer) is nn.Linear:  # a subclass may compute something different
                 setattr(parent, name, linear(layer.weight, layer.bias))
     fast.output = linear(fast.wte.weight)
     fast.tables = fast.wte.weight.numpy(), fast.wpe.weight.numpy()
@@ -115,9 +115,9 @@ def probe(model):
 
 
 def speed_up(model, int8=False):
-    """Return a model that generates what a GPT in eval mode does, but faster, on the same weights.
-    int8: with int8 weights in linear layers and head. The plain model comes back where it is not on
-    a CPU in float32, or where an edited model.py computes something else than this file."""
+    """Return a faster model that generates what a GPT in eval mode does and shares its weights.
+    int8: quantize the linear layers and the head. Return the model itself if it is not on a CPU in
+    float32, or if an edited model.py computes something different from this file."""
     if model.wte.weight.device.type != "cpu" or model.wte.weight.dtype != torch.float32:
         return model
     try:
@@ -126,5 +126,5 @@ def speed_up(model, int8=False):
             return build(model, Int8Linear) if int8 else fast
     except Exception:  # an edited model need not have these layers, or their shapes
         pass
-    print("note: model.py is edited, so it runs without runtime/fast_cpu.py", file=sys.stderr)
+    print("note: model.py was edited, so runtime/fast_cpu.py is not used", file=sys.stderr)
     return model

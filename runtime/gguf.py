@@ -1,7 +1,7 @@
-"""GGUF files, for llama.cpp and what is built on it, such as Ollama, by the `gguf` package.
+"""Write GGUF files, for llama.cpp and tools built on it, such as Ollama, with the `gguf` package.
 
-llama.cpp has neither this project's pattern to split text nor its chat format built in. So the file
-has a chat template, and a tokenizer that makes the same ids of nearly every text.
+llama.cpp has neither this project's split pattern nor its chat format built in. So the file has a
+chat template, and a tokenizer that gives the same ids for nearly every text.
 """
 from config import UserError
 from data.conversation import ASSISTANT, END, chat_template, special_ids
@@ -9,7 +9,7 @@ from data.files import write_atomically, write_text
 from data.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, get_tokenizer
 from runtime.export import gpt2_weights, merge_pairs, to_gpt2_unicode
 
-# The gguf package's names of a tensor's type and of a file with such matrices.
+# The gguf package's names for a tensor type, and for a file with such matrices.
 DTYPES = {"float32": ("F32", "ALL_F32"), "float16": ("F16", "MOSTLY_F16"),
           "q8_0": ("Q8_0", "MOSTLY_Q8_0")}
 
@@ -60,30 +60,30 @@ def export_gguf(path, model, spec, dtype, turns):
     write_modelfile(path.with_suffix(".Modelfile"), path.name, cfg.block_size, turns)
     if spec not in ("gpt2", "bytes"):
         print("note: llama.cpp may split texts with several spaces, or with punctuation next to "
-              "letters of several bytes, into other tokens than chat.py")
+              "multi-byte letters, into different tokens than chat.py")
 
 
 def add_tokenizer(writer, spec):
     """Add a tokenizer to a GGUFWriter. llama.cpp has GPT-2's pattern, "gpt-2". "superbpe" splits a
-    text at numbers only and leaves the rest to the merges, which hardly ever reach across a split
-    of ours, because they were learned between splits."""
+    text at numbers only and leaves the rest to the merges, which rarely cross one of our splits,
+    because they were learned between splits."""
     enc = get_tokenizer(spec)
     end_of_text, user, assistant, end = special_ids(enc)
     ranks = enc._mergeable_ranks
     tokens = list(map(to_gpt2_unicode, sorted(ranks, key=ranks.get)))  # by id
     merges = merge_pairs(enc)
     if spec != "gpt2":
-        # A few tokens are never made: train_bpe splits with Python's re, to which a separate accent
-        # is punctuation, tiktoken with an engine to which it is a letter.
+        # A few tokens never occur: a combining accent is punctuation for Python's re, with which
+        # train_bpe splits, and a letter for tiktoken's regex engine.
         merges = [(a, b) for a, b in merges if not is_text(a + b) or
                   len(enc.encode_ordinary((a + b).decode("utf-8"))) == 1]
-        # A space that may follow a word joins the word first, then other white space.
+        # A space that may follow a word merges with it first, then with other white space.
         merges.sort(key=lambda pair: b"".join(pair).isspace())
     merges = [" ".join(map(to_gpt2_unicode, pair)) for pair in merges]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2" if spec == "gpt2" else "superbpe")
     writer.add_token_list([*tokens, *SPECIAL_TOKENS])
-    writer.add_token_types([1] * len(tokens) + [3] * len(SPECIAL_TOKENS))  # 3: not part of texts
+    writer.add_token_types([1] * len(tokens) + [3] * len(SPECIAL_TOKENS))  # 1: normal, 3: control
     writer.add_token_merges(merges or [f"{END} {END}"])  # there must be one; this never applies
     writer.add_bos_token_id(end_of_text)
     writer.add_add_bos_token(False)

@@ -12,14 +12,14 @@ import torch
 from data.files import write_text
 from runtime.distributed import is_rank_0, rank_and_world_size
 
-# Peak dense bfloat16 FLOP/s by a part of the device's name (data sheets); the first that fits.
+# Peak dense bfloat16 FLOP/s by a part of the device's name (data sheets); the first match.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
               "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(device, dtype):
-    """Peak FLOP/s of all ranks: the data sheet's for a GPU in bfloat16, that of the fastest large
-    matmul measured now for a CPU, nan where it is not known."""
+    """Return the peak FLOP/s of all ranks: from the data sheet for a GPU in bfloat16, from the
+    fastest of five large matmuls for a CPU, nan if it is not known."""
     if device.type == "cpu":
         a = torch.ones(1024, 1024, dtype=dtype)
         seconds = min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
@@ -33,7 +33,7 @@ def peak_flops(device, dtype):
 
 
 class Logger:
-    """Writes log.csv and prints progress lines, on rank 0. wandb takes the same rows."""
+    """Write log.csv and print progress lines, on rank 0. wandb takes the same rows."""
 
     COLUMNS = ("step", "epoch", "loss", "lr", "norm", "tokens", "seconds", "tokens_per_second",
                "mfu", "train_loss", "val_loss", "val_bits_per_byte")
@@ -43,7 +43,7 @@ class Logger:
         self.peak = peak_flops(device, dtype) if is_rank_0() else math.nan
         self.sums = Counter()  # of tokens, seconds and flops, since the last progress line
         rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        rows = rows[1:first_step + 1]  # a run that was killed wrote rows that come again
+        rows = rows[1:first_step + 1]  # drop rows of steps that the resumed run repeats
         write_text(self.path, "\n".join([",".join(self.COLUMNS), *rows]) + "\n")
 
     def log(self, row):

@@ -1,4 +1,4 @@
-"""See inside a model: one page with everything that it computed for one exchange.
+"""Look inside a model: one page with everything that it computed for one exchange.
 
     python chat.py --look=out/look.html --prompt="What is the plural of box?"
 
@@ -30,12 +30,12 @@ def look(model, enc, ids, start=None, longest=256):
     chosen: the position where the page opens, the first token of the reply.
     next_ids (T, 10), logits (T, kept): the most likely first, minus the largest logit.
     rest (T, temperatures): the sum of exp(logit / temperature) over the logits not kept.
-    came, came_p, came_rank (T,): logit, probability and rank (from 1) of the next token.
-    lens_ids, lens_p (L + 1, T, 3), lens_came (L + 1, T): see lens; before the blocks, after each.
+    target_logit, target_p, target_rank (T,): of the actual next token; ranks are from 1.
+    lens_ids, lens_p (L + 1, T, 3), lens_target_p (L + 1, T): lens, before the blocks, after each.
     weights (L, 1 + nh, T, T): attention weights, the mean over the heads, then each head's.
 
     start: where in ids the model's own text begins; None: after the last <|assistant|>, or at 0.
-    Raises UserError where ids are empty or a block has no attention weights.
+    Raises UserError if ids are empty or a block has no attention weights.
     """
     if not ids:
         raise UserError("look: there are no tokens; write something first")
@@ -48,16 +48,16 @@ def look(model, enc, ids, start=None, longest=256):
              for i, is_own in zip(ids, own)]
     with torch.no_grad():
         stream, weights = record(model, ids, longest)
-        came = torch.tensor([*shown[1:], shown[-1]])  # (T,)
-        levels = [lens(model, x[0, -longest:], came) for x in stream]
-        page = next_tokens(levels[-1][0], came)
-    _, lens_ids, lens_p, lens_came = [torch.stack(z) for z in zip(*levels)]
+        target = torch.tensor([*shown[1:], shown[-1]])  # (T,)
+        levels = [lens(model, x[0, -longest:], target) for x in stream]
+        page = next_tokens(levels[-1][0], target)
+    _, lens_ids, lens_p, target_p = [torch.stack(z) for z in zip(*levels)]
     used = sorted({*shown, *page["next_ids"].flatten().tolist(), *lens_ids.flatten().tolist()})
     return {**page, "ids": shown, "hidden": hidden, "roles": roles[hidden:], "lens_ids": lens_ids,
-            "lens_p": lens_p, "lens_came": lens_came, "came_p": lens_came[-1], "weights": weights,
-            "chosen": max(min(start, len(ids) - 1) - hidden, 0), "stops": STOPS,
-            "texts": dict(zip(used, token_pieces(enc, used))), "habits": habits(weights, shown),
-            "config": vars(model.config), "parameters": model.num_params()}
+            "lens_p": lens_p, "lens_target_p": target_p, "target_p": target_p[-1], "stops": STOPS,
+            "chosen": max(min(start, len(ids) - 1) - hidden, 0), "weights": weights,
+            "texts": dict(zip(used, token_pieces(enc, used))), "parameters": model.num_params(),
+            "config": vars(model.config), "head_patterns": head_patterns(weights, shown)}
 
 
 def record(model, ids, longest):
@@ -90,28 +90,28 @@ def record(model, ids, longest):
     return stream, torch.stack(weights)
 
 
-def lens(model, x, came):
+def lens(model, x, target):
     """Apply the logit lens (nostalgebraist 2020): predict from x (T, C) as if it came from the last
     block. Returns logits (T, V), the three most likely ids and their probabilities (T, 3), and the
-    probability of `came` (T,)."""
+    probability of `target` (T,)."""
     logits = model.head(model.ln_f(x))[:, :model.config.vocab_size].float().cpu()  # (T, V)
     p = logits.softmax(-1)
     best = p.topk(3)
-    return logits, best.indices, best.values, p.gather(1, came[:, None])[:, 0]
+    return logits, best.indices, best.values, p.gather(1, target[:, None])[:, 0]
 
 
-def next_tokens(logits, came):
-    """Return what the page needs to apply `sample` to logits (T, V), see look."""
+def next_tokens(logits, target):
+    """Return what the page needs to apply `sample` to logits (T, V); see look."""
     logits = logits - logits.amax(1, keepdim=True)
     kept, order = logits.topk(min(KEPT, logits.shape[1]))
     others = logits.scatter(1, order, -torch.inf)
-    came_logit = logits.gather(1, came[:, None])  # (T, 1)
-    return {"logits": kept, "next_ids": order[:, :10], "came": came_logit[:, 0],
-            "came_rank": 1 + (logits > came_logit).sum(1),
+    target_logit = logits.gather(1, target[:, None])  # (T, 1)
+    return {"logits": kept, "next_ids": order[:, :10], "target_logit": target_logit[:, 0],
+            "target_rank": 1 + (logits > target_logit).sum(1),
             "rest": torch.stack([(others / t).exp().sum(1) for t in STOPS["temperature"][1:]], 1)}
 
 
-def habits(weights, ids):
+def head_patterns(weights, ids):
     """Return lines of text that name the heads with the largest mean weights on the previous token,
     on the first, and on earlier occurrences of the same token, over all of ids but the first.
     weights: (L, 1 + nh, T, T); for T = 1, there are no lines."""
@@ -125,7 +125,7 @@ def habits(weights, ids):
               "first token": weights[:, 1:, 0].mean(-1)}
     if repeated.any():
         scores["same token earlier"] = (weights * same).sum(-1)[:, repeated].mean(-1)
-    lines = ["which heads attend most to what, by mean weight:"]
+    lines = ["heads with the largest mean attention to:"]
     for name, score in scores.items():
         heads = [f"layer {i // H + 1} head {i % H + 1}: {score[i]:.2f}"
                  for i in score.argsort(descending=True, stable=True)[:3].tolist()]

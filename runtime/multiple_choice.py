@@ -1,4 +1,4 @@
-"""Multiple choice: which of a question's choices a model finds most likely. HellaSwag, or any rows.
+"""Multiple choice: which choice a model finds most likely. For HellaSwag, or your own rows.
 
     python -m runtime.multiple_choice    # download HellaSwag's validation set: 10,042 rows, 12 MB
     python chat.py --init_from=gpt2 --score=data/hellaswag/hellaswag_val.jsonl
@@ -25,7 +25,7 @@ from runtime.terminal import show_progress
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
-# The fields of a row: question, choices, index or text of the correct one. HellaSwag's own, others.
+# The fields of a row: question, choices, index or text of the correct one. HellaSwag's, and others.
 LAYOUTS = (("ctx", "endings", "label"), ("question", "choices", "answer"))
 BATCH_TOKENS = 4096  # of a batch, padding included
 
@@ -83,8 +83,8 @@ def read_choices(row, where):
 
 
 def encode_choices(question, choices, session):
-    """Return the ids that all choices follow, and those of each choice. A base model reads the
-    question, a space and a choice. A chat model gets the question, and answers with a choice."""
+    """Return the ids of the context, and those of each choice. A base model reads the question, a
+    space and a choice. A chat model gets the question, and answers with a choice."""
     enc, question = session.enc, session.enc.encode_ordinary(question)
     end_of_text, _, _, end = special_ids(enc)
     if session.trained_turns:
@@ -115,7 +115,7 @@ def log_likelihoods(model, rows):
 
 
 def accuracy(answers, by):
-    """The accuracy p by "sum" or "mean" of n rows; its standard error is sqrt(p (1 - p) / n)."""
+    """Return the accuracy p by "sum" or "mean", and its standard error sqrt(p (1 - p) / n)."""
     n, correct = len(answers), sum(answer[by] == answer["answer"] for answer in answers)
     error = math.sqrt(correct / n * (1 - correct / n) / n)
     return {"by": by, "n": n, "correct": correct, "accuracy": correct / n, "standard_error": error}

@@ -1,5 +1,5 @@
 """The Muon optimizer (Jordan et al. 2024), for the matrices of the blocks. It reaches a loss in far
-fewer steps than AdamW; its products take about a fifth of a step of make chat's model."""
+fewer steps than AdamW; its matrix products take about a fifth of each step of make chat's model."""
 import math
 
 import torch
@@ -14,7 +14,7 @@ def newton_schulz(x, dtype=torch.float32):
     """Approximate the nearest semi-orthogonal matrices: (n, rows, cols), all singular values near
     1. Each round maps every singular value v to a v + b v^3 + c v^5, using only matrix products.
     Four rounds bring each v above a thousandth of the norm to between 0.4 and 1.6, which is enough:
-    a fifth does not lower the loss."""
+    a fifth round does not lower the loss."""
     is_tall = x.shape[1] > x.shape[2]
     x = (x.mT if is_tall else x).to(dtype)  # the smaller side first, so that x @ x.mT is small
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -26,8 +26,8 @@ def newton_schulz(x, dtype=torch.float32):
 
 
 def split_matrices(name, p):
-    """The matrices in a parameter, as a list of views: three in c_attn (queries, keys, values), one
-    for each index of a 3-D parameter's first dimension. Tall ones are transposed, so that c_fc
+    """Return the matrices in a parameter, a list of views: three in c_attn (queries, keys, values),
+    one for each index of a 3-D parameter's first dimension. Tall ones are transposed, so that c_fc
     shares a stack with c_proj."""
     rows, cols = p.shape[-2:]
     is_qkv = name.endswith("c_attn.weight") and rows == 3 * cols

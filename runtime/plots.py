@@ -1,4 +1,4 @@
-"""Draw losses and learning curves with matplotlib; draw nothing where it is not installed."""
+"""Draw losses and learning curves with matplotlib; draw nothing if it is not installed."""
 import csv
 from importlib.util import find_spec
 

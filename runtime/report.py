@@ -1,4 +1,4 @@
-"""What a run prints besides progress: samples, evaluations, overfitting, the final report."""
+"""Print what a run reports besides progress: samples, evaluations, overfitting, the result."""
 import math
 from datetime import timedelta
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from runtime.terminal import show_progress
 
 
 def log_row(cfg, dataset, state):
-    """What is known of a log row before its step: step, epoch, and the losses if evaluated."""
+    """Return the log row entries known before its step: step, epoch, losses if just evaluated."""
     epoch = dataset.epochs("train", state.step * cfg.gradient_accumulation)
     row = {"step": state.step, "epoch": epoch}
     if state.history and state.history[-1][0] == state.step:
@@ -26,7 +26,7 @@ def log_row(cfg, dataset, state):
 
 
 def report_evaluation(cfg, dataset, state):
-    """Plot the losses and print the last ones; once, print that the model overfits."""
+    """Plot the losses, print the last ones, and print once that the model overfits."""
     plot_losses(cfg.out_dir, state.history)
     row = log_row(cfg, dataset, state)
     print(f"step {state.step:>5}/{cfg.max_iters}  epoch {row['epoch']:.2f}  train "
@@ -52,7 +52,7 @@ def is_overfitting(history):
 
 
 def print_sample(cfg, model, dataset):
-    """Print what the model writes after cfg.sample_prompt, a held-out question, or a newline."""
+    """Print what the model generates for cfg.sample_prompt, a held-out question, or a newline."""
     if not is_rank_0():
         return
     enc, prompt = get_tokenizer(dataset.tokenizer), cfg.sample_prompt
@@ -68,19 +68,19 @@ def print_sample(cfg, model, dataset):
 
 
 def print_summary(cfg, state):
-    """Print the result of a run, and the command that talks to the model."""
+    """Print the result of a run, and the command that tries the model."""
     print(f"{state.step} steps in {timedelta(seconds=int(state.seconds))}; {cfg.out_dir} has "
-          "log.csv and, where matplotlib is installed, loss.png")
+          "log.csv and, if matplotlib is installed, loss.png")
     if state.history:
         step, _, val_loss = lowest(state.history)
         print(f"lowest validation loss: {val_loss:.4f} at step {step}\nbest.pt has the lowest "
-              f"{cfg.best_by} loss; talk to it:\n    python chat.py --checkpoint="
+              f"{cfg.best_by} loss; try it:\n    python chat.py --checkpoint="
               f"{cfg.out_dir / 'best.pt'}", flush=True)
 
 
 def run_eval(cfg, dataset, evaluate):
     """Print loss, perplexity and bits per byte of both splits. evaluate(dataset, split) returns the
-    mean loss. Windows of text do not overlap; published figures whose windows do are lower."""
+    mean loss. Text windows do not overlap; published figures with overlapping ones are lower."""
     for split in reversed(SPLITS):
         n_targets, n_bytes = count_targets(dataset, split, cfg.eval_tokens)
         loss = evaluate(with_progress(dataset, n_targets), split)
@@ -91,7 +91,7 @@ def run_eval(cfg, dataset, evaluate):
 
 
 def with_progress(dataset, n_targets):
-    """A dataset to evaluate, which shows how many of its targets are done."""
+    """Wrap a dataset so that evaluating it shows how many targets are done."""
     def eval_batches(split, max_tokens):
         done = 0
         for batch in dataset.eval_batches(split, max_tokens):
@@ -102,7 +102,7 @@ def with_progress(dataset, n_targets):
 
 
 def diverged(cfg, step, loss, norm, model):
-    """The UserError for a loss or gradient that is not finite; it names the largest gradient."""
+    """Return the UserError for a non-finite loss or gradient; it names the largest gradient."""
     grads = {name: p.grad.nan_to_num(math.inf, math.inf, -math.inf).abs().max().item()
              for name, p in model.named_parameters() if p.grad is not None}
     largest = max(grads, key=grads.get)

@@ -1,4 +1,4 @@
-"""best.pt and last.pt of a run: saving them, and resuming exactly where last.pt left off."""
+"""Save best.pt and last.pt of a run, and resume exactly from last.pt."""
 import contextlib
 import math
 import time
@@ -10,7 +10,7 @@ from data.files import lock_folder
 from runtime.checkpoint import load_checkpoint, model_state, save_checkpoint
 from runtime.distributed import is_rank_0
 
-# A resumed run must have the same.
+# Settings that must not change when a run is resumed.
 SAME_SETTINGS = ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias", "optimizer",
                  "fused", "batch_size", "gradient_accumulation", "best_by", "seed",
                  "prompt_loss_iters")
@@ -19,20 +19,20 @@ SAME_SETTINGS = ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias
 @dataclass
 class TrainState:
     """The state of a run, besides its model and optimizers."""
-    step: int = 0  # steps done; it also fixes the place in the data
+    step: int = 0  # steps done; also determines the position in the data
     seconds: float = 0.0  # of training, over all resumptions
-    best: float = math.inf  # the lowest loss of cfg.best_by that was evaluated
+    best: float = math.inf  # the lowest cfg.best_by loss so far
     history: list = field(default_factory=list)  # (step, train loss, val loss) of each evaluation
     overfit_warned: bool = False
 
 
 def lowest(history):
-    """The entry of a history with the lowest validation loss."""
+    """Return the entry of a history with the lowest validation loss."""
     return min(history, key=lambda entry: entry[2])
 
 
 def save_last(cfg, model, dataset, state, optimizers):
-    """Save last.pt, with all that an exact resume needs. Raises OSError."""
+    """Save last.pt, with everything that an exact resume needs. Raises OSError."""
     states = [optimizer.state_dict() for optimizer in optimizers]
     save(cfg, "last.pt", model, dataset, state, optimizers=states)
 
@@ -56,8 +56,8 @@ def save_is_due(cfg, step, saved_at):
 
 
 def load_last(cfg):
-    """Return the dict of out_dir/last.pt, or None where there is none. Raises UserError where that
-    run had another model, batch or seed."""
+    """Return the dict of out_dir/last.pt, or None if there is none. Raises UserError if that run
+    had a different model, batch size or seed."""
     path = cfg.out_dir / "last.pt"
     if not path.exists():
         print(f"{path}: no such checkpoint; starting from scratch", flush=True)
@@ -77,7 +77,7 @@ def restore(resumed, optimizers):
         return TrainState()
     try:
         for optimizer, saved in zip(optimizers, resumed["optimizers"], strict=True):
-            # The momenta are the saved ones, peak learning rates, decay and so on this run's.
+            # Momenta come from last.pt; peak learning rates, weight decay and so on from this run.
             groups = [mine | {"params": theirs["params"], "lr": theirs["lr"]} for mine, theirs in
                       zip(optimizer.param_groups, saved["param_groups"], strict=True)]
             optimizer.load_state_dict(saved | {"param_groups": groups})
@@ -87,6 +87,6 @@ def restore(resumed, optimizers):
 
 
 def lock_out_dir(cfg):
-    """Context manager: keep other runs out of out_dir. Raises UserError where one is training."""
+    """Context manager: keep other runs out of out_dir. Raises UserError if one is training."""
     is_writer = is_rank_0() and not cfg.eval_only
     return lock_folder(cfg.out_dir) if is_writer else contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Scores of a chat model: exact match and F1 by category, held-out rows next to trained ones.
+"""Score a chat model: exact match and F1 by category, on held-out and on training rows.
 
     python chat.py --score=data/instruction
 """
@@ -42,8 +42,8 @@ def score_chats(session, cfg):
 
 
 def rows_to_score(source, wanted):
-    """Return [(group, messages, category), ...] of a file or a prepared folder. wanted: how many of
-    a group, evenly spaced; 0: all of a file, all held-out rows and as many trained ones."""
+    """Return [(group, messages, category), ...] of a file or a prepared folder. wanted: rows per
+    group, evenly spaced; 0: all of a file, or all held-out rows and as many training rows."""
     if not source.is_dir():
         rows = chats.read_conversations(source)
         return [("rows", *row) for row in evenly_spaced(rows, wanted)]
@@ -62,7 +62,7 @@ def rows_to_score(source, wanted):
 @torch.no_grad()
 def score_row(model, enc, messages):
     """Compare the greedy answer to a conversation's last question with the expected one: a dict, or
-    None if it is longer than the context. loss: mean over the expected tokens, in nats."""
+    None for a row longer than the context. loss: mean over the expected tokens, in nats."""
     ids, block_size = chats.encode_conversation(messages, enc), model.config.block_size
     start = len(chats.encode_prompt(messages[:-1], enc))  # of the answer
     if len(ids) > block_size + 1:
@@ -79,14 +79,14 @@ def score_row(model, enc, messages):
 
 
 def token_f1(answer, expected):
-    """Overlap of two texts' words, from 0 to 1, as for SQuAD (Rajpurkar et al. 2016)."""
+    """Return the overlap of two texts' words, from 0 to 1, as in SQuAD (Rajpurkar et al. 2016)."""
     answer, expected = Counter(answer.split()), Counter(expected.split())
     total = answer.total() + expected.total()
     return 2 * (answer & expected).total() / total if total else 1.0
 
 
 def means(answers):
-    """The scores of a line of the table; the loss is the mean over all tokens of the answers."""
+    """Return one table row's scores; the loss is the mean over all tokens of the answers."""
     n, n_tokens = len(answers), sum(a["tokens"] for a in answers)
     exact, f1 = sum(a["exact"] for a in answers), sum(a["f1"] for a in answers) / n
     loss = sum(a["loss"] * a["tokens"] for a in answers) / n_tokens
@@ -94,17 +94,17 @@ def means(answers):
 
 
 def evenly_spaced(rows, wanted):
-    """`wanted` of the rows, evenly spaced, or all: where wanted is 0, or there are fewer."""
+    """Return `wanted` of the rows, evenly spaced, or all if wanted is 0 or there are fewer."""
     count = min(wanted or len(rows), len(rows))
     return [rows[n * len(rows) // count] for n in range(count)]
 
 
 def write_scores(cfg, n_rows, summary, answers):
-    """Write a score to a JSON file. Raises UserError where no row fits into the context."""
+    """Write a score to a JSON file. Raises UserError if no row fits into the context."""
     if not answers:
-        raise UserError(f"score={cfg.score}: no rows fit into this model's context; use others")
+        raise UserError(f"score={cfg.score}: no rows fit into this model's context; shorten them")
     if n_rows > len(answers):
-        note(f"{n_rows - len(answers)} rows are longer than this model's context and were left out")
+        note(f"rows left out, longer than this model's context: {n_rows - len(answers)}")
     folder = (config.repo_folder() / "out" / Path(cfg.init_from).name if cfg.init_from else
               cfg.checkpoint.parent)
     path = cfg.score_file or folder / "score.json"

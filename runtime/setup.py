@@ -1,4 +1,4 @@
-"""Starting a run: settings, the model to begin with, the dataset, what is printed first."""
+"""Set up a run: load its settings, dataset and initial model, and print them."""
 import re
 from dataclasses import fields, replace
 
@@ -42,7 +42,7 @@ def load_settings(settings_class, argv, doc, may_be_0=()):
 
 
 def set_up(cfg, device, make_model):
-    """Return (model, dataset, the dict of last.pt or None). make_model(cfg) returns the model where
+    """Return (model, dataset, the dict of last.pt or None). make_model(cfg) returns the model if
     the run does not resume. Raises UserError or OSError."""
     world_size = rank_and_world_size()[1]
     torch.manual_seed(cfg.seed)  # of the initial weights
@@ -62,8 +62,8 @@ def set_up(cfg, device, make_model):
                            cfg.prompt_loss_iters * cfg.gradient_accumulation)
     found = dataset.tokenizer, dataset.fingerprint
     if resumed and (resumed["tokenizer"], resumed.get("data")) != found:
-        raise UserError(f"{cfg.out_dir / 'last.pt'}: was trained on other data than data_dir="
-                        f"{cfg.data_dir} now contains; use the same, or another out_dir")
+        raise UserError(f"{cfg.out_dir / 'last.pt'}: was trained on different data than data_dir="
+                        f"{cfg.data_dir} now contains; use the same data or a different out_dir")
     get_tokenizer(dataset.tokenizer)  # samples need it; GPT-2's may have to be downloaded
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention makes a new plan for every shape, and chats have hundreds.
@@ -74,30 +74,30 @@ def set_up(cfg, device, make_model):
 
 
 def new_model(cfg):
-    """The model that the settings describe, or the one that init_from names."""
+    """Return the model that the settings describe, or the one that init_from names."""
     if cfg.init_from != "scratch":
         return load_base(cfg)
     if cfg.n_embd % cfg.n_head:
         raise UserError(f"n_head={cfg.n_head}: must divide n_embd={cfg.n_embd}")
     block_size = cfg.block_size or 128
-    # By name, so a field that a reader adds to GPTConfig only has to be a setting too.
+    # Copied by name: a new field of GPTConfig only needs a setting of the same name.
     shape = {f.name: getattr(cfg, f.name) for f in fields(gpt.GPTConfig) if hasattr(cfg, f.name)}
     shape |= {"vocab_size": read_meta(cfg.data_dir)["vocab_size"], "block_size": block_size}
     return gpt.GPT(gpt.GPTConfig(**shape))
 
 
 def load_base(cfg):
-    """The pretrained model that cfg.init_from names, with a context of cfg.block_size (0: all that
-    it was trained with). Raises UserError where it has another tokenizer than cfg.data_dir."""
+    """Load the pretrained model that cfg.init_from names, with a context of cfg.block_size (0: all
+    that it was trained with). Raises UserError if its tokenizer differs from cfg.data_dir's."""
     model, tokenizer, _ = load_pretrained(cfg.init_from, cfg.dropout)
     if tokenizer != folder_tokenizer(cfg.data_dir):
-        name = tokenizer if isinstance(tokenizer, str) else "FILE, its data's tokenizer.json"
-        raise UserError(f"init_from={cfg.init_from}: has another tokenizer than data_dir="
+        name = tokenizer if isinstance(tokenizer, str) else "FILE (the tokenizer.json of its data)"
+        raise UserError(f"init_from={cfg.init_from}: has a different tokenizer than data_dir="
                         f"{cfg.data_dir}; prepare the data with its own: --tokenizer={name}")
     longest = model.config.block_size
     if cfg.block_size > longest:
         raise UserError(f"block_size={cfg.block_size}: {cfg.init_from} was trained with {longest} "
-                        "positions; use that or less")
+                        "positions; use that many or fewer")
     if 0 < cfg.block_size < longest:
         gpt.crop_block_size(model, cfg.block_size)
     return model
@@ -113,4 +113,4 @@ def print_setup(cfg, model, dataset, device, resumed):
     if resumed:
         print(f"resumed at step {resumed['step']} of {cfg.max_iters}", flush=True)
     elif best.exists() and not cfg.eval_only:
-        print(f"{best} of an earlier run will be replaced (--out_dir=FOLDER keeps it)", flush=True)
+        print(f"{best} of an earlier run will be replaced; change --out_dir to keep it", flush=True)

@@ -9,24 +9,24 @@ import time
 
 @contextlib.contextmanager
 def stop_signals():
-    """Context manager: note SIGINT, SIGTERM and SIGHUP in the list that it yields, for the loop to
-    save and end. One that comes a second after the first raises KeyboardInterrupt."""
+    """Context manager: yield a list that collects SIGINT, SIGTERM and SIGHUP, so that the loop can
+    save and stop. A signal a second or more after the first raises KeyboardInterrupt."""
     caught, times = [], []
 
     def handler(number, frame):
         caught.append(number)
         times.append(time.monotonic())
         if len(times) == 1:
-            with contextlib.suppress(OSError):  # a terminal that is closed cannot be printed to
+            with contextlib.suppress(OSError):  # printing to a closed terminal fails
                 print(f"\n{signal.Signals(number).name}: finishing the step, then saving (press "
                       "again to quit now)", file=sys.stderr, flush=True)
-        elif times[-1] - times[0] >= 1:  # a shell and torchrun may both pass on the first
+        elif times[-1] - times[0] >= 1:  # a shell and torchrun may both send the first
             raise KeyboardInterrupt
 
     before = {}
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        # Those that a shell ignores stay ignored: SIGHUP under nohup, SIGINT behind & in a script.
+        # Ignored signals stay ignored: SIGHUP under nohup, SIGINT of a background job in a script.
         if number and signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, handler)
     try:
@@ -38,8 +38,8 @@ def stop_signals():
 
 @contextlib.contextmanager
 def stop_on_broken_pipe(signals):
-    """Context manager for printing: where the reader has left (`| head`, a closed terminal), add
-    SIGPIPE to the list of stop_signals, and print nothing from then on."""
+    """Context manager for printing: if the reader has left (`| head`, a closed terminal), add
+    SIGPIPE to the list of stop_signals, and discard all later output."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The terminal of chat.py, besides replies: notes, line editing, and /commands."""
+"""chat.py in a terminal, except replies: notes, line editing and /commands."""
 import contextlib
 import difflib
 import json
@@ -16,20 +16,20 @@ from data.tokenizer import show_spaces, token_pieces
 
 EXIT_KEY = "Ctrl-Z and Enter" if os.name == "nt" else "Ctrl-D"  # ends the input
 
-HELP = f"""/help              this list
+HELP = f"""/help              show this list
 /reset             start a new conversation
 /undo              remove your last message and its reply
-/retry             another reply to your last message
-/set name=value    change settings, several at once; alone it shows them
+/retry             generate another reply to your last message
+/set name=value    change one or more settings; without arguments, show them
 /save FILE         write the chat as a line of JSON that prepare_alpaca.py reads
 /load FILE         continue a chat from such a file
-/tokens            the token ids of the chat as the model sees them
-/look [FILE]       a page that shows the inside of the model: out/look.html or FILE
+/tokens            show the token ids of the chat as the model sees them
+/look [FILE]       write a page about the inside of the model: out/look.html or FILE
 /quit              exit, like {EXIT_KEY}; Ctrl-C stops a reply"""
 COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
-COMMAND_LINE = re.compile(r"/\w*(\s|$)|(exit|quit)$")  # other programs exit at such a word
+COMMAND_LINE = re.compile(r"/\w*(\s|$)|(exit|quit)$")  # exit and quit as in other programs
 
-# Control characters, which a terminal would obey, as visible symbols.
+# Control characters, which a terminal would act on, as visible symbols.
 CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
 CONTROL_PICTURES |= dict.fromkeys(range(127, 160), 0x2426)
 GREEN, MAGENTA, CYAN, GREY = 32, 35, 36, 90
@@ -46,7 +46,7 @@ def use_utf8():
 
 
 def coloured(code, text):
-    """A text for standard error, in an ANSI colour where that is a terminal that shows any."""
+    """Return text for standard error, in an ANSI colour if that is a terminal with colours."""
     plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     return text if plain or not sys.stderr.isatty() else f"\x1b[{code}m{text}\x1b[0m"
 
@@ -57,13 +57,13 @@ def note(text):
 
 
 def show_progress(name, done, total):
-    """Print "name: done of total" over the line before, where standard error is a terminal."""
+    """Print "name: done of total" over the previous line, if standard error is a terminal."""
     if sys.stderr.isatty():
         print(f"\r{name}: {done} of {total}", end="" if done < total else "\n", file=sys.stderr)
 
 
 def greet(session, cfg, about):
-    """Where messages are typed, note which model this is, what it sees, and how to exit."""
+    """If messages are typed, note which model this is, what it sees, and how to exit."""
     sees = f"It sees at most {cfg.turns or session.trained_turns} of your messages at a time."
     if not session.trained_turns:
         sees = "Base model: it continues your text."
@@ -73,8 +73,8 @@ def greet(session, cfg, about):
 
 
 def typed_lines():
-    """Yield the lines typed in a terminal. Where Python has readline: with line editing, history,
-    Tab completion of commands, and several pasted lines as one message."""
+    """Yield the lines typed in a terminal. With readline, they have line editing and history, Tab
+    completes commands, and several pasted lines are one message."""
     def complete(text, number):
         return [*(name for name in COMMANDS if name.startswith(text)), None][number]
 
@@ -98,7 +98,7 @@ def typed_lines():
 
 def run_command(session, cfg, line, print_reply):
     """Run a /command and return the settings to continue with, or None to quit. print_reply is
-    chat.py's. Raises UserError or OSError, having changed nothing."""
+    chat.py's. If it raises UserError or OSError, nothing has changed."""
     name, _, rest = line.partition(" ")
     path = Path(os.path.expanduser(rest.strip()))
     if name in ("/undo", "/retry", "/save", "/tokens", "/look") and not session.history:
@@ -142,12 +142,12 @@ def replace_history(session, history):
 
 
 def save_chat(session, path):
-    """Write the chat as a line of JSON. A file is only replaced if it has this chat's beginning."""
+    """Write the chat as a line of JSON. Replace only a file with an earlier state of this chat."""
     messages = [{"role": role, "content": session.enc.decode(ids)}
                 for role, ids in chats.turns_to_messages(session.history)]
     beginnings = [[{"messages": messages[:n]}] for n in range(len(messages) + 1)]
     if path.exists() and chats.read_rows(path) not in beginnings:
-        raise UserError(f"{path}: exists, with other contents than this chat; use another name")
+        raise UserError(f"{path}: exists and is not an earlier state of this chat; use a new name")
     write_text(path, json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     note(f"{path}: saved")
 
@@ -165,7 +165,7 @@ def load_chat(session, path):
 
 
 def seen_ids(session):
-    """The ids that the model saw last, its own reply included."""
+    """Return the ids that the model saw last, including its reply."""
     if not session.trained_turns:
         return session.prompt + session.history[-1][1]
     seen = session.history[-session.turns:][session.n_dropped:]
@@ -187,12 +187,12 @@ def show_tokens(session):
 
 
 def show_look(session, path):
-    """Write a page that shows the inside of the model for what it saw last; note its habits."""
+    """Write the page of runtime/look.py for the last reply, and print its attention summary."""
     from runtime.look import look, write_page
     ids, size, start = seen_ids(session), session.model.config.block_size, None
     if not session.trained_turns:
         ids = ids[-size:]
-        start = max(len(ids) - len(session.history[-1][1]), 0)  # of the model's own words
-    page = look(session.model, session.enc, ids[:size], start)  # a full context's last is not read
+        start = max(len(ids) - len(session.history[-1][1]), 0)  # of the model's own text
+    page = look(session.model, session.enc, ids[:size], start)  # a full context's last is unread
     write_page(path, page)
-    note("\n".join([*page["habits"], f"{path}: open it in a browser"]))
+    note("\n".join([*page["head_patterns"], f"{path}: open it in a browser"]))

@@ -4,7 +4,7 @@
     python -m tests.bench finetune decode          # some parts
     python -m tests.bench decode --json=bench.json
 
-A row of the table: what is measured, ours and the peer as median (min to max), their ratio, above 1 where ours is
+A row of the table: what is measured, ours and the peer as median (min to max), their ratio, above 1 if ours is
 better, and the share of the machine's limit that ours reaches: of the FLOP/s of a large matrix product, or of the
 memory bandwidth, measured in turn with the rest. These are not tests: speeds vary by a third from minute to minute,
 and only ratios are meaningful.
@@ -113,7 +113,7 @@ READ = 2**29  # bytes that are read to measure the memory bandwidth
 
 
 def large_product():
-    """A function that multiplies large float32 matrices, to measure the FLOP/s of this machine."""
+    """Return a function that multiplies large float32 matrices, to measure the FLOP/s of this machine."""
     a, b, c = torch.randn(3, SIDE, SIDE)
 
     def multiply():
@@ -122,8 +122,8 @@ def large_product():
     return multiply
 
 
-def share_of_peak(flops, seconds, product):
-    """The share of the large product's FLOP/s that is reached. seconds: those of `flops`; product: of large_product."""
+def mfu(flops, seconds, product):
+    """Return the MFU: the share of the large product's FLOP/s. seconds: those of `flops`; product: of large_product."""
     return flops / statistics.median(seconds) / (PRODUCTS * 2 * SIDE**3 / statistics.median(product))
 
 
@@ -133,7 +133,7 @@ GPT2 = GPTConfig()  # the shape of GPT-2 124M
 
 
 def gpt2_shape(block_size=GPT2.block_size):
-    """A GPT of GPT-2 124M's shape, with random weights."""
+    """Return a GPT of GPT-2 124M's shape, with random weights."""
     torch.manual_seed(0)
     return GPT(replace(GPT2, block_size=block_size))
 
@@ -151,7 +151,7 @@ def export(model, folder, name, *flags):
 
 
 def as_transformers(model):
-    """The same model in transformers."""
+    """Return the same model in transformers."""
     from transformers import GPT2LMHeadModel
     with temporary_folder() as folder:
         return GPT2LMHeadModel.from_pretrained(export(model, folder, "hf"))
@@ -177,13 +177,13 @@ def forward_backward(cfg):
 
     in_turn(1, ours=ours, peer=theirs)  # warmup
     seconds = in_turn(cfg.runs, ours=ours, peer=theirs, product=large_product())
-    share = share_of_peak(model.flops(4 * T, 4 * T, 4 * T**2), seconds["ours"], seconds["product"])
+    share = mfu(model.flops(4 * T, 4 * T, 4 * T**2), seconds["ours"], seconds["product"])
     yield line(f"forward + backward, 124M, 4 x {T}; transformers", seconds["ours"], seconds["peer"], "s", True, share)
 
 
 def nanogpt_loss(model):
-    """nanoGPT's forward with a GPT's weights: a function of ids and targets. It has the exact form of GELU, a head for
-    the vocabulary's padding too, and a mean loss."""
+    """Return nanoGPT's forward pass with a GPT's weights, a function of ids and targets. It has the exact GELU, logits for
+    the vocabulary's padding, and a mean loss."""
     for block in model.h:
         block.mlp.forward = lambda x, mlp=block.mlp: mlp.c_proj(F.gelu(mlp.c_fc(x)))
 
@@ -197,7 +197,7 @@ def nanogpt_loss(model):
 
 
 def nanogpt_step(folder, model, batch_size):
-    """A training step as nanoGPT writes it: a slice of the memmap per sample, and AdamW with foreach (faster on a CPU
+    """Return a training step like nanoGPT's: a slice of the memmap per sample, and AdamW with foreach (faster on a CPU
     than nanoGPT's default)."""
     loss, T, tokens = nanogpt_loss(model), model.config.block_size, np.memmap(folder / "train.bin", np.uint16, "r")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), foreach=True)
@@ -219,7 +219,7 @@ def prepare_shakespeare(cfg, folder):
 
 
 def shakespeare_step(cfg):
-    """A training step at the Shakespeare shape: ours with AdamW against nanoGPT's way; and the share of Muon."""
+    """A training step at the Shakespeare shape: ours with AdamW against nanoGPT's code; and Muon's part of a step."""
     with temporary_folder() as folder:
         prepare_shakespeare(cfg, folder)
         for batch_size in (12, 48):
@@ -256,8 +256,8 @@ def alternate_steps(folder, batch_size, runs, count=20, T=64):
     seconds = in_turn(runs, ours=ours, peer=theirs, muon=with_muon, product=large_product())
     ms = {name: [1000 * second / count for second in values] for name, values in seconds.items()}
     flops = count * model.flops(T * batch_size, T * batch_size, batch_size * T**2)
-    share = share_of_peak(flops, seconds["ours"], seconds["product"])
-    yield line(f"AdamW step, Shakespeare, batch {batch_size}; nanoGPT's way", ms["ours"], ms["peer"], "ms", True, share)
+    share = mfu(flops, seconds["ours"], seconds["product"])
+    yield line(f"AdamW step, Shakespeare, batch {batch_size}; nanoGPT", ms["ours"], ms["peer"], "ms", True, share)
     yield line("  Muon + AdamW alone; the whole step", optimizer_ms, ms["muon"], "ms", True)
 
 
@@ -289,20 +289,20 @@ def start_llama(path, context, threads):
 
 
 def ask_llama(ids, new):
-    """In llama.cpp's process: the timings of a prompt and `new` tokens, in milliseconds."""
+    """In llama.cpp's process: return the timings of a prompt and `new` tokens, in milliseconds."""
     return start_llama.server.handle_completions({
         "prompt": ids, "n_predict": new, "temperature": 0, "ignore_eos": True, "cache_prompt": False})["timings"]
 
 
 def with_peers():
-    """GPT-2 124M as chat.py runs it, {"float32": model, "int8": model}; in transformers; and in llama.cpp, by name."""
+    """Return GPT-2 124M in chat.py, {"float32": model, "int8": model}; in transformers; in llama.cpp, by name."""
     model = gpt2_shape().eval()
     ours = {"float32": speed_up(model), "int8": speed_up(model, int8=True)}
     return ours, as_transformers(model).eval(), {"float32": llama(model, "float32"), "int8": llama(model, "q8_0")}
 
 
 def time_decode(model, ids, new):
-    """Seconds for `new` tokens after the first, whose time is that of the prefill."""
+    """Return the seconds for `new` tokens after the first, whose time is that of the prefill."""
     tokens = model.generate(ids, new + 1, temperature=0)
     next(tokens)
     began = time.perf_counter()
@@ -347,7 +347,7 @@ def decode(cfg):
 
 
 def prefill(cfg):
-    """Reading a prompt of 512 tokens, to the first new one, GPT-2 124M."""
+    """Prefill of 512 tokens, up to the first new one, GPT-2 124M."""
     (ours, peer, llamas), T = with_peers(), min(512, GPT2.block_size)
     ids = torch.randint(0, 50257, (T,)).tolist()
 
@@ -366,7 +366,7 @@ def prefill(cfg):
     for name, other in (("float32", "transformers"), ("float32", "llama.cpp float32"), ("int8", "llama.cpp int8")):
         if other in speed:
             yield line(f"prefill, 124M, {T} tokens, {name}; {other.split()[0]}", speed[name], speed[other], "tokens/s",
-                       share=share_of_peak(flops, seconds[name], seconds["product"]))
+                       share=mfu(flops, seconds[name], seconds["product"]))
 
 
 def start(cfg):
@@ -399,11 +399,11 @@ def int8_quality(cfg):
     yield line("perplexity, int8; float32", [perplexity["int8"]], [perplexity["float32"]], "", True)
 
 
-# ---- whole trainings ----
+# ---- whole training runs ----
 
 def finetune_alpaca(cfg):
-    """Finetuning GPT-2 124M in float32: targets per second of finetune.py's step and of the usual loop over
-    transformers (random batches of 8, padded), on the same rows."""
+    """Finetuning GPT-2 124M in float32: targets per second of finetune.py's step and of the usual transformers
+    training loop (random batches of 8, padded), on the same rows."""
     with temporary_folder() as folder:
         path = config.local_path(cfg.alpaca)
         if not path.is_file():
@@ -448,7 +448,7 @@ def finetune_alpaca(cfg):
     yield line(f"finetune, {len(chats)} Alpaca rows, 124M; transformers", speed["ours"], speed["peer"], "targets/s")
 
 
-# A shorter run needs shorter momenta.
+# A shorter run needs momenta that average over fewer steps.
 SHORT = ("--max_iters=210", "--learning_rate=2.5e-2", "--embedding_learning_rate=1.4e-2", "--momentum=0.85",
          "--beta1=0.7", "--beta2=0.95", "--warmup_iters=5", "--final_lr=0.05")
 NANOGPT = ("--optimizer=adamw", "--batch_size=12", "--max_iters=2000", "--learning_rate=1e-3", "--final_lr=0.1",
@@ -457,7 +457,7 @@ NANOGPT = ("--optimizer=adamw", "--batch_size=12", "--max_iters=2000", "--learni
 
 def shakespeare(cfg):
     """Time to a validation loss: Muon, with settings tuned for this and with the recipe's, against AdamW with nanoGPT's
-    published recipe for a CPU; the same model, each run with another seed."""
+    published recipe for a CPU; the same model, each run with a different seed."""
     results = {"Muon, tuned": [], "Muon": [], "AdamW": []}  # of each run (seconds of training, validation loss)
     with temporary_folder() as folder:
         prepare_shakespeare(cfg, folder)
@@ -479,7 +479,7 @@ def shakespeare(cfg):
 
 
 def score(checkpoint, source, folder, rows=0):
-    """The share of exact matches by group of rows, as chat.py scores them: {"held out": share, ...}."""
+    """Return the share of exact matches by group of rows, as chat.py scores them: {"held out": share, ...}."""
     quiet(chat.main, f"--checkpoint={checkpoint}", f"--score={source}", f"--score_rows={rows}", "--device=cpu",
           f"--score_file={folder / 'score.json'}")
     summary = json.loads((folder / "score.json").read_text(encoding="utf-8"))["summary"]
@@ -487,7 +487,7 @@ def score(checkpoint, source, folder, rows=0):
 
 
 VARIED = {  # a name, and what differs from config/train_recite.py with 400 steps
-    "as it is": [],
+    "unchanged": [],
     "batch / 2, twice the steps": ["--batch_size=4", "--max_iters=800"],
     "learning rates / 4": ["--learning_rate=3.5e-3", "--embedding_learning_rate=1.75e-3"],
     "2 layers": ["--n_layer=2"], "8 layers": ["--n_layer=8"], "256 wide": ["--n_embd=256"],
@@ -515,13 +515,13 @@ def vary(cfg):
             yield result
 
 
-# Numbers of generated rows that the model of config/train_rules.py is trained on, steps, and rows to score.
+# Numbers of generated rows to train the model of config/train_rules.py on, its steps, and rows to score.
 ROWS, ROW_STEPS, SCORED = (0, 300, 1_000, 3_000, 10_000, 30_000, 100_000), 1600, 300
 
 
 def rows(cfg):
-    """Memorizing or generalizing: the same model and number of steps on more and more different rows; exact matches of
-    rows that it was trained on, and of held-out words and numbers. Plots the table."""
+    """Memorizing or generalizing: the same model and number of steps on ever more different rows; exact matches on
+    training rows, and on held-out words and numbers. Plots the table."""
     print(f"{'generated rows':>14}{'epochs':>8}{'training loss':>15}{'exact: trained on':>19}{'held out':>10}")
     results = []
     with temporary_folder() as folder:
@@ -561,7 +561,7 @@ PARTS = {"train": (forward_backward, 1), "step": (shakespeare_step, 3), "decode"
 
 
 def describe():
-    """The text of --help: this file's, and the parts."""
+    """Return the text of --help: this file's docstring, and the parts."""
     lines = [__doc__, "Parts, and about how many minutes each takes on two cores:", ""]
     for name, (part, minutes) in PARTS.items():
         lines += textwrap.wrap(" ".join(part.__doc__.split()), 98, initial_indent=f"  {name:<12}{minutes:>3}  ",
@@ -570,7 +570,7 @@ def describe():
 
 
 def main(argv):
-    """Run the named parts, or all. Raises UserError for what is missing."""
+    """Run the named parts, or all. Raises UserError for a missing file or package."""
     names = [arg for arg in argv if not arg.startswith("-")] or list(PARTS)
     for name in names:
         if name not in PARTS:

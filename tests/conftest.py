@@ -1,4 +1,4 @@
-"""Shared by the tests: one thread, GPT-2's vocabulary, short trainings, error lines, a full disk, HTTP servers."""
+"""Shared by the tests: one thread, GPT-2's vocabulary, error messages, a full disk, HTTP servers."""
 import contextlib
 import io
 import os
@@ -9,27 +9,17 @@ import pytest
 
 from config import UserError
 
-# Faster for toy tensors. Set before the tests import torch, which reads it then.
+# Faster for toy tensors. torch reads it when it is imported, so it is set before.
 os.environ["OMP_NUM_THREADS"] = "1"
-if os.name == "posix":  # processes that train together connect on this machine only
+if os.name == "posix":  # ranks connect on this machine only
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, pipes, links, locks and torchrun")
 
 
-@pytest.fixture(scope="module")
-def neither_drawn_nor_measured():
-    """Skip the plot and the measurement of peak FLOP/s, which take far longer than a toy training."""
-    import runtime.log
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("runtime.report.plot_losses", lambda *args: None)
-        patch.setattr(runtime.log, "peak_flops", lambda *args: 1e12)
-        yield
-
-
 @pytest.fixture(scope="session")
 def gpt2_vocabulary():
-    """tiktoken's GPT-2; skips the test if it is not on this computer."""
+    """Return tiktoken's GPT-2; skip the test if it is not on this computer."""
     from data.tokenizer import get_tokenizer
     try:
         return get_tokenizer("gpt2")
@@ -38,7 +28,7 @@ def gpt2_vocabulary():
 
 
 def error_of_script(monkeypatch, script, flags):
-    """Return the one line that a script ends with."""
+    """Run a script that fails; return its one-line error."""
     import config
     monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
     with pytest.raises(SystemExit) as ended:
@@ -48,14 +38,14 @@ def error_of_script(monkeypatch, script, flags):
 
 
 def error_of(monkeypatch, *flags):
-    """Return the one line that chat.py ends with."""
+    """Run chat.py, which fails; return its one-line error."""
     import chat
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     return error_of_script(monkeypatch, chat, flags)
 
 
 @contextlib.contextmanager
-def largest_file(size):
+def limit_file_size(size):
     """Context manager: limit the size of files in bytes, to act like a full disk."""
     resource = pytest.importorskip("resource", reason="POSIX only")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

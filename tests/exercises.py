@@ -1,9 +1,9 @@
-"""Eight exercises, one for each step of the README: an edit of a few lines, and a check.
+"""Eight exercises, one for each step of the README: edit a few lines, then check them.
 
     python -m tests.exercises        # list them, and show which are solved
-    python -m tests.exercises 3      # check the third; if it fails: what was seen, and a hint
+    python -m tests.exercises 3      # check the third; if it fails, show what was seen, and a hint
 
-A check runs the edited code on toy inputs and looks at the results, not at the code, so every correct solution passes.
+A check runs the edited code on toy inputs and compares results, not code, so every correct solution passes.
 Undo an edit (`git checkout model.py`) before the next step, or your numbers will differ from the README's. One
 solution of each is in tests/solutions.md.
 """
@@ -29,7 +29,7 @@ from config import UserError
 
 
 class NotYet(Exception):
-    """What a check saw, and a hint."""
+    """A failed check: what it saw, and a hint."""
 
 
 def expect(condition, seen, hint):
@@ -39,7 +39,7 @@ def expect(condition, seen, hint):
 
 
 def toy_gpt(n_layer=1):
-    """A small GPT in eval mode, with weights so large that every part of it affects the output."""
+    """Return a small GPT in eval mode, with weights so large that every part of it affects the output."""
     from model import GPT, GPTConfig
     torch.manual_seed(0)
     model = GPT(GPTConfig(32, 32, n_layer, n_head=2, n_embd=16)).eval()
@@ -50,7 +50,7 @@ def toy_gpt(n_layer=1):
 
 
 def output_of(main, *argv):
-    """Run a script's main; return what it prints."""
+    """Run a script's main; return its standard output."""
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
         main(list(argv))
     return out.getvalue()
@@ -137,8 +137,8 @@ HEADS = 3
 
 @torch.no_grad()
 def attended(parts):
-    """Which tokens each head of a toy GPT attends to, (nh, T, T) booleans. parts: how many tokens are read at a time;
-    several parts need the cache."""
+    """Return which tokens each head of a toy GPT attends to, (nh, T, T) booleans. parts: how many tokens are read at a
+    time; several parts need the cache."""
     from model import GPT, GPTConfig, KVCache
     T, start, weights = sum(parts), 0, []
     model = GPT(GPTConfig(32, 32, n_layer=1, n_head=HEADS, n_embd=12, fused=False)).eval()
@@ -153,7 +153,7 @@ def attended(parts):
 
 
 def compare(seen, wanted, case, hint):
-    """Raise NotYet for the first head, and its newest token, that attends to other tokens than it should."""
+    """Raise NotYet for the first head, and its newest token, that attends to the wrong tokens."""
     for head, i in ((head, i) for head in range(HEADS) for i in reversed(range(wanted.shape[1]))):
         found, right = ((row[head, i].nonzero()[:, 0] + 1).tolist() for row in (seen, wanted))
         expect(found == right, f"{case}: head {head + 1} of token {i + 1} attends to tokens {found}, expected "
@@ -209,13 +209,13 @@ def rule():
                    "a rule returns a question and its answer, both non-empty strings.")
             first, where = answers.setdefault(question, (answer, operands))
             expect(first == answer, f"{name}: {question!r} has two answers, {first!r} and {answer!r}.",
-                   "the answer must follow from the question; does it depend on something drawn that is not in there?")
+                   "the answer must follow from the question; does it depend on something drawn that is not in it?")
             expect(operands == where or where != "train", f"{name}: {question!r} is a training and a {operands} row.",
                    "draw operands with d.word() and d.numbers(low, high), which know what is held out; filter your own "
                    "lists with d.fits.")
     name, question, answer = drawn[-1]
     return (f"{name}: {question!r} -> {answer!r}; {len(drawn)} of 2,000 rows. Does a model learn it? Four minutes\n"
-            "(the first half of make chat, after which about half of all answers are right):\n"
+            "(the first half of make chat, after which about half of all answers are correct):\n"
             "  python -m data.rules\n"
             "  python prepare_alpaca.py config/prepare_rules.py\n"
             "  python train.py config/train_rules.py --out_dir=out/my_rule\n"
@@ -224,8 +224,8 @@ def rule():
 
 
 def new_rows(operands):
-    """(category, question, answer) of each row of a new category, among 2,000 that data.rules writes. Of a longer chat
-    the question is everything up to its last answer."""
+    """Return (category, question, answer) of each row of a new category, among 2,000 that data.rules writes. The
+    question of a longer chat is everything up to its last answer."""
     from data import rules
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -246,7 +246,7 @@ def new_rows(operands):
 # ---- 6. pretraining ----
 
 def rms():
-    """Replace layer norm by RMSNorm (Zhang & Sennrich 2019): scale, without subtracting the mean.
+    """Replace layer norm with RMSNorm (Zhang & Sennrich 2019): scale, without subtracting the mean.
 
     model.py: layer_norm
     """
@@ -276,7 +276,7 @@ def rms():
 # ---- 7. GPT-2's weights ----
 
 def rotary():
-    """Replace learned position embeddings by rotary ones (Su et al. 2021): rotate q and k.
+    """Replace learned position embeddings with rotary position embeddings (Su et al. 2021): rotate q and k.
 
     model.py: GPT.hidden, CausalSelfAttention.forward
     """
@@ -296,7 +296,7 @@ def rotary():
                "rotate q and k where the comment in CausalSelfAttention.forward says so, before the two paths, at "
                "position p by p times an angle.")
         change = (y - layer(x, None, 7)).abs().max()
-        expect(change < 1e-3, f"the same 10 tokens, 7 positions later, have outputs that differ by up to {change:.2f}.",
+        expect(change < 1e-3, f"the outputs of the same 10 tokens, 7 positions later, differ by up to {change:.2f}.",
                "scores depend on distances alone if q and k, both, but not v, are rotated by the same angles. Rotating "
                "(a, b) gives (a cos - b sin, a sin + b cos).")
         cache = KVCache(model)
@@ -342,14 +342,14 @@ def min_p():
 
 
 def sample_often(p, **sampling):
-    """How often `sample` returns each id, of 400 times, from probabilities (V,)."""
+    """Return how often `sample` returns each id in 400 calls, from probabilities (V,)."""
     from model import sample
     generator = torch.Generator().manual_seed(0)
     return Counter(sample(p.log(), [], generator, **sampling) for _ in range(400))
 
 
 def toy_reply(*flags):
-    """What chat.py prints for a prompt to an untrained toy model."""
+    """Return what chat.py prints for a prompt to an untrained toy model."""
     import chat
     from model import GPT, GPTConfig
     from runtime.checkpoint import model_state, save_checkpoint
@@ -367,7 +367,7 @@ EXERCISES = (digits, endless, cheat, window, rule, rms, rotary, min_p)
 
 
 def result(number):
-    """Run the check of exercise `number`, from 1: (whether it passes, the text to print)."""
+    """Run the check of exercise `number`, from 1; return (whether it passes, the text to print)."""
     check = EXERCISES[number - 1]
     try:
         files = " ".join(re.findall(r"[\w/]+\.(?:py|txt)", task_of(check)[1]))
@@ -379,12 +379,12 @@ def result(number):
 
 
 def task_of(check):
-    """What an exercise asks for, and where: the two parts of its check's docstring."""
+    """Return an exercise's task and the place to edit: the two parts of its check's docstring."""
     return inspect.getdoc(check).split("\n\n")
 
 
 def describe(error):
-    """An error on one line: its innermost place in the repository outside this file, and its message."""
+    """Return an error as one line: its innermost place in the repository outside this file, and its message."""
     frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     message = (str(error).splitlines() or [""])[0]
     if isinstance(error, SyntaxError):

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, forked from one that has imported torch already, so that they start at once."""
+"""Run scripts in child processes, forked from one that has already imported torch, so that they start at once."""
 import importlib
 import multiprocessing
 import os
@@ -42,7 +42,7 @@ def start(script, argv, output, patch=None, **environment):
 
 
 def exit_codes(*children):
-    """Wait for children to end; their exit codes."""
+    """Wait for children to end; return their exit codes."""
     for child in children:
         child.join(180)
     codes = [child.exitcode for child in children]

@@ -1,4 +1,4 @@
-"""tests/bench.py: its parts run at toy size, and nanoGPT's way has the same loss."""
+"""tests/bench.py: its parts run at toy size, and its copy of nanoGPT's forward pass has the same loss."""
 import json
 
 import pytest
@@ -12,7 +12,7 @@ from tests import bench
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """Settings of a benchmark of toy models."""
+    """Return settings of a benchmark of toy models."""
     for name, value in {"GPT2": GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=32), "DECODE": ((8, 4), (16, 4)),
                         "SIDE": 64, "PRODUCTS": 1, "READ": 2**16, "llama": lambda model, dtype: None}.items():
         monkeypatch.setattr(bench, name, value)
@@ -36,7 +36,7 @@ def test_a_part_measures_something(part, n_rows, toy, gpt2_vocabulary):
     assert all(min(*row["ours"], *row["peer"]) > 0 and row["ratio"] > 0 for row in rows)
 
 
-def test_nanogpts_way_has_the_same_loss():
+def test_nanogpts_code_has_the_same_loss():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=16))
     ids = torch.arange(34).view(2, 17)

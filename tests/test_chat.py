@@ -1,5 +1,5 @@
-"""chat.py: the prompt, the reply, the kept KV cache, the command line. The models are tiny and random, and
-speak noise, so that every token depends on every other; the oracles compute each token without a cache."""
+"""chat.py: the prompt, the reply, the kept KV cache, the command line. The models are tiny, with large
+random weights, so that every token depends on all earlier ones; the oracles compute each token without a cache."""
 import copy
 import io
 import itertools
@@ -22,7 +22,7 @@ from runtime.checkpoint import model_state, save_checkpoint
 
 REPO = Path(__file__).parent.parent
 BYTES = get_tokenizer("bytes")
-# Of "aaa" and "the" one id each. Random weights spell such texts in other ids than the tokenizer does.
+# "aaa" and "the" are one id each. A random model may write such texts with different ids than the tokenizer.
 PAIRS = get_tokenizer({"pattern": SPLIT_PATTERN, "merges": [[97, 97], [256, 97], [116, 104], [258, 101]]})
 TOKENIZERS = pytest.mark.parametrize("enc", [BYTES, PAIRS], ids=["bytes", "pairs"])
 ROLES = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -31,12 +31,12 @@ SEEDED = chat.Settings(temperature=1.5, top_k=0, max_new_tokens=12, seed=3)
 
 
 def special(enc=BYTES):
-    """The last four ids, in the order of ROLES."""
+    """Return the last four ids, in the order of ROLES."""
     return [enc.n_vocab - 4 + i for i in range(4)]
 
 
 def noise(block_size=64, seed=0, enc=BYTES):
-    """A model whose weights are all random; in float64 no rounding decides between two tokens."""
+    """Return a model whose weights are all random, in float64, so that rounding does not decide between two tokens."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(enc.n_vocab, block_size, 2, 2, 16))
     with torch.no_grad():
@@ -49,9 +49,9 @@ def new_session(block_size=64, turns=50, seed=0, enc=BYTES):
     return chat.ChatSession(noise(block_size, seed, enc), enc, turns)
 
 
-def saying(said, block_size=64, turns=50):
-    """A session whose model says chosen ids whatever it is asked (an exception is raised), and a list that
-    gets its prompts."""
+def scripted_session(said, block_size=64, turns=50):
+    """Return a session whose model replies to every prompt with the ids `said` (an exception among them is raised),
+    and the list of its prompts."""
     session, prompts = new_session(block_size, turns), []
 
     def generate(prompt, max_new_tokens, *, stop_ids, **sampling):
@@ -67,19 +67,19 @@ def saying(said, block_size=64, turns=50):
 
 
 def ask(session, text, cfg=GREEDY):
-    """The ids of the reply to a text."""
+    """Return the ids of the reply to a text."""
     list(session.reply(session.enc.encode_ordinary(text), cfg))
     return session.history[-1][1]
 
 
 def flat(history, enc=BYTES):
-    """Turns of ids or texts as (role, ids) pairs."""
+    """Convert turns of ids or texts to (role, ids) pairs."""
     return [(role, enc.encode_ordinary(text) if isinstance(text, str) else list(text))
             for turn in history for role, text in zip(("user", "assistant"), turn)]
 
 
 def framed(messages, enc=BYTES):
-    """The prompt by hand: <|endoftext|>, then the role, the ids and <|end|> of each message, <|assistant|>."""
+    """Build a prompt by hand: <|endoftext|>, then the role, the ids and <|end|> of each message, <|assistant|>."""
     start, user, assistant, end = special(enc)
     ids = [start]
     for role, text in messages:
@@ -88,7 +88,7 @@ def framed(messages, enc=BYTES):
 
 
 def prompt_by_hand(messages, enc, turns, block_size, longest):
-    """The newest turns, whole, at most `turns` and as many as fit; or the end of the last message."""
+    """Return the newest whole turns, at most `turns` and as many as fit; or the end of the last message."""
     limit = block_size - min(longest, block_size // 4)
     views = [framed(messages[k:], enc) for k in range(0, len(messages), 2) if len(messages) - k < 2 * turns]
     fitting = [view for view in views if len(view) <= limit]
@@ -98,7 +98,7 @@ def prompt_by_hand(messages, enc, turns, block_size, longest):
 
 @torch.no_grad()
 def greedy_by_hand(model, prompt, longest, stops=(256, 257, 258, 259)):
-    """The most likely token again and again, each computed from scratch, until the context is full."""
+    """Return greedily decoded ids, each computed from scratch, until the context is full."""
     ids = list(prompt)
     for _ in range(min(longest, model.config.block_size - len(prompt) + 1)):
         likeliest = int(model(torch.tensor([ids]))[0, -1].argmax())
@@ -112,7 +112,7 @@ def greedy_by_hand(model, prompt, longest, stops=(256, 257, 258, 259)):
 
 @TOKENIZERS
 @pytest.mark.parametrize("cfg", [GREEDY, SEEDED], ids=["greedy", "seeded"])
-def test_a_turn_reads_only_its_own_tokens(enc, cfg, monkeypatch):
+def test_a_turn_reads_only_new_tokens(enc, cfg, monkeypatch):
     canonical = []
     for seed in range(4):
         session, unread, reads = new_session(500, seed=seed, enc=enc), None, []
@@ -127,7 +127,7 @@ def test_a_turn_reads_only_its_own_tokens(enc, cfg, monkeypatch):
             assert reads[1:] == [1] * (len(reads) - 1)
             unread = session.stop == "max_new_tokens"  # then the model did not read its last token
             canonical.append(enc.encode_ordinary(enc.decode(said)) == said)
-    assert not all(canonical), "encoding some replies again must give other ids"
+    assert not all(canonical), "encoding some replies again must give different ids"
 
 
 @TOKENIZERS
@@ -145,7 +145,7 @@ def test_greedy_replies_with_the_kept_cache_equal_those_without_a_cache(enc, blo
 
 
 @pytest.mark.parametrize("n", range(1, 12))
-def test_after_ctrl_c_at_any_moment_the_next_reply_is_that_of_a_new_cache(n):
+def test_after_ctrl_c_at_any_moment_the_next_reply_equals_that_of_a_new_cache(n):
     session, calls = new_session(200), itertools.count(1)
     ask(session, "Hm?")
 
@@ -164,8 +164,8 @@ def test_after_ctrl_c_at_any_moment_the_next_reply_is_that_of_a_new_cache(n):
 
 # Trimming
 
-def test_whole_oldest_turns_are_left_out_with_one_note(capsys):
-    session, prompts = saying(b"yes", turns=6)  # a turn is 3 + 3 ids and 4 special ones: 10 of 64 - 16 = 48
+def test_the_oldest_turns_are_left_out_whole_with_one_note(capsys):
+    session, prompts = scripted_session(b"yes", turns=6)  # a turn is 3 + 3 ids and 4 special ones: 10 of 64 - 16 = 48
     notes, said = [], ("one", "two", "six", "ten", "won", "too", "end")
     for text in said:
         ask(session, text, chat.Settings())
@@ -173,7 +173,7 @@ def test_whole_oldest_turns_are_left_out_with_one_note(capsys):
     assert [len(prompt) for prompt in prompts] == [7, 17, 27, 37, 47, 47, 47]
     assert prompts[5] == framed(flat([*((text, "yes") for text in said[1:5]), ("too",)]))
     assert "oldest turns are left out" in notes.pop(5) and notes == [""] * 6
-    assert len(session.history) == 7, "what the model does not see is kept all the same"
+    assert len(session.history) == 7, "what the model does not see is still kept"
 
 
 @pytest.mark.parametrize("block_size", range(1, 13))
@@ -187,27 +187,27 @@ def test_a_context_of_a_few_tokens_does_not_fail(block_size):
 # The reply
 
 @pytest.mark.parametrize("said, shown", [
-    ("a🙂é!👩\u200d💻".encode(), ["a", "🙂", "é", "!", "👩", "\u200d", "💻"]),  # characters come whole
-    (b"ok\xf0\x9f", ["o", "k", "\ufffd"]), (b"ok\xff", ["o", "k", "\ufffd"]),  # broken ones are one "\ufffd"
+    ("a🙂é!👩\u200d💻".encode(), ["a", "🙂", "é", "!", "👩", "\u200d", "💻"]),  # whole characters
+    (b"ok\xf0\x9f", ["o", "k", "\ufffd"]), (b"ok\xff", ["o", "k", "\ufffd"]),  # an invalid one is one "\ufffd"
     (b"\x99ok", ["\ufffd", "o", "k"]), (b"\xe2\x82ok", ["\ufffdo", "k"]),
-    *[([*b"Yes.", stop, *b"no"], ["Y", "e", "s", "."]) for stop in special()]])  # any special token ends it
-def test_a_reply_comes_in_whole_characters_until_a_special_token(said, shown):
-    session, _ = saying(list(said))
+    *[([*b"Yes.", stop, *b"no"], ["Y", "e", "s", "."]) for stop in special()]])  # any special token ends a reply
+def test_a_reply_arrives_in_whole_characters_until_a_special_token(said, shown):
+    session, _ = scripted_session(list(said))
     assert list(session.reply(list(b"Hm?"), chat.Settings())) == shown
 
 
 @pytest.mark.parametrize("longest, message, said, stop", [
-    (200, 10, 64 - 14 + 1, "context"),  # the last token is said, but not read
+    (200, 10, 64 - 14 + 1, "context"),  # the last token is generated, but not read
     (51, 10, 51, "max_new_tokens"), (50, 10, 50, "max_new_tokens"), (5, 300, 5, "max_new_tokens"),
     (200, 300, 17, "context")])  # the message is clipped so that a quarter of the context stays free
-def test_a_reply_that_reaches_a_limit_says_which(longest, message, said, stop):
-    session, _ = saying(b"x" * 500)
+def test_a_reply_records_which_limit_it_reached(longest, message, said, stop):
+    session, _ = scripted_session(b"x" * 500)
     assert len(ask(session, "?" * message, chat.Settings(max_new_tokens=longest))) == said
     assert session.stop == stop
 
 
 def test_a_base_model_continues_each_text_by_itself():
-    session, prompts = saying(b"d", turns=0)
+    session, prompts = scripted_session(b"d", turns=0)
     for text in ("abc", "x" * 100, ""):
         ask(session, text, chat.Settings(turns=3))
     assert prompts == [[*b"abc"], [*b"x" * 100], [special()[0]]] and len(session.history) == 1
@@ -244,7 +244,7 @@ CONTROLS = "".join(map(chr, [*range(32), *range(127, 160)]))
 
 def test_control_characters_are_visible_in_a_terminal_and_unchanged_in_a_pipe(monkeypatch, capsys):
     said = f"a\x1b[31m{CONTROLS}é🙂\u2028".encode()
-    session, _ = saying(said, 500)
+    session, _ = scripted_session(said, 500)
     chat.print_reply(session, [*b"?"], chat.Settings())
     assert capsys.readouterr().out.encode() == said + b"\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -259,7 +259,7 @@ def test_control_characters_are_visible_in_a_terminal_and_unchanged_in_a_pipe(mo
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """(a checkpoint of a chat model of two turns that says printable noise, the model in float64)"""
+    """Return (a checkpoint of a chat model of two turns that replies with printable noise, the model in float64)."""
     model = noise(128, seed=2).float()
     with torch.no_grad():  # the other bytes become unlikely
         model.ln_f.weight[0], model.ln_f.bias[0] = 0, 1
@@ -281,7 +281,7 @@ def run(checkpoint, capsys, monkeypatch):
 
 
 def reply_by_hand(model, *texts):
-    """The greedy reply to the last of the texts, the others being earlier turns, user and model in turn."""
+    """Return the greedy reply to the last of the texts; the others are earlier messages of user and model, alternating."""
     roles = itertools.cycle(("user", "assistant"))
     prompt = framed([(role, text.encode()) for role, text in zip(roles, texts)])
     return bytes(greedy_by_hand(model, prompt, 20)).decode()
@@ -341,7 +341,7 @@ def test_look_writes_a_page_of_the_reply(run, checkpoint, base_checkpoint, tmp_p
 
 
 def endless(path):
-    """Save a checkpoint that says "x" without an end."""
+    """Save a checkpoint that replies "x" without end."""
     model = GPT(GPTConfig(260, 100_000, 1, 1, 4))
     with torch.no_grad():
         model.ln_f.weight.zero_()  # the head sees the same everywhere
@@ -352,7 +352,7 @@ def endless(path):
 
 
 def test_each_piped_line_is_answered_before_the_next_is_sent(tmp_path):
-    env = {**os.environ, "PYTHONIOENCODING": "ascii"}  # it speaks UTF-8 all the same
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}  # it uses UTF-8 anyway
     env.pop("PYTHONUNBUFFERED", None)
     command = [sys.executable, str(REPO / "chat.py"), f"--checkpoint={endless(tmp_path / 'best.pt')}",
                "--device=cpu", "--max_new_tokens=3"]
@@ -380,9 +380,9 @@ def test_a_wrong_setting_is_a_user_error(flags, message):
         chat.main(["--prompt=Hi"] * (flags != ["--look=x.html"]) + flags)
 
 
-def test_the_missing_default_checkpoint_and_int8_on_a_gpu_say_what_to_do(monkeypatch, tmp_path):
+def test_errors_for_a_missing_default_checkpoint_and_int8_on_a_gpu_name_a_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr(chat.config, "REPO", tmp_path)
-    with pytest.raises(UserError, match="best.pt: no such checkpoint. Make it: make chat"):
+    with pytest.raises(UserError, match="best.pt: no such checkpoint. Run make chat"):
         chat.main([])
     monkeypatch.setattr(chat, "pick_device", lambda device, dtype: (torch.device("cuda"), torch.float32, ""))
     with pytest.raises(UserError, match="dtype=int8: only on a CPU.*--device=cpu"):

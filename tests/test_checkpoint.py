@@ -1,5 +1,5 @@
-"""runtime/checkpoint.py: what is saved comes back, version 1.0's files load, and a damaged or hostile file is one
-line and executes nothing."""
+"""runtime/checkpoint.py: what is saved can be loaded, version 1.0's files too; a damaged or hostile file gives a one-line
+error and executes nothing."""
 import math
 import os
 import re
@@ -11,7 +11,7 @@ import torch
 import model
 from config import UserError
 from runtime.checkpoint import load_checkpoint, load_model, max_turns, model_state, save_checkpoint
-from tests.conftest import largest_file
+from tests.conftest import limit_file_size
 from tests.test_model import NH, C, T, close, np_gpt, random_ids, toy
 
 
@@ -65,7 +65,7 @@ def test_a_loaded_model_can_be_trained_and_its_file_does_not_change(tmp_path):
 
 
 class Bomb:
-    """Creates a folder where it is unpickled without care."""
+    """Creates a folder if it is unpickled unsafely."""
 
     def __init__(self, path):
         self.path = path
@@ -88,7 +88,7 @@ def test_a_missing_checkpoint_and_a_folder_are_named_with_the_hint(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"garbage", bytes(range(256)) * 20, b"PK\x03\x04" + bytes(100), b"", "0.5", "0.99"])
-def test_a_damaged_file_is_one_line(tmp_path, content):
+def test_a_damaged_file_gives_a_one_line_error(tmp_path, content):
     path = tmp_path / "best.pt"
     save_toy(path)
     whole = path.read_bytes()
@@ -106,7 +106,7 @@ def test_a_damaged_file_is_one_line(tmp_path, content):
     (lambda c: c["config"].update(n_layer=3), "h.2.ln_1"), (lambda c: c["config"].update(n_embd=2 * C), "wte.weight"),
     (lambda c: c["model"]["h.1.mlp.c_fc.bias"].fill_(math.nan), "h.1.mlp.c_fc.bias contains NaN"),
     (lambda c: c["model"].pop("ln_f.bias"), "ln_f.bias"), (lambda c: c["model"].update(more=torch.zeros(2)), "more")])
-def test_contents_that_do_not_fit_are_one_line_that_names_them(tmp_path, broken, named):
+def test_contents_that_do_not_fit_give_a_one_line_error_that_names_them(tmp_path, broken, named):
     path = tmp_path / "best.pt"
     save_toy(path)
     checkpoint = torch.load(path)
@@ -117,7 +117,7 @@ def test_contents_that_do_not_fit_are_one_line_that_names_them(tmp_path, broken,
     assert "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_that_does_not_fit_an_edited_model_py_says_so(monkeypatch):
+def test_a_checkpoint_that_does_not_fit_an_edited_model_py_is_refused(monkeypatch):
     checkpoint = model_state(toy(), "bytes", "text")
     monkeypatch.setattr(model, "layer_norm", lambda config: torch.nn.RMSNorm(config.n_embd))
     with pytest.raises(UserError, match="^best.pt: does not fit this model.py.*ln_1.bias.*undo an edit"):
@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(tmp_path):
     path = tmp_path / "best.pt"
     save_toy(path)
     before = path.read_bytes()
-    with largest_file(20_000):
+    with limit_file_size(20_000):
         for size in (100_000, 6_000):  # far over the limit, and over it with the last few bytes
             with pytest.raises(OSError, match=re.escape(str(path))):
                 save_checkpoint(path, {"model": {"w": torch.zeros(size)}})

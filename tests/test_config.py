@@ -96,7 +96,7 @@ def test_settings_of_version_1_0_load_under_their_new_name(tmp_path):
     ("config/train_recitee.py", "not a config file; see config/, or write --checkpoint=config/train_recitee.py"),
     ("README.md", "not a config file; see config/, or write --checkpoint=README.md"),
 ])
-def test_a_wrong_argument_is_one_line_with_what_to_do(arg, message):
+def test_a_wrong_argument_gives_a_one_line_error_with_what_to_do(arg, message):
     source = "/set" if "=" in arg else arg
     with pytest.raises(UserError, match=f"^{re.escape(f'{source}: {message}')}$"):
         config.load(Toy, [arg], typed="/set")
@@ -163,7 +163,7 @@ def test_settings_outside_their_range_are_refused(allowed, message):
 @pytest.mark.parametrize("error, code", [
     (UserError("steps=3: bad"), "error: steps=3: bad"), (OSError("no such file: x"), "error: no such file: x"),
     (FileNotFoundError(2, "No such file or directory", "x"), "error: x: No such file or directory"), (KeyboardInterrupt(), 130)])
-def test_a_users_mistake_ends_in_one_line_and_ctrl_c_in_130(error, code):
+def test_a_user_error_exits_with_one_line_and_ctrl_c_with_130(error, code):
     def main(argv):
         raise error
     with pytest.raises(SystemExit) as caught:
@@ -191,7 +191,7 @@ def test_a_character_that_the_output_cannot_encode_becomes_a_question_mark(monke
 
 @POSIX
 @pytest.mark.parametrize("more", [[], ["now"]])
-def test_a_script_ends_quietly_when_the_reader_of_its_output_has_left(more):
+def test_a_script_ends_quietly_after_a_broken_pipe(more):
     code = "import config\nconfig.run(lambda argv: print('x' * 10, flush=len(argv) > 1))"
     with subprocess.Popen([sys.executable, "-c", code, "a", *more], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env=os.environ | {"PYTHONUNBUFFERED": ""}) as script:

@@ -46,12 +46,12 @@ def chat(*texts):
 
 
 def said(*texts):
-    """Messages in ShareGPT's names, the assistant's where a text starts with >."""
+    """Return messages with ShareGPT's names; a text that starts with > is the assistant's."""
     return [{"from": "gpt" if text[:1] == ">" else "human", "value": text.lstrip(">")} for text in texts]
 
 
 def read(row, report):
-    """The texts of a row."""
+    """Return the texts of a row."""
     messages, _ = to_messages(row, "here", report)
     assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) != []
     return [m["content"] for m in messages]
@@ -124,7 +124,7 @@ def test_any_text_survives_and_typed_role_tokens_never_become_ids(enc, turns):
     ({"messages": [{**m, "weight": i % 2, "train": True} for i, m in enumerate(TWO_TURNS)]}, ["Hi", "Yo!", "é?", "A"]),
     ({**GOOD, "label": True}, ["a", "b"]),
 ])
-def test_layouts_of_other_people(row, texts):
+def test_common_row_layouts_are_read(row, texts):
     assert read(row, Counter()) == texts
 
 
@@ -160,7 +160,7 @@ def test_messages_without_a_partner_are_left_out_and_counted(texts, left, report
     ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "train": False}]}, "not to be learned from", "message 2: .*'train'"),
     ({**GOOD, "output": "cut \ud83d"}, "half a character", "surrogate"),
 ])
-def test_a_bad_row_is_one_line_with_file_row_and_reason(tmp_path, row, reason, part):
+def test_a_bad_row_gives_a_one_line_error_with_file_row_and_reason(tmp_path, row, reason, part):
     path, report = write_rows(tmp_path / "rows.json", [GOOD, row]), Counter()
     with pytest.raises(BadRow, match=f"^{re.escape(str(path))}, row 2.*{part}") as caught:
         read_conversations(path)
@@ -187,20 +187,20 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers(0, 1) | st.floats(
 
 @settings(PROPERTY, max_examples=300)
 @given(VALUES)
-def test_any_row_is_a_chat_or_refused_in_one_line(row):
+def test_any_row_is_a_chat_or_gives_a_one_line_error(row):
     try:
         messages, category = to_messages(row, "here", Counter())
     except BadRow as error:
         assert str(error).startswith("here") and str(error).isprintable() and len(str(error)) < 600
     else:
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2) != []
-        json.dumps([messages, category], ensure_ascii=False).encode()  # all of it is text
+        json.dumps([messages, category], ensure_ascii=False).encode()  # it is all valid text
 
 
 # ---- files ----
 
 def write_rows(path, rows):
-    """Rows as the file's name says: a JSON list or JSON lines, gzipped or not."""
+    """Write rows in the format of the file's name: a JSON list or JSON lines, gzipped or not."""
     text = "\n".join(map(json.dumps, rows)) if ".jsonl" in path.name else json.dumps(rows, indent=1)
     path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
     return path
@@ -248,7 +248,7 @@ def test_csv_with_a_header_is_read(tmp_path):
     (b'[{"a": 1}, {"b": ', "Expecting value: line 1 "), (b'{"a": 1}\n{"a": 2}\n{"a": "b', "Unterminated.* line 3 "),
     (b'[\n{"a": 1,\n"input" ""}]', "Expecting ':' delimiter: line 3 "), (b"[" * 100_000, "recursion"),
     (b'{"a": ' * 100_000, "recursion"), (b"[" + b"1" * 5000 + b"]", "digits")])
-def test_a_file_that_cannot_be_read_is_one_line_with_the_place(tmp_path, content, part):
+def test_a_file_that_cannot_be_read_gives_a_one_line_error_with_the_place(tmp_path, content, part):
     path = tmp_path / "rows.json"
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: cannot be read: .*{part}") as caught:

@@ -58,7 +58,7 @@ def random_chats(count, longest=12, seed=0):
 
 
 def recount(ids):
-    """(position, token) of each target in a conversation."""
+    """Return (position, token) of each target in a conversation."""
     found, speaking = [], False
     for position, token in enumerate(ids):
         if token in (START, USER, ASSISTANT):
@@ -69,7 +69,7 @@ def recount(ids):
 
 
 def check_chat_batch(batch, conversations, budget):
-    """Assert that a batch is right, and return which conversations it contains."""
+    """Assert that a batch is correct, and return which conversations it contains."""
     ids, targets, positions = batch
     rows, length = ids.shape
     assert ids.dtype == targets.dtype == positions.dtype == np.int64 and rows * length <= budget
@@ -91,7 +91,7 @@ def same(a, b):
 
 
 def whole_epoch(dataset, conversations, start, split="train"):
-    """Read batches from `start` until each conversation came once: the next index, and the batches."""
+    """Read batches from `start` until each conversation occurred once; return the next index, and the batches."""
     seen, index, batches = [], start, []
     while len(seen) < len(conversations):
         batches.append(dataset.batch(split, index))
@@ -103,7 +103,7 @@ def whole_epoch(dataset, conversations, start, split="train"):
 
 
 def windows(batches, block_size):
-    """Every window of these batches of text, with the token after it."""
+    """Return every window of these batches of text, with the token after it."""
     return [(*row, nexts[-1]) for x, y, _ in batches
             for row, nexts in zip(x.tolist(), y.reshape(-1, block_size).tolist(), strict=True)]
 
@@ -180,7 +180,7 @@ def test_read_ahead_returns_the_same_batches_and_reads_them_early(tmp_path):
     for index in range(1, 21, 2):  # the second of two processes
         assert same(dataset.batch("train", index)[:2], plain.batch("train", index)[:2])
     dataset.read("train", 25).result()
-    assert read == list(range(1, 27, 2)), "each once, in order, and three more than asked for"
+    assert read == list(range(1, 27, 2)), "each once, in order, three ahead of the request"
     failing = ReadAhead(SimpleNamespace(batch=lambda split, index: 10 // (2 - index)), stride=1, ahead=4)
     assert [failing.batch("train", index) for index in (0, 1)] == [5, 10]
     with pytest.raises(ZeroDivisionError):
@@ -229,7 +229,7 @@ def test_every_epoch_has_every_conversation_once_and_exact_targets(tmp_path):
     assert dataset.conversations("train") == train and dataset.conversation("val", 3) == val[3]
 
 
-def test_in_the_first_batches_every_token_is_a_target_on_request(tmp_path):
+def test_with_prompt_loss_batches_every_token_of_the_first_batches_is_a_target(tmp_path):
     chats = random_chats(60)
     folder = make_folder(tmp_path, "chat", chats, random_chats(9, seed=1))
     plain, reading = (ChatDataset(folder, 128, 2, prompt_loss_batches=n) for n in (0, 5))
@@ -262,7 +262,7 @@ def test_a_short_block_size_cuts_conversations_and_drops_those_without_a_target(
     whole_epoch(dataset, kept, whole_epoch(dataset, kept, 0)[0])
 
 
-def test_evaluation_of_chats_is_fixed_without_repeats_and_complete_if_there_is_room(tmp_path):
+def test_evaluation_of_chats_is_fixed_without_repeats_and_complete_if_max_tokens_allows(tmp_path):
     chats, sizes = random_chats(80), []
     folder = make_folder(tmp_path, "chat", chats)
     for max_tokens in (1, 500, 10**7, None):
@@ -288,7 +288,7 @@ CHAT = [START, USER, 1, END, ASSISTANT, 2, END] * 10
     ("text", CHAT, {"vocab_size": "260"}, "vocab_size=260, but"),
     *[("chat", ids, {}, "text that is not a conversation") for ids in (
         [[65, 66, 67]], [[START, ASSISTANT, 65, END]], [[65], CHAT], [CHAT, [65]], [CHAT, [START, 65, *CHAT[1:]]], [[START]])]])
-def test_a_folder_that_does_not_fit_is_one_line_that_names_it(tmp_path, kind, train, meta, part):
+def test_a_folder_that_does_not_fit_gives_a_one_line_error_that_names_it(tmp_path, kind, train, meta, part):
     make_folder(tmp_path, kind, train, **meta)
     with pytest.raises(UserError, match=part) as caught:
         open_dataset(tmp_path, 32, 2)

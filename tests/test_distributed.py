@@ -1,4 +1,4 @@
-"""Several processes take the same steps as one: shared micro-batches, one gradient, one writer, orderly stops."""
+"""Several processes take the same steps as one: shared micro-batches, one gradient, one writer, clean stops."""
 import functools
 import math
 import os
@@ -63,7 +63,7 @@ def test_several_ranks_take_the_steps_of_one_and_only_rank_0_writes(toys, tmp_pa
 
 
 def note_batches_and_syncs(notes):
-    """Write every batch that is read and every gradient all-reduce to the file notes + rank."""
+    """Append every batch that is read and every gradient all-reduce to the file notes + rank."""
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
     make_quick()
     parallel = torch.nn.parallel.DistributedDataParallel
@@ -97,7 +97,7 @@ def test_ranks_take_micro_batches_round_robin_and_sync_gradients_once_a_step(toy
         assert notes == [line for i in range(0, 24, 2) for line in (*mine[i:i + 2], "sync")]
 
 
-def test_two_ranks_evaluate_what_one_does_and_write_nothing(toys, tmp_path):
+def test_two_ranks_evaluate_the_same_as_one_and_write_nothing(toys, tmp_path):
     argv = ["--eval_only=True", f"--init_from={toys / 'base' / 'best.pt'}", f"--data_dir={toys / 'text'}",
             "--device=cpu", f"--out_dir={tmp_path / 'out'}", "--batch_size=2"]
     alone = start("train", argv, tmp_path / "alone", make_quick)
@@ -112,7 +112,7 @@ def crash_at_7():
     before_step(7, crash)
 
 
-def test_a_resumed_pair_ends_the_same(toys, tmp_path):
+def test_two_resumed_ranks_end_the_same(toys, tmp_path):
     def pair(out_dir, patch=make_quick, **more):
         argv = flags(toys, train, tmp_path / out_dir, gradient_accumulation=2, save_interval=3, **more)
         return exit_codes(*start_ranks("train", argv, tmp_path, patch))
@@ -122,7 +122,7 @@ def test_a_resumed_pair_ends_the_same(toys, tmp_path):
     assert_same_run(tmp_path / "out", tmp_path / "straight")
 
 
-def test_micro_batches_that_do_not_divide_among_the_ranks_are_one_line(toys, tmp_path):
+def test_micro_batches_that_do_not_divide_among_the_ranks_give_a_one_line_error(toys, tmp_path):
     argv = flags(toys, train, tmp_path / "out", gradient_accumulation=3)
     assert exit_codes(*start_ranks("train", argv, tmp_path, make_quick)) == [1, 1]
     lines = [line for line in output(tmp_path).splitlines() if "gradient_accumulation=3: " in line]
@@ -172,7 +172,7 @@ def test_an_unused_parameter_is_explained(toys, tmp_path):
 
 
 def worker(deaths, argv):
-    """One of torchrun's processes; at each (restart, rank, step) in deaths it kills itself."""
+    """Run as one of torchrun's processes; at each (restart, rank, step) in deaths, kill itself."""
     make_quick()
     for restart, rank, step in deaths:
         if (restart, rank) == (int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])):
@@ -182,7 +182,7 @@ def worker(deaths, argv):
 
 
 def torchrun(path, options, deaths, argv):
-    """torchrun's own agent with two workers, in a process that has imported torch."""
+    """Run torchrun's agent with two workers, in a process that has imported torch."""
     from torch.distributed import run
     from torch.distributed.launcher.api import elastic_launch
     with open(path, "ab") as f:
@@ -194,7 +194,7 @@ def torchrun(path, options, deaths, argv):
     elastic_launch(launch, worker)(deaths, argv)
 
 
-def test_torchrun_restarts_ranks_that_die_and_the_run_ends_the_same(toys, tmp_path):
+def test_torchrun_restarts_killed_ranks_and_the_run_ends_the_same(toys, tmp_path):
     settings = dict(gradient_accumulation=2, save_interval=3, resume=True)
     straight = start_ranks("train", flags(toys, train, tmp_path / "straight", **settings), tmp_path, make_quick)
     agent = FORK.Process(target=torchrun, args=(

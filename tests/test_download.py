@@ -9,15 +9,15 @@ import pytest
 
 import data.download
 from data.download import download, hub, name_in, sha256_of
-from tests.conftest import largest_file, serving
+from tests.conftest import limit_file_size, serving
 
 BODY = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(BODY).hexdigest()
-OLD = bytes(reversed(BODY))  # another version of the file
+OLD = bytes(reversed(BODY))  # an earlier version of the file
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Gives the server's answers in order, and the last one again and again."""
+    """Sends the server's answers in order, then repeats the last one."""
 
     def do_GET(self):
         self.server.ranges.append(self.headers["Range"])
@@ -35,12 +35,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def whole(request, body=BODY, **headers):
-    """The whole file, whatever the request's Range is."""
+    """Answer with the whole file, whatever the request's Range is."""
     return 200, {"Content-Length": len(body), "ETag": f'"{body[0]}"'} | headers, body
 
 
 def part(request, body=BODY, sent=None):
-    """The requested range, as a server that can resume sends it; only `sent` bytes of it, then the connection breaks."""
+    """Answer with the requested range, like a server that can resume; break the connection after `sent` bytes."""
     tag = f'"{body[0]}"'
     start = int(re.fullmatch(r"bytes=(\d+)-", request["Range"] or "bytes=0-")[1])
     if request["If-Range"] not in (None, tag):
@@ -77,7 +77,7 @@ def names(folder):
 
 
 def interrupt(server, path):
-    """Leave what a download leaves that gave up after 7,000 bytes."""
+    """Leave the files of a download that failed after 7,000 bytes."""
     server.answers = [functools.partial(part, sent=7000), status(404)]
     with pytest.raises(OSError, match="404"):
         download(server.url, path)
@@ -113,7 +113,7 @@ def test_a_broken_connection_resumes_where_it_stopped(tmp_path, serve):
 
 @pytest.mark.parametrize("answer, body", [
     (part, BODY), (whole, BODY),  # a server that ignores Range
-    (functools.partial(part, body=OLD), OLD)])  # another version by now
+    (functools.partial(part, body=OLD), OLD)])  # a different version by now
 def test_a_later_run_resumes_an_interrupted_one_if_the_file_is_the_same(tmp_path, serve, answer, body):
     server = serve(part)
     interrupt(server, tmp_path / "file.bin")
@@ -134,7 +134,7 @@ def test_a_part_that_is_as_long_as_the_file_or_of_unknown_origin_is_downloaded_a
 
 
 @pytest.mark.parametrize("code", [500, 503, 429, 408])
-def test_a_busy_server_is_asked_again(tmp_path, serve, code):
+def test_a_busy_server_is_retried(tmp_path, serve, code):
     server = serve(status(code), status(code), whole)
     assert download(server.url, tmp_path / "file.bin").read_bytes() == BODY and len(server.ranges) == 3
 
@@ -150,7 +150,7 @@ def test_a_server_that_cannot_send_the_file_is_an_error(tmp_path, serve, capsys,
     assert len(capsys.readouterr().err.splitlines()) == len(waits)
 
 
-def test_a_server_that_does_not_run_is_an_error(tmp_path, serve):
+def test_an_unreachable_server_is_an_error(tmp_path, serve):
     with pytest.raises(OSError, match="^http://127.0.0.1:9/a: ConnectionError; "):
         download("http://127.0.0.1:9/a", tmp_path / "a")
     assert names(tmp_path) == []
@@ -184,7 +184,7 @@ def test_a_file_that_exists_is_not_downloaded_again(tmp_path, serve, capsys):
 
 def test_a_full_disk_names_the_file_and_a_later_run_resumes(tmp_path, serve, monkeypatch):
     server = serve(part)
-    with largest_file(4500), pytest.raises(OSError) as caught:
+    with limit_file_size(4500), pytest.raises(OSError) as caught:
         download(server.url, tmp_path / "file.bin")
     assert caught.value.filename == str(tmp_path / "file.bin.part")
     assert download(server.url, tmp_path / "file.bin", sha256=SHA256).read_bytes() == BODY and server.ranges[1]

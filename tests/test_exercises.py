@@ -1,5 +1,5 @@
 """tests/exercises.py: each check fails before its exercise is solved and passes with the solution in tests/solutions.md,
-applied to a copy of the repository; near misses get the hint that is about them."""
+applied to a copy of the repository; near misses get the right hint."""
 import contextlib
 import importlib
 import re

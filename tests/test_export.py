@@ -33,7 +33,7 @@ PROPERTY = settings(max_examples=40, deadline=None, database=None, derandomize=T
 
 @pytest.fixture(scope="module", params=SHAPES)
 def exported(request, tmp_path_factory):
-    """A checkpoint with one of the four kinds of tokenizer, exported on the command line."""
+    """Export a checkpoint with one of the four kinds of tokenizer, on the command line."""
     name, folder = request.param, tmp_path_factory.mktemp("export")
     patterns = {"bpe": SPLIT_PATTERN, "space behind": SPACE_BEHIND_PATTERN}
     spec = train_bpe([PARAGRAPH] * 3, 420, patterns[name]) if name in patterns else name
@@ -44,7 +44,7 @@ def exported(request, tmp_path_factory):
 
 
 @torch.no_grad()
-def test_transformers_computes_the_same_and_so_does_the_model_read_back(exported):
+def test_transformers_and_a_reloaded_model_have_the_same_logits(exported):
     hf, info = transformers.AutoModelForCausalLM.from_pretrained(exported.folder, output_loading_info=True)
     assert type(hf) is transformers.GPT2LMHeadModel
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -69,7 +69,7 @@ TEXT = st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=20).map("".join
 @given(text=TEXT)
 @example(PARAGRAPH)
 @example(f"{FAMILY} " * 3)
-def test_the_tokenizer_makes_the_same_ids_and_text(exported, text):
+def test_the_tokenizer_gives_the_same_ids_and_text(exported, text):
     ids = exported.tokenizer.encode(text)
     assert ids == exported.enc.encode_ordinary(text) and len(exported.tokenizer) == exported.enc.n_vocab
     assert exported.tokenizer.decode(ids) == text

@@ -1,4 +1,4 @@
-"""Fast decoding on a CPU: against the plain model in float64 and transformers; edited models stay as they are."""
+"""Fast decoding on a CPU: against the plain model in float64 and transformers; edited models are left unchanged."""
 import math
 
 import pytest
@@ -14,7 +14,7 @@ IDS = torch.randint(70, (1, T), generator=torch.Generator().manual_seed(1))
 
 
 def toy(spread=0.3, **changes):
-    """A GPT with weights so large that every part of it shows in the logits."""
+    """Return a GPT with weights so large that every part of it affects the logits."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(**dict(vocab_size=100, block_size=T, n_layer=3, n_head=2, n_embd=C) | changes)).eval()
     with torch.no_grad():
@@ -25,7 +25,7 @@ def toy(spread=0.3, **changes):
 
 @torch.no_grad()
 def logits_of(model, *sizes):
-    """Logits (1, T, V) of the first IDS, read in pieces on one cache."""
+    """Return logits (1, T, V) of the first IDS, read in pieces with one cache."""
     cache, start, logits = KVCache(model), 0, []
     for size in sizes:
         logits.append(model.head(model.hidden(IDS[:, start:start + size], cache, start)))
@@ -56,7 +56,7 @@ def test_logits_equal_those_of_transformers():
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, {"bias": False}, {"n_embd": 40, "n_head": 5, "vocab_size": 70}])
-def test_int8_logits_are_close_and_equal_for_one_token_and_many(changes):
+def test_int8_logits_are_close_and_the_same_for_decoding_and_prefill(changes):
     plain = toy(spread=0.1, **{"n_embd": 64, **changes})
     fast, wanted = speed_up(plain, int8=True), logits_of(plain, T)
     found = logits_of(fast, T)
@@ -89,7 +89,7 @@ def test_it_shares_the_weights_and_generates_from_its_logits(int8, capsys):
 
 
 def attention(mask=code.causal_mask, rotate=lambda z, start: z, gain=1):
-    """CausalSelfAttention.forward as a reader may edit it."""
+    """Return an edit of CausalSelfAttention.forward that a reader may make."""
     def forward(self, x, cache=None, start=0):
         q, k, v = (z.view(*x.shape[:2], self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
         k, v = cache.store(rotate(k, start), v, start)
@@ -114,7 +114,7 @@ EDITS = {"window": window(12), "long window": window(300), "gain": attention(gai
          "ReLU": (MLP, "forward", lambda self, x: self.c_proj(self.c_fc(x).relu())),
          "logit cap": (GPT, "head", lambda self, x: 30 * (HEAD(self, x) / 30).tanh()),
          "a layer's class": (code.nn, "Linear", Scaled),
-         # Of these one token is computed as before, and prefill runs the edited code.
+         # With these, decoding is computed as before, and prefill runs the edited code.
          "no causal mask": attention(lambda T, S, device: torch.ones(T, S).bool()),
          "RMSNorm": (code, "layer_norm", lambda config: torch.nn.RMSNorm(config.n_embd))}
 
@@ -125,6 +125,6 @@ def test_an_edited_model_generates_what_it_computes(edit, monkeypatch, capsys):
     plain = toy(block_size=400)
     made = speed_up(plain)
     assert (made is plain) == (edit not in ("no causal mask", "RMSNorm"))
-    assert (speed_up(plain, int8=True) is plain) == ("model.py is edited" in capsys.readouterr().err) == (made is plain)
+    assert (speed_up(plain, int8=True) is plain) == ("model.py was edited" in capsys.readouterr().err) == (made is plain)
     sizes = (9, 1, 1, 4, *[1] * (T - 15))
     torch.testing.assert_close(logits_of(made, *sizes), logits_of(plain, *sizes), rtol=1e-4, atol=1e-3)

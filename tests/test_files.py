@@ -10,7 +10,7 @@ import torch
 from config import REPO, UserError
 from data.datasets import read_meta
 from data.files import lock_folder, new_files, write_atomically, write_json
-from tests.conftest import POSIX, largest_file
+from tests.conftest import POSIX, limit_file_size
 
 
 def contents(folder):
@@ -50,7 +50,7 @@ def test_a_write_that_fails_leaves_the_earlier_file_and_nothing_else(tmp_path, e
 @pytest.mark.parametrize("write", [lambda f: f.write(bytes(90_000)), lambda f: torch.save(torch.zeros(90_000), f)])
 def test_a_full_disk_leaves_the_earlier_file_and_names_it(tmp_path, write):
     write_json(tmp_path / "best.pt", 1)
-    with largest_file(20_000), pytest.raises(OSError) as caught:
+    with limit_file_size(20_000), pytest.raises(OSError) as caught:
         write_atomically(tmp_path / "best.pt", write)
     assert caught.value.filename == str(tmp_path / "best.pt") and contents(tmp_path) == {"best.pt": "1\n"}
 
@@ -84,7 +84,7 @@ def test_after_an_error_the_earlier_files_stay(tmp_path):
     with pytest.raises(KeyError), new_files(tmp_path) as part:
         write_json(part / "train.bin", "new")
         raise KeyError
-    with largest_file(9), pytest.raises(OSError, match=re.escape(f"'{tmp_path}'")), new_files(tmp_path) as part:
+    with limit_file_size(9), pytest.raises(OSError, match=re.escape(f"'{tmp_path}'")), new_files(tmp_path) as part:
         (part / "train.bin").write_bytes(bytes(10))
     assert contents(tmp_path) == {"train.bin": '"old"\n'}
 

@@ -22,7 +22,7 @@ def shard(ids, magic=20240520, version=1, count=None):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Sends files, with Range; the first server.cuts answers for each file break off."""
+    """Sends files, with Range; the first server.cuts answers for each file are cut off."""
 
     def do_GET(self):
         self.server.asked.append(self.path.removeprefix(FOLDER))
@@ -74,7 +74,7 @@ def test_shards_become_a_dataset_of_exactly_their_ids_and_a_second_run_downloads
 @pytest.mark.parametrize("wrong", [
     shard([1, 2, 3], magic=20240521), shard([1, 2, 3], version=2), shard([1, 2, 3], count=4), shard([1, 2, 3], count=-1),
     shard([1, 2, 3])[:-1], shard([])[:1020], b"\x28"], ids=["magic", "version", "long", "negative", "odd", "header", "byte"])
-def test_a_file_of_another_format_is_refused_until_it_is_deleted(tmp_path, server, wrong):
+def test_a_file_of_a_different_format_is_refused_until_it_is_deleted(tmp_path, server, wrong):
     name = NAMES["train_000.bin"]
     good, server.files[name] = server.files[name], wrong
     for _ in range(2):

@@ -19,7 +19,7 @@ from data.tokenizer import SPACE_BEHIND_PATTERN, SPLIT_PATTERN, get_tokenizer, t
 from model import GPT, GPTConfig
 from runtime import export
 from runtime.checkpoint import model_state, save_checkpoint
-from tests.conftest import largest_file
+from tests.conftest import limit_file_size
 
 REPO = Path(__file__).parent.parent
 ROWS = json.loads((REPO / "data/instruction/instruction-data.json").read_text(encoding="utf-8"))
@@ -33,7 +33,7 @@ HINDI = "नमस्ते। आप कैसे हैं? यह एक छ�
 
 
 class Server:
-    """llama.cpp with a file; it answers over HTTP."""
+    """llama.cpp's HTTP server with a GGUF file."""
 
     def __init__(self, path, use_jinja=True):
         llama = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
@@ -41,10 +41,10 @@ class Server:
         params.model.path, params.use_jinja = str(path), use_jinja
         params.warmup = params.ui = params.fit_params = False
         params.verbosity, params.cpuparams.n_threads = 0, 1
-        params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32  # as exact as ours
+        params.cache_type_k = params.cache_type_v = llama.ggml_type.GGML_TYPE_F32  # as precise as ours
         params.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.server = llama.Server(params)
-        self.post("completion", prompt=[0], n_predict=1)  # ended before its loop runs, it would hang
+        self.post("completion", prompt=[0], n_predict=1)  # it would hang if it ended before its loop runs
 
     def post(self, where, **data):
         request = urllib.request.Request(f"{self.server.listening_address}/{where}", json.dumps(data).encode(),
@@ -71,14 +71,14 @@ def random_model(spec, **shape):
     shape = dict(block_size=64, n_layer=2, n_head=2, n_embd=32) | shape
     gpt = GPT(GPTConfig(vocab_size=get_tokenizer(spec).n_vocab, **shape)).eval()
     with torch.no_grad():
-        for p in gpt.parameters():  # biases and norms too, so that a forgotten one shows
+        for p in gpt.parameters():  # biases and norms too, so that a missing one changes logits
             p.add_(torch.randn_like(p) * 0.15)
     return gpt
 
 
 @torch.no_grad()
 def log_probabilities(gpt, ids):
-    """(T, V), with GELU as llama.cpp has it, from a table of float16. (With ours they differ by up to 0.002.)"""
+    """Return (T, V), with GELU from a float16 table as in llama.cpp. (With ours they differ by up to 0.002.)"""
     exact = F.gelu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "gelu", lambda x, **how: exact(x.half().float(), **how).half().float())
@@ -86,7 +86,7 @@ def log_probabilities(gpt, ids):
 
 
 def assert_same_continuation(llama, gpt, prompt, count, ends=()):
-    """Greedy decoding gives the same tokens, and the same log-probabilities of each step's five most likely."""
+    """Assert that greedy decoding gives the same tokens, with the same log-probabilities of each step's five most likely."""
     theirs = llama.post("completion", prompt=prompt, n_predict=count, temperature=0, n_probs=5, return_tokens=True)
     ours = list(gpt.generate(prompt, count, temperature=0, stop_ids=ends))
     assert [i for i in theirs["tokens"] if i not in ends] == ours
@@ -112,7 +112,7 @@ def some_texts():
     ("gpt2", None, None), ("bytes", None, None), ("bpe", CHATS, SPLIT_PATTERN), ("bpe of code", [CODE], SPLIT_PATTERN),
     ("bpe, space behind", CHATS, SPACE_BEHIND_PATTERN), ("separate accents", [HINDI] * 3, SPLIT_PATTERN),
     ("separate accents, space behind", [HINDI] * 3, SPACE_BEHIND_PATTERN)])
-def test_llama_makes_the_same_ids_text_and_logits(name, learned_from, pattern, request, tmp_path, capsys):
+def test_llama_gives_the_same_ids_text_and_logits(name, learned_from, pattern, request, tmp_path, capsys):
     if name == "gpt2":
         request.getfixturevalue("gpt2_vocabulary")
     spec = train_bpe(learned_from, 600, pattern) if learned_from else name
@@ -131,10 +131,10 @@ def test_llama_makes_the_same_ids_text_and_logits(name, learned_from, pattern, r
 
 
 @pytest.mark.parametrize("spec, pieces, least, most", [
-    # Merges that reach from half a character across punctuation.
+    # Merges that cross from half a character into punctuation.
     (train_bpe([JAPANESE] * 2, 400), random.Random(1).choices(JAPANESE, k=2000), 0.01, 1),
     (train_bpe([CODE], 600, SPACE_BEHIND_PATTERN), list(CODE), 0, 0.02)], ids=["half characters", "spaces"])
-def test_the_export_warns_where_ids_may_differ(spec, pieces, least, most, tmp_path, capsys):
+def test_the_export_warns_if_ids_may_differ(spec, pieces, least, most, tmp_path, capsys):
     llama, enc = Server(exported_to(tmp_path, random_model(spec), spec)), get_tokenizer(spec)
     assert "llama.cpp may split texts with several spaces, or with punctuation" in capsys.readouterr().out
     texts = ["".join(pieces[i:i + 20]) for i in range(0, len(pieces), 20)]
@@ -155,7 +155,7 @@ def to_messages(texts):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A model trained on chats of two turns until it repeats them, and its tokenizer."""
+    """Return a model trained on chats of two turns until it repeats them, and its tokenizer."""
     torch.manual_seed(1)
     spec = train_bpe([" ".join(talk) for talk in TALKS], 320, SPACE_BEHIND_PATTERN)
     enc = get_tokenizer(spec)
@@ -222,7 +222,7 @@ def test_templates_of_base_models_and_of_system_texts(kind, texts, prompt, train
         assert lines[1].startswith('TEMPLATE """<|endoftext|>{{ range') and lines[1].endswith('<|assistant|>"""')
         assert "(le (len (slice $.Messages $i)) 3)" in lines[1], "two questions, and the answer between"
         answer = Server(path, use_jinja=False).post("v1/chat/completions", messages=messages)
-        assert "--jinja" in answer["error"]["message"], "refused, not written in another format"
+        assert "--jinja" in answer["error"]["message"], "refused, not formatted differently"
 
 
 # ---- errors ----
@@ -242,6 +242,6 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path):
     path = exported_to(tmp_path, random_model("bytes"), "bytes", dtype="float16")
     before = path.read_bytes()
     for size in (5_000, 100_000):  # within the vocabulary, within the tensors
-        with largest_file(size), pytest.raises(OSError, match=re.escape(str(path))):
+        with limit_file_size(size), pytest.raises(OSError, match=re.escape(str(path))):
             export.main([f"--checkpoint={tmp_path / 'best.pt'}", f"--out={path}"])
         assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 3

@@ -18,11 +18,11 @@ def numbers(text):
 
 
 def word_in(asked, given, before):
-    """The word that a question is about: its input, or the one after `before`."""
+    """Return the word that a question is about: its input, or the one after `before`."""
     return given or re.search(rf"(?:{before}) '?([a-z]+)", asked, re.IGNORECASE)[1]
 
 
-# Of each rule: everything asked and the input -> the right output.
+# For each rule: the whole question and the input -> the expected output.
 
 def compare(asked, given):
     larger, smaller = (re.search(words, asked) for words in ("larger|bigger|greater", "smaller|less"))

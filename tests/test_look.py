@@ -1,4 +1,4 @@
-"""The page that looks inside: its numbers against transformers' and sample's, in a real browser."""
+"""runtime/look.py: its numbers against those of transformers and sample, its page in a real browser."""
 import functools
 import html
 import itertools
@@ -19,7 +19,7 @@ from data.tokenizer import get_tokenizer
 from model import GPT, CausalSelfAttention, GPTConfig, sample
 from runtime import look as look_module
 from runtime.fast_cpu import speed_up
-from runtime.look import habits, look, write_page
+from runtime.look import head_patterns, look, write_page
 
 REPO = Path(__file__).parent.parent
 BYTES = get_tokenizer("bytes")
@@ -28,7 +28,7 @@ CHAT = encode_conversation([{"role": "user", "content": "Hi you"},
 
 
 def tiny(vocab_size=260, sharpness=20, **changes):
-    """A random model with confident predictions and sharp attention."""
+    """Return a random model with confident predictions and sharp attention."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size, **dict(block_size=64, n_layer=3, n_head=2, n_embd=16) | changes)).eval()
     with torch.no_grad():
@@ -43,8 +43,8 @@ def tiny(vocab_size=260, sharpness=20, **changes):
 
 @pytest.fixture(scope="module")
 def oracle():
-    """transformers' GPT-2 in float64 with tiny's weights, on CHAT: attention (L, nh, T, T), and the logits after
-    the embeddings and after every block (L + 1, T, V)."""
+    """Run transformers' GPT-2 in float64 with tiny's weights on CHAT; return attention (L, nh, T, T), and the logits
+    after the embeddings and after every block (L + 1, T, V)."""
     transformers = pytest.importorskip("transformers")
     ours, c = tiny(), tiny().config
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -68,10 +68,10 @@ def test_all_numbers_are_those_of_transformers(oracle):
     assert page["lens_ids"].tolist() == best.indices.tolist()
     torch.testing.assert_close(page["lens_p"], best.values, **close)
     for t, i in enumerate(CHAT[1:]):
-        torch.testing.assert_close(page["lens_came"][:, t], p[:, t, i], **close)
-        torch.testing.assert_close(page["came_p"][t], p[-1, t, i], **close)
-        assert page["came_rank"][t] == 1 + (p[-1, t] > p[-1, t, i]).sum()
-        torch.testing.assert_close(page["came"][t], levels[-1, t, i] - levels[-1, t].max(), **close)
+        torch.testing.assert_close(page["lens_target_p"][:, t], p[:, t, i], **close)
+        torch.testing.assert_close(page["target_p"][t], p[-1, t, i], **close)
+        assert page["target_rank"][t] == 1 + (p[-1, t] > p[-1, t, i]).sum()
+        torch.testing.assert_close(page["target_logit"][t], levels[-1, t, i] - levels[-1, t].max(), **close)
     assert page["next_ids"].tolist() == levels[-1].topk(10).indices.tolist()
 
 
@@ -106,7 +106,7 @@ def test_every_form_of_a_model(kind, tmp_path):
     assert (tmp_path / "a.html").stat().st_size > 10_000
 
 
-def test_an_edited_attention_shows_its_weights_or_raises_one_line(monkeypatch):
+def test_an_edited_attention_shows_its_weights_or_raises_a_one_line_error(monkeypatch):
     written_out = CausalSelfAttention.forward
     monkeypatch.setattr(code, "causal_mask", lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril().triu(-1))
     assert (look(tiny(), BYTES, CHAT)["weights"].count_nonzero(-1)[:, :, 1:] == 2).all(), "a window of two tokens"
@@ -148,19 +148,19 @@ def test_only_the_newest_tokens_of_a_long_text_are_shown():
     torch.testing.assert_close(part["lens_p"], whole["lens_p"][:, -8:])
 
 
-def test_habits_by_hand():
+def test_head_patterns_by_hand():
     to_previous, to_first, to_same = torch.zeros(3, 4, 4)
     to_previous[[0, 1, 2, 3], [0, 0, 1, 2]] = 1
     to_first[:, 0] = 1
     to_same[[0, 1, 2, 3], [0, 1, 0, 1]] = 1  # of the ids 7 8 7 8
     mean = torch.ones(4, 4)
     weights = torch.stack([torch.stack([mean, to_first, to_first]), torch.stack([mean, to_previous, to_same])])
-    names, scores = zip(*(re.split("  +", line, maxsplit=1) for line in habits(weights, [7, 8, 7, 8])[1:]))
+    names, scores = zip(*(re.split("  +", line, maxsplit=1) for line in head_patterns(weights, [7, 8, 7, 8])[1:]))
     assert names == ("previous token", "first token", "same token earlier")
     assert scores == ("layer 2 head 1: 1.00   layer 1 head 1: 0.33   layer 1 head 2: 0.33",
                       "layer 1 head 1: 1.00   layer 1 head 2: 1.00   layer 2 head 1: 0.33",
                       "layer 2 head 2: 1.00   layer 1 head 1: 0.50   layer 1 head 2: 0.50")
-    assert len(habits(weights, [1, 2, 3, 4])) == 3 and habits(weights[:, :, :1, :1], [5]) == []
+    assert len(head_patterns(weights, [1, 2, 3, 4])) == 3 and head_patterns(weights[:, :, :1, :1], [5]) == []
 
 
 @pytest.mark.parametrize("shape, tokens, limit", [
@@ -208,7 +208,7 @@ def chromium(path, *flags):
 
 
 def in_browser(folder, page, script, width=1200):
-    """Return what JavaScript code returns that runs in a page once it is drawn."""
+    """Run JavaScript in a page after it is drawn; return its result."""
     write_page(folder / "a.html", page)
     with open(folder / "a.html", "a", encoding="utf-8") as f:
         f.write(RUN.replace("SCRIPT", script))
@@ -217,7 +217,7 @@ def in_browser(folder, page, script, width=1200):
 
 
 def expected(logits, temperature, top_k, top_p):
-    """The distribution that sample draws from: logits (V,) -> probabilities (V,)."""
+    """Return the distribution that sample draws from: logits (V,) -> probabilities (V,)."""
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(), len(logits)).double()
     with pytest.MonkeyPatch.context() as patch:
@@ -244,13 +244,13 @@ def test_the_page_computes_the_probabilities_of_sample(oracle, tmp_path, monkeyp
         for setting, page in zip(SETTINGS, pages, strict=True):
             wanted, p = expected(logits, *setting), torch.tensor(page["p"], dtype=torch.float64)
             close = dict(rtol=1e-4, atol=1e-6)
-            if setting[2] < 1 and wanted[order[kept:]].any():  # the page's may be too high, by the smallest kept
+            if setting[2] < 1 and wanted[order[kept:]].any():  # the page's may be too high by the smallest kept
                 beyond += 1
                 assert (p >= wanted[order[:kept]] - 1e-6).all()
                 close = dict(rtol=1e-4 + float(p[-1]) / setting[2], atol=1e-6)
             torch.testing.assert_close(p, wanted[order[:kept]], **close)
-            if page["came"] is not None:
-                torch.testing.assert_close(float(page["came"]), float(wanted[CHAT[t + 1]]), **close)
+            if page["target"] is not None:
+                torch.testing.assert_close(float(page["target"]), float(wanted[CHAT[t + 1]]), **close)
     assert bool(beyond) == (kept == 20)
 
 
@@ -262,23 +262,23 @@ def shown(p):
 def test_clicks_and_sliders_show_the_models_numbers(oracle, tmp_path):
     attentions, levels = oracle
     got = in_browser(tmp_path, look(tiny(), BYTES, CHAT), """
-        const bars = () => all("#bars tr").map(x => [x.lastChild.textContent, x.classList.contains("came")]);
+        const bars = () => all("#bars tr").map(x => [x.lastChild.textContent, x.classList.contains("target")]);
         const click = (css, n) => all(`${css} input`)[n].click(), story = () => $("#story").innerText;
-        const masked = () => all("#looks .masked").length;
+        const masked = () => all("#attention .masked").length;
         const slide = (name, n) => {
           const slider = $(`[name=${name}]`);
           slider.value = n, slider.dispatchEvent(new Event("input", { bubbles: true }));
           return bars(); };
         const got = { token: state.token, story: story(), first: bars() };
         click("#pieces", 14);
-        Object.assign(got, { second: bars(), same: all("#looks input")[14].checked,
+        Object.assign(got, { second: bars(), same: all("#attention input")[14].checked,
           temperature: slide("temperature", 10), top_k: slide("top_k", 2), top_p: slide("top_p", 9),
           label: $("[name=temperature]").ariaValueText,
           lens: all("#lens tr").map(row => [...row.children].map(x => x.textContent)) });
         click("#heads", 5);
-        Object.assign(got, { head: [state.layer, state.head], where: $("#where").innerText, masked: masked(),
+        Object.assign(got, { head: [state.layer, state.head], top_weights: $("#top_weights").innerText, masked: masked(),
           widths: [...$("svg").children].map(x => +x.getAttribute("stroke-width")) });
-        all("#looks label")[3].dispatchEvent(new Event("pointerenter"));
+        all("#attention label")[3].dispatchEvent(new Event("pointerenter"));
         Object.assign(got, { hovering: masked(), selected: state.token });
         click("#heads", 1);
         const pen = $("#matrix canvas").getContext("2d"), pixel = (i, j) => [...pen.getImageData(j, i, 1, 1).data];
@@ -300,7 +300,7 @@ def test_clicks_and_sliders_show_the_models_numbers(oracle, tmp_path):
     assert got["head"] == [1, 2]  # layer 2, head 2; 0 is the mean over heads
     weights = attentions[1, 1, 14, :15]
     largest = (100 * weights.sort(descending=True).values[:5]).tolist()
-    found = [float(x) for x in re.findall(r"([\d.]+)\u00a0%", got["where"])]
+    found = [float(x) for x in re.findall(r"([\d.]+)\u00a0%", got["top_weights"])]
     assert found == pytest.approx(largest, abs=0.3)  # the page has steps of 1 / 255
     lines = [float(w) for w in weights[:14] if round(float(w) * 255) / 255 >= 0.01]
     assert got["widths"] == pytest.approx([1 + 8 * w for w in lines], abs=0.03)
@@ -311,7 +311,7 @@ def test_clicks_and_sliders_show_the_models_numbers(oracle, tmp_path):
                 assert abs(red - blue) < 8 and alpha == 0x33
             else:
                 assert abs((alpha / 255)**2 - float(attentions[0, 0, i, j])) < 0.01
-    assert "the text ends" in got["end"][0] and not any(came for _, came in got["end"][1])
+    assert "the text ends" in got["end"][0] and not any(is_target for _, is_target in got["end"][1])
 
 
 EVIL = ["<script>window.ran = 1</script>", "</script>", "<!--<script>", "]]>", "&lt;b&gt;", "${window.ran=1}",

@@ -13,7 +13,7 @@ V, T, C, NH = 70, 16, 32, 2  # vocabulary, block size, channels, heads of the to
 
 
 def toy(seed=0, spread=0.15, **changes):
-    """A small GPT in which every parameter is random, so that a forgotten bias or norm shows."""
+    """Return a small GPT in which every parameter is random, so that a missing bias or norm changes logits."""
     torch.manual_seed(seed)
     gpt = GPT(GPTConfig(**{**dict(vocab_size=V, block_size=T, n_layer=2, n_head=NH, n_embd=C), **changes}))
     with torch.no_grad():
@@ -23,12 +23,12 @@ def toy(seed=0, spread=0.15, **changes):
 
 
 def arrays(module):
-    """A module's weights by name, as float64."""
+    """Return a module's weights by name, as float64."""
     return {name: p.detach().double().numpy() for name, p in module.named_parameters()}
 
 
 def random_x(*shape, seed=1):
-    """The same random numbers twice: (a float64 array, a float32 tensor)."""
+    """Return the same random numbers twice: (a float64 array, a float32 tensor)."""
     x = np.random.default_rng(seed).normal(size=shape)
     return x, torch.tensor(x, dtype=torch.float32)
 
@@ -41,7 +41,7 @@ def close(ours, oracle, atol=1e-5):
     np.testing.assert_allclose(ours.detach().double().numpy(), oracle, rtol=0, atol=atol)
 
 
-# The lesson: one part after the other, each first in NumPy. There x is (T, C): one text, no batch.
+# The lesson: one part after the other, each in NumPy first. There x is (T, C): one text, no batch.
 
 # Embeddings: a vector for each token, plus one for its position.
 
@@ -141,7 +141,7 @@ def test_the_written_out_attention_weights_are_those_of_numpy():
 def test_the_first_token_attends_only_to_itself():
     attn, (x, tx) = toy().h[0].attn, random_x(5, C)
     w = arrays(attn)
-    value = np_linear(x, w, "c_attn")[0, 2 * C:]  # whatever the query is, all weight is on its own value
+    value = np_linear(x, w, "c_attn")[0, 2 * C:]  # for any query, all weight is on its own value
     close(attn(tx[None])[0, 0], np_linear(value, w, "c_proj"))
 
 
@@ -160,7 +160,7 @@ def test_attention_concatenates_its_heads_and_projects():
         close(attn(tx)[row], np_attention(x[row], arrays(attn)))
 
 
-# The MLP: each token by itself, widened to four times as many channels.
+# The MLP: each token separately, with a hidden layer of four times as many channels.
 
 def np_gelu(x):
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
@@ -226,7 +226,7 @@ def test_without_bias_no_layer_has_one():
     assert not [name for name, _ in gpt.named_parameters() if "bias" in name]
 
 
-def test_dropout_acts_only_in_training_and_at_all_four_places():
+def test_dropout_is_active_only_in_training_and_in_all_four_places():
     gpt, ids = toy(), random_ids(1, T)
     attn, mlp = gpt.h[0].attn, gpt.h[0].mlp
     for module in (gpt.drop, attn.attn_dropout, attn.resid_dropout, mlp.dropout):
@@ -328,7 +328,7 @@ def test_with_a_cache_the_logits_are_those_of_the_full_forward_pass(sizes, fused
 
 @torch.no_grad()
 def greedy_without_cache(gpt, ids, n):
-    """Without a cache: past block_size the window slides by half a block, and all of it is computed each time."""
+    """Decode without a cache: past block_size the window slides by half a block; all of it is computed each time."""
     ids, start, block = list(ids), 0, gpt.config.block_size
     for _ in range(n):
         while len(ids) - start > block:
@@ -354,7 +354,7 @@ def test_generate_takes_a_prompt_of_any_length(length):
     assert greedy(gpt, ids, 12) == greedy_without_cache(gpt, ids, 12)
 
 
-def test_a_cache_kept_for_the_next_turn_changes_nothing_but_the_work(monkeypatch):
+def test_a_cache_kept_for_the_next_turn_saves_work_and_changes_no_id(monkeypatch):
     gpt = toy(spread=0.4)
     cache, first = KVCache(gpt), [3, 1, 4]
     replied = greedy(gpt, first, 4, cache)
@@ -368,7 +368,7 @@ def test_a_cache_kept_for_the_next_turn_changes_nothing_but_the_work(monkeypatch
 
 
 @pytest.mark.parametrize("other", [[3, 1, 4, 15, 9, 2, 6, 5], [7], [3], [3, 1, 4, 1, 5]])
-def test_a_cache_that_holds_something_else_changes_nothing(other):
+def test_a_cache_of_different_ids_changes_nothing(other):
     gpt = toy(spread=0.4)
     cache = KVCache(gpt)
     greedy(gpt, [3, 1, 4, 1, 5, 9], 2 * T, cache)  # past block_size: the window has slid
@@ -386,7 +386,7 @@ def test_an_interrupted_generate_leaves_a_usable_cache():
     assert greedy(gpt, [3, 1, 4, *begun], 5, cache) == greedy_without_cache(gpt, [3, 1, 4], 7)[2:]
 
 
-def test_the_same_seed_makes_the_same_ids():
+def test_the_same_seed_gives_the_same_ids():
     gpt = toy()
     first, again, other = (list(gpt.generate([1, 2], 20, seed=seed)) for seed in (7, 7, 8))
     assert first == again != other and len(first) == 20
@@ -412,7 +412,7 @@ def test_padding_ids_are_never_sampled():
     gpt = toy()
     with torch.no_grad():
         gpt.wte.weight[V:100] = 1000.0
-        gpt.wte.weight[100:] = -1000.0  # half of them would have huge logits, whatever the hidden state
+        gpt.wte.weight[100:] = -1000.0  # half of them would have huge logits, for any hidden state
     assert (gpt(random_ids(1, 4)).softmax(-1)[..., V:] == 0).all()
     for temperature in (0, 1.0, 50.0):
         assert all(i < V for i in gpt.generate([1], 60, temperature=temperature, seed=0))
@@ -477,7 +477,7 @@ def test_sampled_frequencies_are_those_of_the_softmax(temperature):
 
 
 def choices(logits, monkeypatch, **knobs):
-    """{id: probability} of every id that `sample` could have chosen."""
+    """Return {id: probability} of every id that `sample` could have chosen."""
     asked, chosen, n = [], {}, 0
 
     def pick_nth(probs, *_, **__):
@@ -511,7 +511,7 @@ def test_candidates_and_probabilities_are_those_of_transformers(
 
 
 def with_logits(monkeypatch, *logits):
-    """A model that always has these logits."""
+    """Return a model that always has these logits."""
     gpt = toy(vocab_size=len(logits))
     monkeypatch.setattr(gpt, "head", lambda x: torch.tensor(logits).expand(*x.shape[:-1], -1).clone())
     return gpt
@@ -557,7 +557,7 @@ def test_the_repetition_penalty_is_that_of_transformers_on_the_window(monkeypatc
 # torch.compile, without a compiler: tracing and gradients
 
 def compiled(function):
-    """The function as torch.compile traces it; fails where it would fall back to Python."""
+    """Trace a function with torch.compile; fail if it would fall back to Python."""
     torch.compiler.reset()
     return torch.compile(function, backend="aot_eager", fullgraph=True)
 

@@ -19,7 +19,7 @@ START, USER, ASSISTANT, END, BLOCK = 256, 257, 258, 259, 48
 
 @pytest.fixture(scope="module")
 def gpt():
-    """A model whose weights are all random, far from uniform."""
+    """Return a model whose weights are all random, far from uniform."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(260, BLOCK, 2, 2, 32)).eval()
     with torch.no_grad():
@@ -30,7 +30,7 @@ def gpt():
 
 @pytest.fixture(scope="module")
 def double(gpt):
-    """The same weights in transformers, in float64."""
+    """Return the same weights in transformers, in float64."""
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=260, n_positions=BLOCK, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0))
     weights = transpose_conv1d(gpt.state_dict())
@@ -40,13 +40,13 @@ def double(gpt):
 
 @torch.no_grad()
 def log_likelihood(hf, context, ending):
-    """The log-probability of an ending's ids after a context's, computed alone."""
+    """Return the log-probability of an ending's ids after a context's, computed without a batch."""
     log_probs = hf(torch.tensor([context + ending[:-1]])).logits[0].log_softmax(-1)
     return sum(log_probs[len(context) - 1 + n, i].item() for n, i in enumerate(ending))
 
 
 def by_hand(hf, kind, row):
-    """The log-likelihood of each choice of a row; None if the longest is not read whole."""
+    """Return the log-likelihood of each choice of a row; None if the longest does not fit."""
     question = list(row["question"].encode())
     endings = [[*choice.encode(), END] if kind == "chat" else list(f" {choice}".encode()) for choice in row["choices"]]
     context = [START, USER, *question, END, ASSISTANT] if kind == "chat" else question or [START]
@@ -55,7 +55,7 @@ def by_hand(hf, kind, row):
 
 
 def random_rows(count):
-    """Questions and choices of many lengths; some questions are too long, some rows have two choices."""
+    """Return questions and choices of many lengths; some questions are too long, some rows have two choices."""
     rng = random.Random(0)
 
     def text(low, high):
@@ -73,7 +73,7 @@ def test_every_log_likelihood_is_that_of_transformers(
     wanted = {number: sums for number, row in enumerate(rows, 1) if (sums := by_hand(double, kind, row))}
     out, saved, err = score(gpt, write(tmp_path / "rows.jsonl", rows), kind=kind)
     assert [answer["row"] for answer in saved["answers"]] == list(wanted)
-    assert f"{30 - len(wanted)} rows are longer" in err and 20 < len(wanted) < 30
+    assert f"longer than this model's context: {30 - len(wanted)}\n" in err and 20 < len(wanted) < 30
     correct, chance = {"sum": 0, "mean": 0}, 0
     for answer in saved["answers"]:
         row, sums = rows[answer["row"] - 1], wanted[answer["row"]]
@@ -92,7 +92,7 @@ def test_every_log_likelihood_is_that_of_transformers(
 def test_rows_with_a_choice_that_is_too_long_are_left_out(gpt, score, tmp_path, kind, longest):  # noqa: F811
     rows = [{"question": "Q", "choices": ["a", n * "b"], "answer": 0} for n in (longest, longest + 1, 1)]
     _, saved, err = score(gpt, write(tmp_path / "rows.jsonl", rows), kind=kind)
-    assert [answer["row"] for answer in saved["answers"]] == [1, 3] and "1 rows are longer" in err
+    assert [answer["row"] for answer in saved["answers"]] == [1, 3] and "model's context: 1\n" in err
     with pytest.raises(UserError, match="long.jsonl: no rows fit"):
         score(gpt, write(tmp_path / "long.jsonl", rows[1:2]), kind=kind)
 

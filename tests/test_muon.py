@@ -32,7 +32,7 @@ def test_newton_schulz_sets_singular_values_near_1_and_keeps_the_vectors(rows, c
 
 
 def np_orthogonalize(x):
-    """What newton_schulz does to one matrix, by its singular values, in float64."""
+    """Compute newton_schulz of one matrix from its singular values, in float64."""
     u, values, v = np.linalg.svd(x, full_matrices=False)
     values = values / np.linalg.norm(values)
     for a, b, c in NEWTON_SCHULZ_ROUNDS:
@@ -41,8 +41,8 @@ def np_orthogonalize(x):
 
 
 def np_update(name, grad):
-    """Muon's update of one parameter without its learning rate: c_attn's q, k and v apart, a 3-D parameter
-    matrix by matrix."""
+    """Return Muon's update of one parameter without its learning rate: c_attn's q, k and v separately, a 3-D
+    parameter matrix by matrix."""
     parts = np.split(grad, 3) if "c_attn" in name else grad if grad.ndim == 3 else [grad]
     updates = [0.2 * math.sqrt(max(x.shape)) * np_orthogonalize(x) for x in parts]
     return np.stack(updates) if grad.ndim == 3 else np.concatenate(updates)

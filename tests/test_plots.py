@@ -1,4 +1,4 @@
-"""The pictures that matplotlib draws: what they show is read back from its axes."""
+"""runtime/plots.py: what the plots show, read back from matplotlib's axes."""
 import sys
 
 import pytest
@@ -13,7 +13,7 @@ ROWS = [{"rows": 0, "trained on": 1.0, "held out": 0.0}, {"rows": 10_000, "train
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The axes of each figure that was saved."""
+    """Return the axes of each figure that is saved."""
     figure, axes = pytest.importorskip("matplotlib.figure"), []
     savefig = figure.Figure.savefig
     monkeypatch.setattr(figure.Figure, "savefig",

@@ -1,4 +1,4 @@
-"""Preparing chats: what is kept, cut, dropped and held out, and what a failing run leaves behind."""
+"""Preparing chats: what is kept, cut, dropped and held out, and which files a failing run leaves."""
 import gzip
 import hashlib
 import json
@@ -13,7 +13,7 @@ import prepare_alpaca
 from config import UserError
 from data.datasets import open_dataset
 from data.tokenizer import get_tokenizer, train_bpe
-from tests.conftest import error_of_script, largest_file
+from tests.conftest import error_of_script, limit_file_size
 
 START, USER, ASSISTANT, END = 256, 257, 258, 259  # of the bytes tokenizer
 
@@ -27,7 +27,7 @@ def rows_of(count, category="x"):
 
 
 def prepare(tmp_path, rows, *flags, tokenizer="bytes"):
-    """Run prepare_alpaca.main on these rows; returns the prepared folder."""
+    """Run prepare_alpaca.main on these rows; return the prepared folder."""
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     prepare_alpaca.main([f"--source={tmp_path / 'rows.json'}", f"--out_dir={tmp_path / 'out'}",
                          f"--tokenizer={tokenizer}", *flags])
@@ -39,7 +39,7 @@ def read_ids(folder, split):
 
 
 def read_chats(folder, split, enc=None):
-    """A split's conversations, each as the list of its texts."""
+    """Return a split's conversations, each as the list of its texts."""
     text = (enc or get_tokenizer("bytes")).decode(read_ids(folder, split))
     return [re.findall(r"<\|(?:user|assistant)\|>(.*?)<\|end\|>", part, re.DOTALL)
             for part in text.split("<|endoftext|>")[1:]]
@@ -58,7 +58,7 @@ def files(folder):
 
 
 def report(capsys):
-    """The numbers of the printed report, by name."""
+    """Return the numbers of the printed report, by name."""
     lines = re.findall(r"^ +(\S.*?) {2,}([\d,]+)$", capsys.readouterr().out, re.MULTILINE)
     return {name: int(number.replace(",", "")) for name, number in lines}
 
@@ -112,7 +112,7 @@ def test_every_category_has_its_share_held_out_and_one_seed_gives_the_same_rows(
     assert held_out[0] == held_out[1] != held_out[2]
 
 
-def test_rows_that_share_their_first_question_are_on_one_side(tmp_path, capsys):
+def test_rows_that_share_their_first_question_are_in_one_split(tmp_path, capsys):
     rows = [row(f"question {i // 3}", f"answer {i}") for i in range(300)]
     for seed in range(5):
         folder = prepare(tmp_path, rows, "--val_fraction=0.1", f"--seed={seed}")
@@ -125,7 +125,7 @@ def test_rows_that_share_their_first_question_are_on_one_side(tmp_path, capsys):
     (rows_of(2), 1), ([row(f"q{i}", "a", f"category {i}") for i in range(100)], 10),  # categories of one row
     ([row("the same", f"answer {i}") for i in range(100)], 10), ([row(f"q{i % 2}", f"{i}") for i in range(100)], 10),
     ([row(f"q{i}", "a", f"{i // 2}") for i in range(100)], 10), ([row("hi", f"{i}") for i in range(50)] + rows_of(50), 10)])
-def test_the_fraction_is_held_out_whatever_the_questions_and_categories(tmp_path, rows, wanted):
+def test_the_fraction_is_held_out_for_any_questions_and_categories(tmp_path, rows, wanted):
     folder = prepare(tmp_path, rows, "--val_fraction=0.1")
     assert read_meta(folder)["val_rows"] == wanted and read_meta(folder)["train_rows"] == len(rows) - wanted
 
@@ -141,7 +141,7 @@ def test_extra_rows_are_for_training_only_and_the_source_is_repeated(tmp_path):
     assert all((count == 1) == question.startswith("extra") for question, count in counts.items())
 
 
-def test_joined_rows_are_all_there_in_chats_of_one_to_three_turns(tmp_path):
+def test_joined_rows_are_all_kept_in_chats_of_one_to_three_turns(tmp_path):
     folder = prepare(tmp_path, rows_of(400), "--join=3")
     train, val = (read_chats(folder, split) for split in ("train", "val"))
     assert {len(chat) // 2 for chat in train} == {1, 2, 3} and {len(chat) for chat in val} == {2}
@@ -150,14 +150,14 @@ def test_joined_rows_are_all_there_in_chats_of_one_to_three_turns(tmp_path):
     assert read_chats(prepare(tmp_path, rows_of(400), "--join=3", "--seed=8"), "train") != train
 
 
-def test_long_answers_are_cut_and_end_all_the_same(tmp_path, capsys):
+def test_long_answers_are_cut_and_still_end(tmp_path, capsys):
     rows = [*rows_of(9), row("long", "abcdefghijklmnopqrstuvwxyz"), row("a question that fills it all up", "yes"),
             row("but for the answer's id", "yes")]
     folder = prepare(tmp_path, rows, "--max_tokens=28", "--val_fraction=0.4")
     found = report(capsys)
     assert found["answer cut: longer than 28 tokens"] == 3 and found["dropped: nothing of the answer fits"] == 2
     assert ["long", "abcdefghijklmnopqrs"] in all_chats(folder) and len(all_chats(folder)) == 10  # 28 - 4 - 5 letters
-    corpus = (folder / "chat_corpus.txt").read_text(encoding="utf-8")  # as it is trained on
+    corpus = (folder / "chat_corpus.txt").read_text(encoding="utf-8")  # the same as in training
     assert "\n<|assistant|>abcdefghijklmnopqrs<|end|>\n" in corpus and corpus.count("<|user|>") == 10
     folder = prepare(tmp_path, rows[:10], "--max_tokens=28", "--val_fraction=0.4", "--too_long=drop")
     assert report(capsys)["dropped: longer than 28 tokens"] == 1
@@ -240,7 +240,7 @@ def test_bad_rows_are_dropped_from_the_source_and_the_extra_rows_on_request(tmp_
     ([row("a", "")] * 3, "--seed=1", "validation split is empty.*'rows read': 3, 'dropped: empty output': 3"), ([{"bad": 1}], "--seed=1", "row 1"),
     (rows_of(6), "--max_tokens=8", "validation split is empty.*'rows read': 6, .*'dropped: nothing of the answer fits': 5.*max_tokens=8"),
     ([{"bad": 1}] * 2, "--bad_rows=drop", "rows.json: contains no rows that make a chat: .*'dropped: unknown layout': 2")])
-def test_a_failing_run_is_one_line_and_leaves_the_earlier_files_as_they_were(tmp_path, rows, flag, part):
+def test_a_failing_run_gives_a_one_line_error_and_leaves_the_earlier_files_as_they_were(tmp_path, rows, flag, part):
     before = files(prepare(tmp_path, rows_of(6)))
     assert set(before) == {"train.bin", "val.bin", "meta.json", "chat_corpus.txt"}
     with pytest.raises((UserError, OSError), match=part) as caught:
@@ -258,10 +258,10 @@ def test_a_vocabulary_that_16_bits_cannot_hold_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [200, 1800], ids=["train.bin", "chat_corpus.txt"])
-def test_a_full_disk_is_one_line_and_leaves_the_earlier_files_as_they_were(tmp_path, monkeypatch, limit):
+def test_a_full_disk_gives_a_one_line_error_and_leaves_the_earlier_files_as_they_were(tmp_path, monkeypatch, limit):
     before = files(prepare(tmp_path, rows_of(6)))
     (tmp_path / "rows.json").write_text(json.dumps(rows_of(34)), encoding="utf-8")
-    with largest_file(limit):
+    with limit_file_size(limit):
         assert "File too large" in error_of_script(monkeypatch, prepare_alpaca, [
             f"--source={tmp_path / 'rows.json'}", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes"])
     assert files(tmp_path / "out") == before

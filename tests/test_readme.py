@@ -16,13 +16,13 @@ SOURCES = [path for folder in (".", "config", "data", "runtime") for path in sor
 
 
 def settings_of(name):
-    """The settings class of a script, as "train.py" or "data.rules"; None if it has no settings."""
+    """Return the settings class of a script, such as "train.py" or "data.rules"; None if it has no settings."""
     module = importlib.import_module(name.removesuffix(".py"))
     return getattr(module, "Settings", None)
 
 
 def commands():
-    """The words after "python" or "torchrun" of each command in the README, in docstrings and in comments."""
+    """Return the words of each python or torchrun command in the README, in docstrings and in comments."""
     found = set()
     for path in (REPO / "README.md", REPO / "tests" / "bench.py", *SOURCES):
         text = path.read_text(encoding="utf-8")
@@ -52,7 +52,7 @@ def test_a_command_has_valid_settings(words, monkeypatch):
         config.load(settings, argv)
 
 
-def test_there_are_commands_of_every_script():
+def test_every_script_has_a_command():
     named = {word for words in commands() for word in words[:3]}
     assert named >= {"train.py", "finetune.py", "chat.py", "prepare_alpaca.py", "data.text", "data.rules", "data.fineweb",
                      "data.tokenizer", "runtime.export", "tests.bench", "tests.exercises", "torchrun"}

@@ -1,4 +1,4 @@
-"""A run loses nothing: resumed equals uninterrupted, bit for bit, after crashes, kill -9, signals and broken pipes."""
+"""A resumed run equals an uninterrupted one, bit for bit, after crashes, kill -9, signals and broken pipes."""
 import os
 import random
 import re
@@ -58,9 +58,9 @@ def test_a_run_that_crashes_often_resumes_from_its_last_save_and_ends_the_same(t
             before_step(step, crash)
             run(toys, script, out_dir, resume=saved is not None, **settings)
         assert len(read_log(out_dir)) == step
-        saved = step // 3 * 3  # also where it is evaluated, after steps 5 and 10
+        saved = step // 3 * 3  # also at evaluations, after steps 5 and 10
         assert load_checkpoint(out_dir / "last.pt")["step"] == saved
-        torch.manual_seed(99)  # another process would have other random numbers
+        torch.manual_seed(99)  # another process would have different random numbers
     run(toys, script, out_dir, resume=True, **settings)
     assert_same_run(out_dir, tmp_path / "straight")
 
@@ -82,7 +82,7 @@ def test_a_run_stopped_by_signals_resumes_and_ends_the_same(toys, tmp_path, monk
     assert_same_run(tmp_path / "out", tmp_path / "straight")
 
 
-def test_a_finetuning_resumes_without_its_base_model(toys, tmp_path, monkeypatch):
+def test_a_finetuning_run_resumes_without_its_base_model(toys, tmp_path, monkeypatch):
     shutil.copy(toys / "base" / "best.pt", tmp_path / "base.pt")
     settings = dict(init_from=tmp_path / "base.pt", save_interval=3)
     with monkeypatch.context() as patch, pytest.raises(Crash):
@@ -93,7 +93,7 @@ def test_a_finetuning_resumes_without_its_base_model(toys, tmp_path, monkeypatch
     assert run(toys, finetune, tmp_path / "out", resume=True, **settings)["step"] == 12
 
 
-def test_resume_without_a_last_pt_starts_from_scratch_and_says_so(toys, tmp_path, capsys):
+def test_resume_without_a_last_pt_prints_that_it_starts_from_scratch(toys, tmp_path, capsys):
     run(toys, train, tmp_path / "a", resume=True)
     assert "last.pt: no such checkpoint; starting from scratch" in capsys.readouterr().out
     run(toys, train, tmp_path / "b")
@@ -123,7 +123,7 @@ def test_rates_and_lengths_may_change_on_resume_and_momenta_stay(toys, tmp_path,
 
 @pytest.mark.parametrize("change", ["n_embd=32", "n_layer=2", "block_size=32", "batch_size=3", "gradient_accumulation=2",
                                     "seed=5", "optimizer=adamw", "bias=False", "best_by=train", "init_from=gpt2"])
-def test_resuming_with_another_model_or_batch_is_refused_by_name(toys, tmp_path_factory, change):
+def test_resuming_with_a_different_model_or_batch_is_refused_by_name(toys, tmp_path_factory, change):
     out_dir = tmp_path_factory.getbasetemp() / "resume_me"
     if not out_dir.exists():
         run(toys, train, out_dir, max_iters=1)
@@ -132,14 +132,14 @@ def test_resuming_with_another_model_or_batch_is_refused_by_name(toys, tmp_path_
         run(toys, train, out_dir, resume=True, **{name: value})
 
 
-def test_resuming_with_other_data_is_refused_and_with_the_same_elsewhere_is_not(toys, tmp_path):
+def test_resuming_with_different_data_is_refused_and_with_a_moved_copy_is_not(toys, tmp_path):
     run(toys, train, tmp_path / "text", max_iters=1)
     run(toys, finetune, tmp_path / "chat", max_iters=1)
     prepare_text(tmp_path / "other_text", TEXT[::-1])
     prepare_chats(tmp_path / "other_tokenizer", ROWS, "--vocab_size=260", tokenizer="bpe")
-    with pytest.raises(UserError, match=f"last.pt: .*other data.*{re.escape(str(tmp_path / 'other_text'))}"):
+    with pytest.raises(UserError, match=f"last.pt: .*different data.*{re.escape(str(tmp_path / 'other_text'))}"):
         run(toys, train, tmp_path / "text", resume=True, data_dir=tmp_path / "other_text")
-    with pytest.raises(UserError, match="last.pt: .*other data"):
+    with pytest.raises(UserError, match="last.pt: .*different data"):
         run(toys, finetune, tmp_path / "chat", resume=True, data_dir=tmp_path / "other_tokenizer")
     shutil.copytree(toys / "text", tmp_path / "moved")
     assert run(toys, train, tmp_path / "text", resume=True, data_dir=tmp_path / "moved")["step"] == 12
@@ -148,7 +148,7 @@ def test_resuming_with_other_data_is_refused_and_with_the_same_elsewhere_is_not(
 @pytest.mark.parametrize("broken", [
     lambda last: last.pop("history"), lambda last: last.pop("seconds"), lambda last: last["optimizers"].pop(),
     lambda last: last["optimizers"][1]["param_groups"].pop(), lambda last: last.pop("optimizers")])
-def test_a_last_pt_that_does_not_fit_is_one_line(toys, tmp_path, broken):
+def test_a_last_pt_that_does_not_fit_gives_a_one_line_error(toys, tmp_path, broken):
     run(toys, train, tmp_path, max_iters=2)
     last = torch.load(tmp_path / "last.pt")
     broken(last)
@@ -162,8 +162,8 @@ def test_a_last_pt_that_does_not_fit_is_one_line(toys, tmp_path, broken):
 
 @POSIX
 @pytest.mark.parametrize("script, save_interval", [("train", 1), ("finetune", 3)])
-def test_killed_again_and_again_a_run_ends_as_if_uninterrupted(toys, tmp_path, script, save_interval):
-    """Ten kills: after a few more rows of log.csv or, every other time, while last.pt is written."""
+def test_a_run_killed_ten_times_ends_as_if_uninterrupted(toys, tmp_path, script, save_interval):
+    """Kill a run ten times: after a few more rows of log.csv or, every other time, while last.pt is written."""
     kills, out_dir, output = 10, tmp_path / "out", tmp_path / "output"
     module = {"train": train, "finetune": finetune}[script]
     settings = dict(eval_interval=20, max_iters=6 * kills, save_interval=save_interval)
@@ -198,13 +198,13 @@ def test_killed_again_and_again_a_run_ends_as_if_uninterrupted(toys, tmp_path, s
 
 # Signals and pipes
 
-def test_a_second_signal_after_a_second_quits_at_once(monkeypatch):
+def test_another_signal_over_a_second_later_quits_at_once(monkeypatch):
     now = 100.0
     monkeypatch.setattr("runtime.signals.time.monotonic", lambda: now)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), stop_signals() as caught:
         signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # a shell and torchrun may both pass on the first
+        signal.raise_signal(signal.SIGTERM)  # a shell and torchrun may both send the first
         assert caught[0] == signal.SIGTERM
         now += 2
         signal.raise_signal(signal.SIGINT)
@@ -242,7 +242,7 @@ class BrokenAfter:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # /dev/null stays open as stdout
 @SCRIPTS
 @pytest.mark.parametrize("text", ["step     4/12", "val"])
-def test_a_broken_pipe_stops_a_run_which_saves_and_resumes(toys, tmp_path, monkeypatch, script, text):
+def test_a_run_stopped_by_a_broken_pipe_saves_and_resumes(toys, tmp_path, monkeypatch, script, text):
     run(toys, script, tmp_path / "straight")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(sys, "stdout", BrokenAfter(text))

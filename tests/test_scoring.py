@@ -19,7 +19,7 @@ LOG_Z = math.log(259 + math.exp(4))
 
 
 def unigram(block_size=64):
-    """A model for which "x" is e ** 4 times as likely as any other id, everywhere: an "x" costs LOG_Z - 4 nats,
+    """Return a model for which "x" is e ** 4 times as likely as any other id, everywhere: an "x" costs LOG_Z - 4 nats,
     any other id LOG_Z."""
     model = GPT(GPTConfig(260, block_size, 1, 1, 4)).eval()
     with torch.no_grad():
@@ -37,7 +37,7 @@ def write(path, rows):
 
 @pytest.fixture
 def score(tmp_path, capsys):
-    """Score a folder or file with a model: (what is printed, the JSON file, the notes)."""
+    """Score a folder or file with a model; return (standard output, the JSON file, the notes)."""
     def call(model, source, *flags, kind="chat", path=tmp_path / "score.json"):
         save_checkpoint(tmp_path / "best.pt", model_state(model, "bytes", kind, step=1, max_iters=1, turns=1))
         chat.main([f"--checkpoint={tmp_path / 'best.pt'}", f"--score={source}", "--device=cpu", *flags])
@@ -48,7 +48,7 @@ def score(tmp_path, capsys):
 
 @pytest.fixture
 def echo(monkeypatch):
-    """Every model answers with the question."""
+    """Make every model answer with the question."""
     monkeypatch.setattr(GPT, "generate", lambda self, ids, *_, **__: iter(ids[2:-2]))
 
 
@@ -98,7 +98,7 @@ def test_the_table_of_an_example_computed_by_hand(score, echo, tmp_path):
     assert again == saved and str(path) in err
 
 
-def test_as_many_trained_rows_as_held_out_ones_are_scored_evenly_spaced(score, echo, tmp_path):
+def test_as_many_training_rows_as_held_out_ones_are_scored_evenly_spaced(score, echo, tmp_path):
     source = write(tmp_path / "rows.jsonl", [{"instruction": f"Row {i}", "output": "x"} for i in range(20)])
     prepare_alpaca.main([f"--source={source}", f"--out_dir={tmp_path / 'data'}", "--tokenizer=bytes",
                          "--val_fraction=0.2"])
@@ -115,7 +115,7 @@ def test_as_many_trained_rows_as_held_out_ones_are_scored_evenly_spaced(score, e
 def test_rows_longer_than_the_context_are_left_out_with_a_note(score, echo, tmp_path):
     rows = [{"instruction": "Say", "output": length * "h"} for length in (65 - 8, 1, 65 - 7)]  # 64 read, 1 predicted
     _, saved, err = score(unigram(), write(tmp_path / "rows.jsonl", rows))
-    assert [answer["tokens"] for answer in saved["answers"]] == [58, 2] and "1 rows are longer" in err
+    assert [answer["tokens"] for answer in saved["answers"]] == [58, 2] and "model's context: 1\n" in err
     with pytest.raises(UserError, match="no rows fit into this model's context"):
         score(unigram(), write(tmp_path / "long.jsonl", rows[2:]))
 

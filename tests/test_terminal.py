@@ -16,7 +16,7 @@ from config import UserError
 from data.conversation import read_conversations
 from runtime import terminal
 from tests import test_chat as lib
-from tests.test_chat import GREEDY, SEEDED, ask, new_session, saying
+from tests.test_chat import GREEDY, SEEDED, ask, new_session, scripted_session
 
 
 def command(session, line, cfg=GREEDY):
@@ -24,7 +24,7 @@ def command(session, line, cfg=GREEDY):
 
 
 def texts(session):
-    """What was said, user and model in turn."""
+    """Return all messages, user and model alternating."""
     return [session.enc.decode(ids) for turn in session.history for ids in turn]
 
 
@@ -51,7 +51,7 @@ def test_help_lists_every_command(capsys):
     assert listed == "/help /reset /undo /retry /set /save /load /tokens /look /quit".split()
 
 
-def test_reset_and_undo_take_turns_back():
+def test_reset_and_undo_remove_turns():
     session = new_session()
     first, second = ask(session, "Hm?"), ask(session, "and more")
     command(session, "/undo")
@@ -70,7 +70,7 @@ def test_retry_gives_another_reply_to_the_same_message(turns):
         *before, (question, answer) = session.history
         assert (question, len(before)) == ([*b"and more"], 1 if turns else 0)
         replies.add(tuple(answer))
-    assert len(replies) > 2, "not the reply of the same seed"
+    assert len(replies) > 2, "the seed is not reused"
 
 
 def test_set_changes_settings_and_shows_all_that_can_be_changed(capsys):
@@ -106,7 +106,7 @@ def test_save_only_replaces_an_earlier_state_of_the_same_chat_and_load_reads_any
     ask(other, "one")
     command(session, "/undo")
     for changed, name in ((other, path), (session, path), (other, rows)):  # a different chat, less of this one
-        with pytest.raises(UserError, match="exists, with other contents"):
+        with pytest.raises(UserError, match="exists and is not an earlier state"):
             command(changed, f"/save {name}")
     command(session, f"/load {rows}")
     assert texts(session) == ["a", "b"] and (path.read_bytes(), rows.read_bytes()) == before
@@ -116,7 +116,7 @@ def test_save_only_replaces_an_earlier_state_of_the_same_chat_and_load_reads_any
 
 @lib.TOKENIZERS
 @pytest.mark.parametrize("block_size, turns", [(200, 2), (64, 50)])
-def test_tokens_shows_the_ids_that_were_read_and_said(block_size, turns, enc, capsys):
+def test_tokens_shows_the_ids_that_were_read_and_generated(block_size, turns, enc, capsys):
     def shown():
         capsys.readouterr()
         command(session, "/tokens")
@@ -129,7 +129,7 @@ def test_tokens_shows_the_ids_that_were_read_and_said(block_size, turns, enc, ca
         said = ask(session, text)
         prompt = lib.prompt_by_hand(lib.flat(session.history, enc)[:-1], enc, turns, block_size, 12)
         assert shown() == [*prompt, *said, lib.special(enc)[3]]
-    command(session, "/undo")  # of what left out all turns before
+    command(session, "/undo")  # the message that left out all earlier turns
     assert shown() == lib.framed(lib.flat(session.history[-turns:], enc), enc)[:-1]
 
 
@@ -164,7 +164,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("line, message", MISTAKES, ids=[line[:40] for line, _ in MISTAKES])
-def test_a_mistake_in_a_command_says_what_to_do_and_changes_nothing(line, message, tmp_path):
+def test_a_mistake_in_a_command_gives_a_one_line_error_and_changes_nothing(line, message, tmp_path):
     (tmp_path / "notes.txt").write_text("my notes", encoding="utf-8")
     (tmp_path / "no_rows.json").write_text("[]", encoding="utf-8")
     session = new_session()
@@ -180,22 +180,22 @@ def test_a_mistake_in_a_command_says_what_to_do_and_changes_nothing(line, messag
 # Typing
 
 def test_only_a_slash_and_a_known_word_is_a_command_and_quit_ends_the_chat(monkeypatch, capsys):
-    session, _ = saying(b"yes", 500)
+    session, _ = scripted_session(b"yes", 500)
     lines = ["/etc/passwd is what?", "/help", " ", "a /reset", "//", "/usr/bin", "/quit now", "never read"]
     type_lines(session, lines, monkeypatch)
     assert texts(session)[::2] == [lines[0], lines[3], lines[4], lines[5]] and "this list" in capsys.readouterr().err
 
 
-def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(monkeypatch, capsys):
-    session, _ = saying([*b"Well, ", KeyboardInterrupt()])
+def test_ctrl_c_stops_the_reply_and_keeps_its_text(monkeypatch, capsys):
+    session, _ = scripted_session([*b"Well, ", KeyboardInterrupt()])
     type_lines(session, ["Hm?", KeyboardInterrupt(), "So?"], monkeypatch)
     assert texts(session) == ["Hm?", "Well, ", "So?", "Well, "]
     assert re.fullmatch(r" \(stopped\)\n\n\(.* exits\)\n \(stopped\)\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("error, tty", [(KeyboardInterrupt(), False), (ValueError("a reader's own edit"), True)])
-def test_ctrl_c_in_a_pipe_and_errors_that_are_not_the_users_end_the_chat(error, tty, monkeypatch):
-    session, _ = saying([*b"Well, ", error])
+def test_ctrl_c_in_a_pipe_and_unexpected_errors_end_the_chat(error, tty, monkeypatch):
+    session, _ = scripted_session([*b"Well, ", error])
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hm?\nSo?"))
     with pytest.raises(type(error)):
         type_lines(session, ["Hm?", "So?"], monkeypatch) if tty else chat.chat(session, GREEDY)
@@ -203,37 +203,37 @@ def test_ctrl_c_in_a_pipe_and_errors_that_are_not_the_users_end_the_chat(error, 
 
 
 class PseudoTerminal:
-    """chat.py in a pseudo-terminal: `heard` is all that it printed."""
+    """chat.py in a pseudo-terminal: `output` is all that it printed."""
 
     def __init__(self, *flags, **variables):
         pty = pytest.importorskip("pty")
         self.end, inside = pty.openpty()
-        # It becomes the terminal that Ctrl-C is typed in, as preexec_fn would make it, which threads forbid.
+        # Make it the controlling terminal, for Ctrl-C. preexec_fn would do that, but is unsafe with threads.
         take = ("import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
                 "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
         self.program = subprocess.Popen([sys.executable, "-S", "-c", take, str(lib.REPO / "chat.py"), *flags],
                                         stdin=inside, stdout=inside, stderr=inside, env={**os.environ, **variables})
         os.close(inside)
-        self.heard, self.at = b"", 0
+        self.output, self.at = b"", 0
 
     def read(self, seconds):
-        """Whether there was more to read."""
+        """Read what was printed; return whether there was more."""
         ready, _, _ = select.select([self.end], [], [], seconds)
         try:
             said = os.read(self.end, 4096) if ready else b""
-        except OSError:  # Linux's way to end
+        except OSError:  # how it ends on Linux
             said = b""
-        self.heard += said
+        self.output += said
         return bool(said)
 
     def wait_for(self, text, key=b"", seconds=60):
-        """key: typed again where nothing comes. Python misses a Ctrl-C just before it waits for a key."""
-        while text not in self.heard[self.at:]:
+        """key: typed again if nothing is printed, since Python misses a Ctrl-C just before it waits for a key."""
+        while text not in self.output[self.at:]:
             if not self.read(1):
                 seconds -= 1
-                assert seconds, f"no {text!r} in {self.heard[self.at:]!r}"
+                assert seconds, f"no {text!r} in {self.output[self.at:]!r}"
                 os.write(self.end, key)
-        self.at = self.heard.index(text, self.at) + len(text)
+        self.at = self.output.index(text, self.at) + len(text)
 
 
 def test_a_conversation_in_a_pseudo_terminal(tmp_path):
@@ -264,7 +264,7 @@ def test_a_conversation_in_a_pseudo_terminal(tmp_path):
         terminal.program.kill()
         terminal.program.wait()
         os.close(terminal.end)
-    assert b"Traceback" not in terminal.heard and re.search(rb"/reset +/retry", terminal.heard)
-    assert b"\x1b[?2004h" in terminal.heard, "it asks terminals to mark what is pasted"
+    assert b"Traceback" not in terminal.output and re.search(rb"/reset +/retry", terminal.output)
+    assert b"\x1b[?2004h" in terminal.output, "it enables bracketed paste"
     [(messages, _)] = read_conversations(tmp_path / "chat.jsonl")
     assert [m["content"] for m in messages] == ["Hi", "xxx", "Name a\nfruit.", "xxx"]

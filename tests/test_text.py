@@ -8,7 +8,7 @@ import data.text
 from config import UserError
 from data.datasets import read_meta
 from data.tokenizer import get_tokenizer
-from tests.conftest import error_of_script, largest_file
+from tests.conftest import error_of_script, limit_file_size
 
 
 def prepare(tmp_path, content, *flags, tokenizer="bytes"):
@@ -58,7 +58,7 @@ def test_words_stay_whole_between_blocks(tmp_path, monkeypatch):
     assert train == enc.encode_ordinary(text[:split]) and val == enc.encode_ordinary(text[split:])
 
 
-def test_bpe_is_trained_on_the_training_text_and_another_text_can_use_its_tokenizer(tmp_path):
+def test_bpe_is_trained_on_the_training_text_and_a_different_text_can_use_its_tokenizer(tmp_path):
     folder = prepare(tmp_path, b"aaaa " * 50 + b"zzzz " * 50, "--val_fraction=0.5", tokenizer="bpe")
     enc = get_tokenizer(folder / "tokenizer.json")
     assert enc.encode_ordinary("zzzz") == list(b"zzzz") and len(enc.encode_ordinary("aaaa")) == 1
@@ -85,13 +85,13 @@ def test_a_text_that_is_not_utf8_or_too_short_is_refused(tmp_path, content, mess
     assert not (tmp_path / "out" / "meta.json").exists()
 
 
-def test_mistakes_end_in_one_line(tmp_path, monkeypatch):
+def test_mistakes_give_a_one_line_error(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"some text " * 1000)
     flags = [f"--source={tmp_path / 'a.txt'}", f"--out_dir={tmp_path / 'out'}"]
     for more, message in ([f"--source={tmp_path / 'none.txt'}"], f"error: {tmp_path / 'none.txt'}: No such file"), (
             ["--source="], "error: no text given; use --source=FILE"), (["--bpe_bytes=0"], "error: bpe_bytes=0: must be at least 1"), (
             ["--val_fraction=1.5"], "error: val_fraction=1.5: must be at most 1"), (["--val_fraction=0"], f"error: {tmp_path / 'a.txt'}: "):
         assert error_of_script(monkeypatch, data.text, [*flags, *more]).startswith(message)
-    with largest_file(5000):
+    with limit_file_size(5000):
         assert error_of_script(monkeypatch, data.text, flags) == f"error: {tmp_path / 'out'}: File too large"
     assert list((tmp_path / "out").iterdir()) == []

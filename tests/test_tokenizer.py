@@ -39,7 +39,7 @@ A, B = ord("a"), ord("b")
 
 
 def slow_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
-    """Byte-pair encoding as a textbook has it: count every pair again for each merge."""
+    """Train byte-pair encoding as in a textbook: count every pair again for each merge."""
     words = [list(word.encode("utf-8")) for text in texts for word in re.findall(pattern, text)]
     merges = []
     while 256 + len(merges) < vocab_size:
@@ -146,7 +146,7 @@ def test_gpt2s_ordinary_ids_are_tiktokens_own(gpt2_vocabulary, text):
     assert gpt2_vocabulary.encode_ordinary("Hello world") == [15496, 995]
 
 
-def test_a_spec_survives_its_file_and_makes_the_same_tokenizer(tmp_path, bpe):
+def test_a_spec_survives_its_file_and_gives_the_same_tokenizer(tmp_path, bpe):
     spec, path = train_bpe([PARAGRAPH] * 2, 300), tmp_path / "tokenizer.json"
     path.write_text(json.dumps(spec), encoding="utf-8")
     assert read_spec(path) == read_spec(str(path)) == spec == read_spec(spec)
@@ -176,7 +176,7 @@ BAD_MERGES = [3, [[1]], [[1, "x"]], [[97, 256]], [[97, 98.5]], {"97": 98}, [[97,
 @pytest.mark.parametrize("content", [
     "", "{", "[]", "3", "{}", "[" * 100_000, *(json.dumps({"pattern": pattern, "merges": []}) for pattern in BAD_PATTERNS),
     *(json.dumps({"pattern": SPLIT_PATTERN, "merges": merges}) for merges in BAD_MERGES)])
-def test_a_broken_tokenizer_file_is_one_line_with_its_path_before_tiktoken_panics(tmp_path, capfd, content):
+def test_a_broken_tokenizer_file_gives_a_one_line_error_with_its_path_before_tiktoken_panics(tmp_path, capfd, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}: .*; use gpt2, bytes or the path") as caught:
@@ -184,14 +184,14 @@ def test_a_broken_tokenizer_file_is_one_line_with_its_path_before_tiktoken_panic
     assert "\n" not in str(caught.value) and capfd.readouterr().err == ""
 
 
-def test_an_unknown_name_or_missing_file_is_one_line_with_the_choices():
+def test_an_unknown_name_or_missing_file_gives_a_one_line_error_with_the_choices():
     for name in ("gtp2", "none.json"):
         with pytest.raises(UserError, match=f"^{name}: not a tokenizer: .*gpt2, bytes"):
             get_tokenizer(name)
 
 
 @pytest.mark.parametrize("error", [requests.ConnectionError("no route"), OSError("full"), ValueError("hash")])
-def test_without_gpt2s_vocabulary_the_error_says_what_to_set(monkeypatch, error):
+def test_without_gpt2s_vocabulary_the_error_names_the_variable_to_set(monkeypatch, error):
     def fail(name):
         raise error
     monkeypatch.setattr(tiktoken, "get_encoding", fail)

@@ -1,4 +1,4 @@
-"""train.py and finetune.py on toy data: the schedule, one step, what is logged and saved, and what goes wrong."""
+"""train.py and finetune.py on toy data: the schedule, one step, logs, checkpoints and errors."""
 import contextlib
 import math
 import re
@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 from runtime import devices, report, setup
 from runtime.checkpoint import load_checkpoint, load_model
 from runtime.log import bits_per_byte
-from tests.conftest import largest_file
+from tests.conftest import limit_file_size
 from tests.toy_runs import (
     CPU,
     ROWS,
@@ -81,7 +81,7 @@ def test_a_setting_out_of_range_is_refused_by_name_and_value(toys, tmp_path, set
 
 
 @pytest.mark.parametrize("setting", ["epochs=0", "block_size=-1", "max_iters=-1", "dropout=1.0"])
-def test_so_is_one_of_finetuning(toys, tmp_path, setting):
+def test_a_finetuning_setting_out_of_range_is_refused(toys, tmp_path, setting):
     name, _, value = setting.partition("=")
     with pytest.raises(UserError, match=f"^{re.escape(setting)}:"):
         finetune.main(flags(toys, finetune, tmp_path, **{name: value}))
@@ -90,7 +90,7 @@ def test_so_is_one_of_finetuning(toys, tmp_path, setting):
 # One step
 
 class Descent:
-    """Plain gradient descent, in the shape that train_step expects of an optimizer; keeps the last gradient."""
+    """Gradient descent with the interface of an optimizer; keeps the last gradient."""
 
     def __init__(self, gpt, rate):
         self.named, self.param_groups = dict(gpt.named_parameters()), [{"peak_lr": rate, "lr": None}]
@@ -106,7 +106,7 @@ class Descent:
 
 
 def step_once(gpt, dataset, step=0, rate=0.5, **changes):
-    """train_step's results and the gradient."""
+    """Return train_step's results and the gradient."""
     cfg = train.Settings(**{**dict(warmup_iters=0, grad_clip=0.0, max_iters=10, decay="constant"), **changes})
     descent = Descent(gpt, rate)
     return *train.train_step(gpt, [descent], dataset, step, cfg, CPU, contextlib.nullcontext()), descent.gradient
@@ -140,7 +140,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_targets_of_the_step(toys, kin
 
 
 class Regrouped:
-    """A dataset with a step's conversations in micro-batches of one row each."""
+    """A dataset that splits a step's conversations into micro-batches of one row."""
 
     def __init__(self, dataset):
         self.rows = [row for idx, targets, positions in [dataset.batch("train", i) for i in range(2)]
@@ -223,7 +223,7 @@ def test_a_tiny_model_memorizes_a_few_chats(tmp_path, optimizer, rate):
 
 # What is logged
 
-def test_every_step_has_a_row_of_numbers_and_evaluations_are_in_the_row_of_their_step(toys, tmp_path, capsys):
+def test_every_step_has_a_log_row_that_includes_its_evaluation(toys, tmp_path, capsys):
     last = run(toys, train, tmp_path, eval_interval=5, gradient_accumulation=2)
     rows = read_log(tmp_path)
     assert len(rows) == 13 and rows[12]["loss"] == "", "the last evaluation follows the last step"
@@ -255,7 +255,7 @@ def test_best_pt_is_the_model_of_the_lowest_loss_without_an_optimizer(toys, tmp_
     assert loss_of(load_model(best), dataset, "train", 200) == pytest.approx(lowest[1], rel=1e-5)
 
 
-def test_a_run_without_resume_replaces_the_earlier_one_and_says_so(toys, tmp_path, capsys):
+def test_a_run_without_resume_prints_that_it_replaces_the_earlier_one(toys, tmp_path, capsys):
     first = run(toys, train, tmp_path)
     assert "will be replaced" not in capsys.readouterr().out
     rows, second = curve(tmp_path), run(toys, train, tmp_path)
@@ -264,7 +264,7 @@ def test_a_run_without_resume_replaces_the_earlier_one_and_says_so(toys, tmp_pat
 
 
 @SCRIPTS
-def test_samples_are_printed_as_often_as_asked_and_do_not_change_training(toys, tmp_path, capsys, script):
+def test_samples_are_printed_every_sample_interval_and_do_not_change_training(toys, tmp_path, capsys, script):
     run(toys, script, tmp_path / "none", max_iters=6)
     assert "  sample: " not in capsys.readouterr().out
     run(toys, script, tmp_path / "some", sample_interval=3, sample_prompt="one two", max_iters=6)
@@ -288,7 +288,7 @@ def test_overfitting_is_validation_loss_rising_twice_while_training_loss_falls(h
 
 
 def fake_losses(monkeypatch, *losses):
-    """Evaluations return these validation losses, and falling training losses."""
+    """Make evaluations return these validation losses, and falling training losses."""
     values = iter([loss for i, val in enumerate(losses) for loss in (3.0 - 0.5 * i, val)])
     monkeypatch.setattr(train, "evaluate", lambda *args: next(values))
 
@@ -362,7 +362,7 @@ def test_a_shorter_context_crops_the_positions_and_a_longer_one_is_refused(toys,
         run(toys, finetune, tmp_path / "longer", max_iters=1, block_size=65)
 
 
-def test_the_written_out_attention_is_trained_where_fused_is_false(toys, tmp_path, monkeypatch):
+def test_the_written_out_attention_is_trained_if_fused_is_false(toys, tmp_path, monkeypatch):
     fused = run(toys, train, tmp_path / "fused", dropout=0.0)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     written_out = run(toys, train, tmp_path / "written_out", fused=False, dropout=0.0)
@@ -375,8 +375,8 @@ def test_the_written_out_attention_is_trained_where_fused_is_false(toys, tmp_pat
     ({"data_dir": "text"}, "data_dir=.*plain text.*prepare_alpaca.py"),
     ({"init_from": "no.pt"}, "no.pt: no such checkpoint"),
     ({"init_from": "gpt-2"}, "gpt-2: contains none of model.safetensors.*gpt2-medium"),
-    ({"init_from": "gpt2"}, "init_from=gpt2: has another tokenizer.*--tokenizer=gpt2")])
-def test_a_base_model_or_data_that_do_not_fit_are_one_line(toys, tmp_path, monkeypatch, change, message):
+    ({"init_from": "gpt2"}, "init_from=gpt2: has a different tokenizer.*--tokenizer=gpt2")])
+def test_a_base_model_or_data_that_do_not_fit_give_a_one_line_error(toys, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr("runtime.checkpoint.load_gpt2", lambda name, dropout: GPT(GPTConfig(**SHAPE)) if name == "gpt2" else
                         model.load_gpt2(name))
     if "data_dir" in change:
@@ -386,17 +386,17 @@ def test_a_base_model_or_data_that_do_not_fit_are_one_line(toys, tmp_path, monke
     assert not (tmp_path / "out" / "log.csv").exists()
 
 
-def test_the_tokenizer_that_an_error_names_is_the_one_that_works(toys, tmp_path):
+def test_the_tokenizer_named_in_the_error_works(toys, tmp_path):
     bpe = prepare_chats(tmp_path / "bpe", ROWS, "--vocab_size=270", tokenizer="bpe")
     run(toys, train, tmp_path / "base", data_dir=bpe, max_iters=1)
     base = tmp_path / "base" / "best.pt"
-    with pytest.raises(UserError, match="another tokenizer.*--tokenizer=FILE.*tokenizer.json"):
+    with pytest.raises(UserError, match="different tokenizer.*--tokenizer=FILE.*tokenizer.json"):
         run(toys, finetune, tmp_path / "out", init_from=base)
     again = prepare_chats(tmp_path / "again", ROWS[::-1], tokenizer=bpe / "tokenizer.json")
     assert run(toys, finetune, tmp_path / "out", init_from=base, data_dir=again, max_iters=1)["step"] == 1
 
 
-# What goes wrong
+# Errors
 
 @SCRIPTS
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -430,7 +430,7 @@ def test_a_learning_rate_far_too_high_never_replaces_a_good_checkpoint(toys, tmp
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee more"), MemoryError(),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
     RuntimeError("MPS backend out of memory (MPS allocated: 5.05 GB, max allowed: 6.80 GB)")])
-def test_out_of_memory_is_one_line_that_recommends_a_smaller_batch(toys, tmp_path, monkeypatch, error):
+def test_out_of_memory_gives_a_one_line_error_that_recommends_a_smaller_batch(toys, tmp_path, monkeypatch, error):
     def fail(*args):
         raise error
     monkeypatch.setattr(train, "train_step", fail)
@@ -449,15 +449,15 @@ def test_an_error_in_a_readers_edit_keeps_its_traceback(toys, tmp_path, monkeypa
 
 
 @SCRIPTS
-def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_last_save(toys, tmp_path, script):
+def test_a_full_disk_ends_the_run_with_a_one_line_error_and_keeps_the_last_save(toys, tmp_path, script):
     run(toys, script, tmp_path, max_iters=4)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
-    with largest_file(5000), pytest.raises(OSError, match=re.escape(str(tmp_path))):
+    with limit_file_size(5000), pytest.raises(OSError, match=re.escape(str(tmp_path))):
         run(toys, script, tmp_path, resume=True)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
 
 
-def test_text_too_short_for_a_window_is_one_line(toys, tmp_path):
+def test_text_too_short_for_a_window_gives_a_one_line_error(toys, tmp_path):
     short = prepare_text(tmp_path / "short", "Far too short.")
     with pytest.raises(UserError, match="short.train: 9 tokens are too few for block_size=64"):
         run(toys, train, tmp_path / "out", data_dir=short)
@@ -481,12 +481,12 @@ def test_auto_picks_the_cpu_in_float32_here(monkeypatch):
     with pytest.raises(UserError, match="dtype='half'.*float32"):
         devices.pick_device("cpu", "half")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert devices.pick_device()[0] == CPU, "mps is used by name only"
+    assert devices.pick_device()[0] == CPU, "auto never selects mps"
     assert devices.pick_device("mps")[:2] == (torch.device("mps"), torch.float32)
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_gpu_computes_in_bfloat16_only_where_that_is_not_emulated(monkeypatch, native):
+def test_a_gpu_computes_in_bfloat16_unless_it_is_emulated(monkeypatch, native):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)

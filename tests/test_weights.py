@@ -23,7 +23,7 @@ LINEAR = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transposed by nano
 
 
 def hf_gpt2(n_embd=64, n_head=1, n_layer=2, vocab_size=100, **options):
-    """A GPT-2 by transformers whose biases and norms are random too, so that a forgotten one shows."""
+    """Return transformers' GPT-2 with random biases and norms too, so that a missing one changes logits."""
     torch.manual_seed(0)
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=vocab_size, n_positions=64, n_embd=n_embd, n_layer=n_layer, n_head=n_head, attn_pdrop=0,
@@ -48,7 +48,7 @@ def tiny_folder(tiny, tmp_path_factory):
 
 
 def tensors_of(hf):
-    """{name in a file: tensor} of a transformers model, each with memory of its own."""
+    """Return {name in a file: tensor} of a transformers model, each with its own memory."""
     return {name: t.detach().clone() for name, t in hf.state_dict().items() if name != "lm_head.weight"}
 
 
@@ -110,7 +110,7 @@ def test_a_shorter_context_keeps_the_first_positions(tiny, tiny_folder):
     assert_same_logits(gpt, tiny)
 
 
-# ---- what config.json and the tokenizer say ----
+# ---- config.json and the tokenizer ----
 
 OPTIONS = [
     ("activation_function", "relu"), ("activation_function", "gelu"), ("scale_attn_weights", False),
@@ -144,7 +144,7 @@ def test_an_untied_head_and_weights_that_are_not_finite_are_refused(name, change
 
 @pytest.fixture(scope="module")
 def wide():
-    """GPT-2's own vocabulary and two tokens more, in few channels."""
+    """Return a GPT-2 with its own vocabulary and two more tokens, in few channels."""
     return hf_gpt2(8, 2, 1, vocab_size=50259)
 
 
@@ -182,7 +182,7 @@ def test_added_tokens_and_padding_are_left_out_with_a_note(added, file, wide, tm
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json"])
-def test_another_tokenizer_is_refused(name, wide, tmp_path, gpt2_vocabulary):
+def test_a_different_tokenizer_is_refused(name, wide, tmp_path, gpt2_vocabulary):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
     save_wide(wide, tmp_path, 50257)
     characters = bytes_to_unicode()
@@ -196,7 +196,7 @@ def test_another_tokenizer_is_refused(name, wide, tmp_path, gpt2_vocabulary):
 # ---- nanoGPT ----
 
 def nanogpt_checkpoint(hf, padded_rows, bias=True, compiled=True):
-    """What nanoGPT's train.py saves of a model with these weights."""
+    """Return what nanoGPT's train.py saves of a model with these weights."""
     model = {name: t.t().contiguous() if name.endswith(LINEAR) else t for name, t in hf.state_dict().items()
              if bias or not name.endswith(".bias")}
     wte, cfg = model["transformer.wte.weight"], hf.config
@@ -231,14 +231,14 @@ def test_a_checkpoint_of_nanogpt_is_read(bias, compiled, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole():
-    """A whole safetensors file of one layer: its bytes, its header, its data."""
+    """Return a whole safetensors file of one layer: its bytes, its header, its data."""
     content = safetensors.save(tensors_of(hf_gpt2(n_layer=1, vocab_size=20).transformer))
     start = 8 + struct.unpack("<Q", content[:8])[0]
     return content, json.loads(content[8:start]), content[start:]
 
 
 def loads(path):
-    """Whether a file loads and computes. If not, it must be a UserError of one line that names it."""
+    """Return whether a file loads and computes. If not, assert that the UserError is one line that names it."""
     try:
         gpt = load_gpt2(path)
     except UserError as error:
@@ -280,7 +280,7 @@ def test_a_cut_file_of_torch_is_refused_and_no_pickle_is_executed(name, zipped, 
     {}, [], 7, torch.zeros(3), {1: torch.zeros(3)}, {"wte.weight": 7}, {"wte.weight": [1.0]},
     {"wte.weight": torch.zeros(3), "wpe.weight": torch.zeros(3)}, {"wte.weight": torch.zeros(20, 64)},
     {"model_args": 7, "model": {}}, {"model_args": {}, "model": 7}, {"config": {}, "model": {}}], ids=str)
-def test_a_file_of_something_else_is_refused(value, tmp_path):
+def test_a_file_without_gpt2s_weights_is_refused(value, tmp_path):
     torch.save(value, tmp_path / "pytorch_model.bin")
     assert not loads(tmp_path)
 
@@ -335,6 +335,6 @@ def test_a_model_by_name_is_downloaded_once(tiny, tiny_folder, tmp_path, monkeyp
     assert_same_logits(load_gpt2("gpt2"), tiny)  # without a server
 
 
-def test_a_place_without_weights_is_refused_with_what_to_use(tmp_path):
+def test_a_folder_without_weights_is_refused_with_the_alternatives(tmp_path):
     with pytest.raises(UserError, match=re.escape(str(tmp_path)) + ".*model.safetensors.*gpt2-xl"):
         load_gpt2(tmp_path)

@@ -1,4 +1,4 @@
-"""Toy data and toy trainings that several test files share."""
+"""Toy data and toy training runs that several test files share."""
 import csv
 import json
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def prepare_chats(folder, rows=ROWS, *flags, tokenizer="bytes"):
-    """A prepared folder of chats."""
+    """Prepare a folder of chats; return it."""
     folder.mkdir(parents=True)
     (folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     prepare_alpaca.main([f"--source={folder / 'rows.json'}", f"--out_dir={folder}", "--val_fraction=0.25",
@@ -31,7 +31,7 @@ def prepare_chats(folder, rows=ROWS, *flags, tokenizer="bytes"):
 
 
 def prepare_text(folder, text=TEXT):
-    """A prepared folder of plain text."""
+    """Prepare a folder of plain text; return it."""
     folder.mkdir(parents=True)
     (folder / "words.txt").write_text(text, encoding="utf-8")
     data.text.main([f"--source={folder / 'words.txt'}", f"--out_dir={folder}", "--val_fraction=0.3"])
@@ -52,7 +52,7 @@ def toys(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Plotting the losses and measuring the CPU's peak take longer than a toy run."""
+    """Skip plotting the losses and measuring the CPU's peak, which take longer than a toy run."""
     monkeypatch.setattr("runtime.report.plot_losses", lambda *args: None)
     monkeypatch.setattr("runtime.log.peak_flops", lambda *args: 1e12)
 
@@ -66,20 +66,20 @@ def make_quick():
 
 
 def flags(toys, script, out_dir, **changes):
-    """The command line of a toy run."""
+    """Return the command line of a toy run."""
     own = SHAPE | {"data_dir": toys / "text"} if script is train else \
         {"init_from": toys / "base" / "best.pt", "data_dir": toys / "chat"}
     return [f"--{name}={value}" for name, value in (LOOP | own | {"out_dir": out_dir} | changes).items()]
 
 
 def run(toys, script, out_dir, **changes):
-    """Train or finetune in this process; returns last.pt."""
+    """Train or finetune in this process; return last.pt."""
     script.main(flags(toys, script, out_dir, **changes))
     return load_checkpoint(out_dir / "last.pt")
 
 
 def read_log(out_dir):
-    """The rows of log.csv as dicts of text; their steps are 0, 1, 2 and so on."""
+    """Return the rows of log.csv as dicts of text; assert that their steps are 0, 1, 2 and so on."""
     with open(out_dir / "log.csv", encoding="utf-8", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [row["step"] for row in rows] == [str(i) for i in range(len(rows))]
@@ -87,7 +87,7 @@ def read_log(out_dir):
 
 
 def curve(out_dir):
-    """What in log.csv does not depend on the clock."""
+    """Return the columns of log.csv that do not depend on the clock."""
     clock = {"seconds", "tokens_per_second", "mfu"}
     return [{k: v for k, v in row.items() if k not in clock} for row in read_log(out_dir)]
 
