@@ -1,8 +1,8 @@
 """Write instruction rows whose answers follow a rule: synthetic data in any amount.
 
     python -m data.rules                                            # data/rules/rules.json
-    python -m data.rules --rows=1000 --operands=held_out --out=data/rules/held_out.json
-    python -m data.rules --rows=500 --operands=made_up --out=data/rules/made_up.json
+    python -m data.rules --rows=2500 --operands=held_out --out=data/rules/held_out.json
+    python -m data.rules --rows=1200 --operands=made_up --out=data/rules/made_up.json
 
 An operand is what a question is about: a word, a sentence, a pair of numbers. A tenth of them,
 chosen by a hash of the seed, are held out: they are in no training row, and test questions use only
@@ -10,6 +10,9 @@ them, so that correct answers show that the rule was learned. Words are from dat
 third are invented, since the rules hold for "florp" too. Questions are worded as in
 data/wordings.txt. Operands of the hand-written rows are never held out, and none of their questions
 is repeated word for word.
+
+Where one step is too hard for a small model, the answer shows its work (Nye et al. 2021), in steps
+that use only one-digit facts: "4+7=11, 5+9=14, 14+1=15, 151" for 54 plus 97.
 """
 import json
 import random
@@ -28,7 +31,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass
 class Settings:
-    rows: int = 80_000  # number of rows
+    rows: int = 100_000  # number of rows
     seed: int = 1  # chooses the held-out operands and the rows
     operands: str = "train"  # train; held_out: none of training's; made_up: words of no language
     out: Path = Path("data/rules/rules.json")  # prepare_alpaca.py reads it
@@ -36,10 +39,10 @@ class Settings:
 
 # ---- operands ----
 
-# Invented words are an onset, a vowel, perhaps a middle and a short vowel, and a coda. These were
-# chosen so that no combination is or contains a rude word.
-ONSETS = "bl br cl dr fl gl gr kr pl sw thr v z".split()
-VOWELS = "a a e e i i o o u u ee oo ai ou".split()
+# Invented words are an onset and a rime of data/words.txt, or an onset, a vowel, a middle, a vowel
+# and a coda. These were chosen so that no combination is or contains a rude word.
+ONSETS = "bl br cl dr fl fr gl gr j l m pl qu r sk sm spl st sw thr tr v y z".split()
+VOWELS = "a e i o u ee oo ai ou".split()
 MIDDLES = "dlmrv"
 CODAS = "b d f ft l ll lt m n nd nt rm rn sh x".split()
 
@@ -92,7 +95,7 @@ class Draw:
         self.questions = {text for texts in written for text in texts[::2]}
         self.known = set().union(*map(operands_in, chain(*written, *self.wordings.values())))
         words, self.irregular = read_words(FOLDER / "words.txt")
-        self.made_up_words = words.pop("made up")
+        self.made_up_words, self.rimes = words.pop("made up"), words.pop("rimes")
         self.real = set().union(*words.values())
         self.units, self.facts = ([line.split("; ") for line in self.wordings.pop(name)]
                                   for name in ("units", "facts"))
@@ -113,13 +116,15 @@ class Draw:
 
     def invented(self):
         """Return a word that does not exist but could."""
-        if self.made_up and self.rng.random() < 0.5:
-            return self.rng.choice(self.made_up_words)
+        choose = self.rng.choice
+        if self.made_up and self.rng.random() < 0.3:
+            return choose(self.made_up_words)
         while True:
-            word = self.rng.choice(ONSETS) + self.rng.choice(VOWELS)
-            if self.rng.random() < 0.3:
-                word += self.rng.choice(MIDDLES) + self.rng.choice("aeiou")
-            word += self.rng.choice(CODAS)
+            word = choose(ONSETS)
+            if self.rng.random() < 0.6:
+                word += choose(self.rimes)
+            else:
+                word += choose(VOWELS) + choose(MIDDLES) + choose("aeiou") + choose(CODAS)
             if word not in self.real and self.fits(word):
                 return word
 
@@ -137,19 +142,64 @@ class Draw:
                 words.append(word)
         return words
 
-    def numbers(self, low, high, count=1, operand=operand):
-        """Return `count` numbers from low to high, whose operand is operand(*numbers). Where all up
-        to `high` are on the other side of the split, larger ones are drawn."""
+    def numbers(self, low, *highs, operand=operand):
+        """Return a number from low to each of `highs`; operand(*numbers) is on this side of the
+        split. Where that is true of none, larger ones are drawn. 0 and 1 make most questions
+        trivial: tests have none."""
+        low = max(low, 2) if self.held_out else low
         while True:
-            numbers = [self.rng.randint(low, int(high)) for _ in range(count)]
+            numbers = [self.rng.randint(low, int(high)) for high in highs]
             if self.is_held_out(operand(*numbers)) == self.held_out:
                 return numbers
-            high += 0.02  # larger by one after 50 misses
+            highs = [high + 0.02 for high in highs]  # larger by one after 50 misses
 
     def ask(self, *sections, **slots):
         """Return a wording of one of the sections, with its slots filled in."""
         lines = [line for section in sections for line in self.wordings[section]]
         return self.rng.choice(lines).replace("|", "\n").format(**slots)
+
+
+# ---- work shown ----
+
+def add_in_steps(a, b):
+    """Return the steps of a sum and the sum: "4+7=11, 5+9=14, 14+1=15, 151"."""
+    ones, tens = a % 10 + b % 10, a // 10 + b // 10
+    steps = [f"{a % 10}+{b % 10}={ones}"]
+    if max(a, b) > 9:
+        steps += [f"{a // 10}+{b // 10}={tens}"] + [f"{tens}+1={tens + 1}"] * (ones > 9)
+    return ", ".join([*steps, str(a + b)])
+
+
+def subtract_in_steps(a, b):
+    """Return the steps of a difference and the difference: "13-8=5, 9-1=8, 8-1=7, 75"."""
+    borrows, tens = a % 10 < b % 10, a // 10 - b // 10
+    ones = a % 10 + 10 * borrows
+    steps = [f"{ones}-{b % 10}={ones - b % 10}"]
+    if a > 9:
+        steps += [f"{a // 10}-{b // 10}={tens}"] + [f"{tens}-1={tens - 1}"] * borrows
+    return ", ".join([*steps, str(a - b)])
+
+
+def compare_in_steps(a, b, wanted):
+    """Return the comparisons of digits, up to the first that differ, and the wanted number:
+    "4=4, 7>2, 47". A missing digit is a 0."""
+    steps, width = [], len(str(max(a, b)))
+    for x, y in zip(f"{a:0{width}}", f"{b:0{width}}"):
+        steps.append(f"{x}{'<' if x < y else '>' if x > y else '='}{y}")
+        if x != y:
+            break
+    return ", ".join([*steps, str(wanted)])
+
+
+def sort_in_steps(words):
+    """Return the shortest prefixes that tell the words apart, and the words, both in order:
+    "d, pep, per: deep, pepper, perp"."""
+    def prefix(word):
+        others = [other for other in words if other != word]
+        lengths = (n for n in range(1, len(word))
+                   if not any(other.startswith(word[:n]) for other in others))
+        return word[:next(lengths, len(word))]
+    return f"{', '.join(map(prefix, sorted(words)))}: {', '.join(sorted(words))}"
 
 
 # ---- the rules: each draws operands and returns a question and its answer ----
@@ -170,52 +220,51 @@ def past_of(d, verb):
     return d.irregular.get(("verbs", verb), usual)
 
 
-WORD_RULES = {"plural": plural_of, "past tense": past_of,
-              "upper case": lambda d, word: word.upper(),
-              "length": lambda d, word: str(len(word)),
-              "reverse": lambda d, word: word[::-1]}
+# The category of such a question: the section of its words, and its answer.
+WORD_RULES = {"plural": ("nouns", plural_of), "past tense": ("verbs", past_of),
+              "upper case": ("nouns", lambda d, word: word.upper())}
 
 
-def word_for(d, rule):
-    sections = {"plural": ["nouns"], "past tense": ["verbs"]}.get(rule, [])
-    while len(word := d.word(*sections)) > 5 and rule == "reverse":
-        pass  # reversing a long word is too hard
-    return word
-
-
-def about_word(rule):
+def about_word(rule, section=None):
     def ask(d):
-        word = word_for(d, rule)
-        return d.ask(rule, w=word), WORD_RULES[rule](d, word)
+        words, answer = WORD_RULES[rule]
+        word = d.word(words)
+        return d.ask(section or rule, w=word), answer(d, word)
     return ask
 
 
 def convert(d):
     unit, to, factor, measures = d.rng.choice(d.units)
-    n, = d.numbers(2, 12 if unit == "weeks" else 30, operand=lambda n: f"{n} {unit}")
+    n, = d.numbers(2, 12 if unit == "weeks" else 60, operand=lambda n: f"{n} {unit}")
     slots = dict(n=n, unit=unit, to=to, w=d.word("nouns"), measures=measures.format(f"{n} {unit}"))
     return d.ask("unit conversion", **slots), f"{n * int(factor)} {to}"
 
 
-def arithmetic(name):
-    """Return a rule for a sum or a subtraction: "7 + 3", or "Tom has 7 coins and finds 3 more"."""
-    def ask(d):
-        a, b = d.numbers(0, d.rng.choice((12, 12, 20, 100)), 2)
-        if name == "subtraction":
-            a, b = max(a, b), min(a, b)
-        sections = [name, f"{name}, story"] if min(a, b) > 1 else [name]  # not "1 coins"
-        things = plural_of(d, d.word("nouns"))
-        question = d.ask(*sections, a=a, b=b, name=d.entry("names"), things=things)
-        return question, str(a + b if name == "sum" else a - b)
-    return ask
+SUMS = ((20, 20), (60, 60), (60, 60), (99, 99), (99, 9), (9, 99))
+DIFFERENCES = ((30, 30), (99, 99), (99, 99), (99, 9), (30, 9))
 
 
-add = arithmetic("sum")
+def arithmetic(d, *sections):
+    """Ask for a sum or a difference: "7 + 3", or "Tom has 7 coins and finds 3 more"."""
+    a, b = d.numbers(0, *d.rng.choice(SUMS if "sum" in sections[0] else DIFFERENCES))
+    if "subtraction" in sections[0]:
+        a, b = max(a, b), min(a, b)
+    steps = (add_in_steps if "sum" in sections[0] else subtract_in_steps)(a, b)
+    slots = dict(a=a, b=b, name=d.entry("names"), things=plural_of(d, d.word("nouns")))
+    return d.ask(*sections[:1 + (min(a, b) > 1)], **slots), steps  # no story about "1 coins"
+
+
+def add(d):
+    return arithmetic(d, "sum", "sum, story")
+
+
+def subtract(d):
+    return arithmetic(d, "subtraction", "subtraction, story")
 
 
 def sort_words(d):
     words = d.words(3)
-    return d.ask("sorting", w=", ".join(words)), ", ".join(sorted(words))
+    return d.ask("sorting", w=", ".join(words)), sort_in_steps(words)
 
 
 ENDS = (("first", "start", 0), ("first", "begin", 0), ("last", "end", -1), ("last", "end", -1))
@@ -226,26 +275,23 @@ def letter(d):
     return d.ask("letters", w=word, which=which, verb=verb), word[place]
 
 
-def compare(d):
-    a, b = d.numbers(1, d.rng.choice((9, 99, 99, 999)), 2)
+def compare(d, section="comparison", more=None):
+    tens = 10 * d.rng.randint(1, 9)  # numbers with the same tens are the harder ones
+    a, b = d.numbers(*d.rng.choice((
+        (1, 99, 99), (1, 99, 9), (1, 9, 99), (tens, tens + 9, tens + 9), (1, 999, 999),
+        (1, 9999, 999), (1, 9999, 9999))))
     if a == b:
-        return compare(d)
-    more = d.rng.choice(("larger", "bigger", "greater", "smaller", "smaller", "lower"))
+        return compare(d, section, more)
+    more = more or d.rng.choice(("larger", "bigger", "greater", "smaller", "smaller", "lower"))
     wanted, most = (min, "less") if more in ("smaller", "lower") else (max, "greater")
-    return d.ask("comparison", a=a, b=b, more=more, most=most), str(wanted(a, b))
+    return d.ask(section, a=a, b=b, more=more, most=most), compare_in_steps(a, b, wanted(a, b))
 
 
 def count(d):
-    n, = d.numbers(1, d.rng.choice((99, 99, 999)))
+    n, = d.numbers(1, d.rng.choice((99, 99, 999, 9999)))
     answers = {"even": ("even", "odd")[n % 2], "after": n + 1, "before": n - 1}
     name = d.rng.choice(list(answers))
     return d.ask(name, n=n), str(answers[name])
-
-
-def sequence(d):
-    start, step = d.numbers(1, 10, 2, lambda start, step: f"{start} by {step}")
-    terms = [str(start + i * step) for i in range(4)]
-    return d.ask("sequence", n=", ".join(terms[:3])), terms[3]
 
 
 def statement(d):
@@ -270,23 +316,25 @@ def sentence(d):
     """Return a sentence of data/words.txt, or one made of words."""
     if not d.made_up and d.rng.random() < 0.3:
         return d.entry("sentences")
-    if d.rng.random() < 0.4:
+    if d.rng.random() < 0.3:
         return "{} {} {}.".format(*statement(d))
     return d.ask("sentence", a=d.word("nouns"), b=d.word("nouns"), c=d.word("adjectives"))
 
 
 def repeat(d):
-    """Ask to repeat words, numbers or a sentence."""
-    what = d.rng.choice("words words words sentence sentence word number numbers".split())
+    """Ask to repeat words, numbers or a sentence, half of them in lower case, without a mark."""
+    what = d.rng.choice("words words words sentence sentence sentence word number numbers".split())
     if d.made_up:
         what = what.replace("number", "word")
+    several = d.rng.randint(2, 4) if what.endswith("s") else 1
     if what == "sentence":
         texts = [sentence(d)]
+        if d.rng.random() < 0.5 and not texts[0].startswith("I "):
+            texts = [(texts[0][0].lower() + texts[0][1:]).strip(".?!")]
     else:
-        several = d.rng.randint(2, 4) if what.endswith("s") else 1
         texts = (d.words(several) if what.startswith("word") else
-                 [str(d.numbers(1, 999)[0]) for _ in range(several)])
-    text = d.rng.choice((", ", ", ", " ")).join(texts)
+                 [str(d.numbers(1, 9999)[0]) for _ in range(several)])
+    text = d.rng.choice((", ", ", ", " ", " and ")).join(texts)
     sections = ["repeat", "repeat one"] if what in ("word", "number") else ["repeat"]
     these = f"these {what}" if what.endswith("s") else f"this {what}"
     return d.ask(*sections, w=text, these=these, what=what), text
@@ -301,20 +349,6 @@ def pick_word(d):
         words = d.words(3 if which == "middle" else d.rng.choice((3, 3, 4)))
         text, name = ", ".join(words), "middle word" if which == "middle" else "word picking"
     return d.ask(name, w=text, which=which), words[{"first": 0, "middle": 1, "last": -1}[which]]
-
-
-def yes_or_no(d):
-    """Ask whether a number is larger than another, or whether a word starts with a letter."""
-    if not d.made_up and d.rng.random() < 0.4:
-        a, b = d.numbers(1, d.rng.choice((9, 99)), 2)
-        more = d.rng.choice(("larger", "bigger", "more", "smaller", "less"))
-        is_so = a < b if more in ("smaller", "less") else a > b
-        return d.ask("yes or no, numbers", a=a, b=b, more=more), "yes" if is_so else "no"
-    word, (which, verb, place) = d.word(), d.rng.choice(ENDS)
-    letters = word[place] if d.rng.random() < 0.5 else word + "abcdefghijklmnopqrstuvwxyz"
-    c = d.rng.choice(letters)
-    question = d.ask("yes or no, letters", w=word, c=c, which=which, verb=verb)
-    return question, "yes" if c == word[place] else "no"
 
 
 # ---- chats: each draws operands and returns a list of questions and answers ----
@@ -335,7 +369,7 @@ def remember(count, between=0):
 def between_turn(d):
     if d.rng.random() < 0.15:
         return polite(d)
-    return d.rng.choice((about_word("plural"), about_word("past tense"), about_word("length"), add,
+    return d.rng.choice((about_word("plural"), about_word("past tense"), add, subtract, sort_words,
                          letter, letter, compare, count, repeat, pick_word))(d)
 
 
@@ -348,20 +382,34 @@ def more(d):
     """Ask for a sum, then to add more to it."""
     turns = [add(d)]
     for _ in range(d.rng.choice((1, 1, 2))):
-        total = int(turns[-1][1])
+        total = int(turns[-1][1].split(", ")[-1])
         b, = d.numbers(1, 12, operand=lambda b, total=total: operand(total, b))
-        turns.append((d.ask("more", b=b), str(total + b)))
+        turns.append((d.ask("more", b=b), add_in_steps(total, b)))
     return turns
+
+
+def followed(first, *others):
+    """Return a chat rule: a question, then one or two shorter ones of the same kind."""
+    def chat(d):
+        return [first(d)] + [d.rng.choice(others)(d) for _ in range(d.rng.choice((1, 1, 2)))]
+    return chat
 
 
 def other_word(d):
     """Ask a question about a word, then the same about others: "And of cat?"."""
     rule = d.rng.choice(list(WORD_RULES))
-    turns = [about_word(rule)(d)]
-    for _ in range(d.rng.choice((1, 1, 2))):
-        word = word_for(d, rule)
-        turns.append((d.ask("other word", w=word), WORD_RULES[rule](d, word)))
-    return turns
+    return followed(about_word(rule), about_word(rule, "other word"))(d)
+
+
+def other_comparison(d):
+    """Ask which of two numbers is larger, or smaller, then the same of others: "And 7 or 12?"."""
+    more = d.rng.choice(("larger", "smaller"))
+    return followed(lambda d: compare(d, more=more),
+                    lambda d: compare(d, "other comparison", more))(d)
+
+
+other_sum = followed(add, lambda d: arithmetic(d, "other sum"),
+                     lambda d: arithmetic(d, "other subtraction"))
 
 
 def other_letter(d):
@@ -375,33 +423,42 @@ def other_letter(d):
 # ---- all of them ----
 
 # The category of a row: (what makes it, its relative frequency). Made-up words get the first kind.
-ABOUT_WORDS = {f"rule/{rule}": (about_word(rule), n) for rule, n in (
-    ("plural", 5), ("past tense", 6), ("upper case", 2), ("length", 3), ("reverse", 4))}
-ABOUT_WORDS |= {
-    "rule/sorting": (sort_words, 13), "rule/letters": (letter, 4), "rule/negation": (negate, 4),
-    "rule/repeat": (repeat, 8), "rule/word picking": (pick_word, 5),
-    "rule/yes or no": (yes_or_no, 5), "chat/other word": (other_word, 2),
+# Answers of a category that ends in "(work)" show their work.
+ABOUT_WORDS = {
+    "rule/plural": (about_word("plural"), 5), "rule/past tense": (about_word("past tense"), 6),
+    "rule/upper case": (about_word("upper case"), 3), "rule/sorting (work)": (sort_words, 12),
+    "rule/letters": (letter, 4), "rule/negation": (negate, 4), "rule/repeat": (repeat, 10),
+    "rule/word picking": (pick_word, 5), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
 RULES = ABOUT_WORDS | {
-    "rule/sum": (add, 20), "rule/subtraction": (arithmetic("subtraction"), 7),
-    "rule/unit conversion": (convert, 7), "rule/comparison": (compare, 10),
-    "rule/counting": (count, 12), "rule/sequence": (sequence, 2), "chat/more": (more, 2),
+    "rule/sum (work)": (add, 14), "rule/subtraction (work)": (subtract, 12),
+    "rule/unit conversion": (convert, 6), "rule/comparison (work)": (compare, 8),
+    "rule/counting": (count, 7), "chat/more (work)": (more, 1),
+    "chat/other sum (work)": (other_sum, 4), "chat/other comparison (work)": (other_comparison, 2),
     "chat/polite": (polite, 1), "chat/told 1 turn ago": (remember(1), 2),
     "chat/told 2 turns ago": (remember(1, 1), 1), "chat/told 3 turns ago": (remember(1, 2), 1),
-    "chat/told 4 turns ago": (remember(1, 3), 1), "chat/two told": (remember(2), 1)}
+    "chat/told 4 turns ago": (remember(1, 3), 1), "chat/told 5 turns ago": (remember(1, 4), 1),
+    "chat/two told": (remember(2), 1)}
 
 
 def make_rows(count, seed, operands):
-    """Return `count` rows of random categories, as dicts that data/conversation.py reads. The same
-    arguments give the same rows. operands: see Settings."""
-    draw, rows = Draw(seed, operands), []
-    rules = ABOUT_WORDS if draw.made_up else RULES
+    """Return `count` rows, as dicts that data/conversation.py reads: random categories for
+    training, for tests as many of each, all different. The same arguments give the same rows.
+    operands: see Settings."""
+    draw, rows, asked = Draw(seed, operands), [], set()
+    rules = dict(ABOUT_WORDS if draw.made_up else RULES)
+    if draw.held_out:
+        rules.pop("chat/polite", None)  # it has no operands
     while len(rows) < count:
         [name] = draw.rng.choices(list(rules), [frequency for _, frequency in rules.values()])
+        if draw.held_out:
+            name = list(rules)[len(rows) % len(rules)]
         made = rules[name][0](draw)
         turns = made if isinstance(made, list) else [made]
-        if any(question in draw.questions for question, _ in turns):
-            continue  # a hand-written row asks this and may be held out
+        questions = tuple(question for question, _ in turns)
+        if draw.questions & {*questions} or draw.held_out and questions in asked:
+            continue  # a hand-written row asks this and may be held out, or this is a repetition
+        asked.add(questions)
         if len(turns) == 1:
             instruction, _, rest = turns[0][0].partition("\n")
             row = {"instruction": instruction, "input": rest, "output": turns[0][1]}
