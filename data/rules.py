@@ -4,29 +4,20 @@
     python -m data.rules --rows=2500 --operands=held_out --out=data/rules/held_out.json
     python -m data.rules --rows=1200 --operands=made_up --out=data/rules/made_up.json
 
-An operand is what a question is about: a word, a sentence, a pair of numbers. A tenth of them,
-chosen by a hash of the seed, are held out: they are in no training row, and test questions use only
-them, so that correct answers show that the rule was learned. Words are from data/words.txt, and a
-third are invented, since the rules hold for "florp" too. Questions are worded as in
-data/wordings.txt. Operands of the hand-written rows are never held out, and none of their questions
-is repeated word for word.
+Test questions use only words and numbers that no training row has (data/operands.py). All are
+worded as in data/wordings.txt, and none is a hand-written row's, word for word.
 
 Where one step is too hard for a small model, the answer shows its work (Nye et al. 2021), in steps
 that use only one-digit facts: "4+7=11, 5+9=14, 14+1=15, 151" for 54 plus 97.
 """
 import json
-import random
 import re
-import zlib
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import config
-from data.conversation import read_conversations
 from data.files import write_text
-
-FOLDER = Path(__file__).parent
+from data.operands import Draw, operand
 
 
 @dataclass
@@ -35,128 +26,6 @@ class Settings:
     seed: int = 1  # chooses the held-out operands and the rows
     operands: str = "train"  # train; held_out: none of training's; made_up: words of no language
     out: Path = Path("data/rules/rules.json")  # prepare_alpaca.py reads it
-
-
-# ---- operands ----
-
-# Invented words are an onset and a rime of data/words.txt, or an onset, a vowel, a middle, a vowel
-# and a coda. These were chosen so that no combination is or contains a rude word.
-ONSETS = "bl br cl dr fl fr gl gr j l m pl qu r sk sm spl st sw thr tr v y z".split()
-VOWELS = "a e i o u ee oo ai ou".split()
-MIDDLES = "dlmrv"
-CODAS = "b d f ft l ll lt m n nd nt rm rn sh x".split()
-
-
-def read_sections(path):
-    """Return {section: lines} of a text file; "[name]" opens a section, "#" a comment."""
-    sections = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("["):
-            lines = sections[line.strip("[]")] = []
-        elif line and not line.startswith("#"):
-            lines.append(line)
-    return sections
-
-
-def read_words(path):
-    """Return ({section: entries}, {("nouns" or "verbs", word): irregular form}) of words.txt."""
-    words, irregular = read_sections(path), {}
-    for name in words.keys() - {"sentences"}:
-        entries = [entry.split() for line in words[name] for entry in line.split(",")]
-        if name in ("nouns", "verbs"):
-            irregular |= {(name, entry[0]): entry[1] for entry in entries if len(entry) == 2}
-            entries = [entry[:1] for entry in entries]
-        words[name] = [" ".join(entry) for entry in entries if entry]
-    return words, irregular
-
-
-def operand(*numbers):
-    """Return numbers as one operand, in which 3 and 5 are the same as 5 and 3: "3 5"."""
-    return " ".join(map(str, sorted(numbers)))
-
-
-def operands_in(text):
-    """Return the operands in a text that people wrote: words, numbers, "3 5", "3 kilometers"."""
-    numbers = re.findall("[0-9]+", text)
-    return {*re.findall("[a-z]+", text.lower()), *re.findall("[0-9]+ [a-z]+s", text), *numbers,
-            operand(*map(int, numbers))}
-
-
-class Draw:
-    """Draws random operands and wordings. All operands are on one side of the split: "train" draws
-    no held-out ones, "held_out" and "made_up" draw only those."""
-
-    def __init__(self, seed, operands):
-        self.seed, self.held_out, self.made_up = seed, operands != "train", operands == "made_up"
-        self.rng = random.Random(f"{seed} {operands}")
-        self.wordings = read_sections(FOLDER / "wordings.txt")
-        written = [[m["content"] for m in messages] for messages, _ in
-                   read_conversations(FOLDER / "instruction" / "instruction-data.json")]
-        self.questions = {text for texts in written for text in texts[::2]}
-        self.known = set().union(*map(operands_in, chain(*written, *self.wordings.values())))
-        words, self.irregular = read_words(FOLDER / "words.txt")
-        self.made_up_words, self.rimes = words.pop("made up"), words.pop("rimes")
-        self.real = set().union(*words.values())
-        self.units, self.facts = ([line.split("; ") for line in self.wordings.pop(name)]
-                                  for name in ("units", "facts"))
-        self.lists = {name: list(filter(self.fits, entries)) or entries
-                      for name, entries in words.items()}
-
-    def is_held_out(self, operand):
-        """Whether an operand is one of the tenth that training never sees."""
-        is_tenth = zlib.crc32(f"{self.seed} {operand}".encode()) % 10 == 0
-        return operand in self.made_up_words or is_tenth and operand not in self.known
-
-    def fits(self, text):
-        """Whether a text is on this side of the split. One held-out word makes it held out."""
-        return any(map(self.is_held_out, re.findall("[a-z]+", text.lower()))) == self.held_out
-
-    def entry(self, section):
-        return self.rng.choice(self.lists[section])
-
-    def invented(self):
-        """Return a word that does not exist but could."""
-        choose = self.rng.choice
-        if self.made_up and self.rng.random() < 0.3:
-            return choose(self.made_up_words)
-        while True:
-            word = choose(ONSETS)
-            if self.rng.random() < 0.6:
-                word += choose(self.rimes)
-            else:
-                word += choose(VOWELS) + choose(MIDDLES) + choose("aeiou") + choose(CODAS)
-            if word not in self.real and self.fits(word):
-                return word
-
-    def word(self, *sections):
-        """Return a word of one of these sections, or an invented one."""
-        if self.made_up or self.rng.random() < 0.33:
-            return self.invented()
-        return self.entry(self.rng.choice(sections or ("nouns", "nouns", "verbs", "adjectives")))
-
-    def words(self, count):
-        words = []
-        while len(words) < count:
-            word = self.word()
-            if word not in words:
-                words.append(word)
-        return words
-
-    def numbers(self, low, *highs, operand=operand):
-        """Return a number from low to each of `highs`; operand(*numbers) is on this side of the
-        split. Where that is true of none, larger ones are drawn. 0 and 1 make most questions
-        trivial: tests have none."""
-        low = max(low, 2) if self.held_out else low
-        while True:
-            numbers = [self.rng.randint(low, int(high)) for high in highs]
-            if self.is_held_out(operand(*numbers)) == self.held_out:
-                return numbers
-            highs = [high + 0.02 for high in highs]  # larger by one after 50 misses
-
-    def ask(self, *sections, **slots):
-        """Return a wording of one of the sections, with its slots filled in."""
-        lines = [line for section in sections for line in self.wordings[section]]
-        return self.rng.choice(lines).replace("|", "\n").format(**slots)
 
 
 # ---- work shown ----
@@ -235,7 +104,7 @@ def about_word(rule, section=None):
 
 def convert(d):
     unit, to, factor, measures = d.rng.choice(d.units)
-    n, = d.numbers(2, 12 if unit == "weeks" else 60, operand=lambda n: f"{n} {unit}")
+    n, = d.numbers(2, 99, operand=lambda n: f"{n} {unit}")
     slots = dict(n=n, unit=unit, to=to, w=d.word("nouns"), measures=measures.format(f"{n} {unit}"))
     return d.ask("unit conversion", **slots), f"{n * int(factor)} {to}"
 
@@ -316,8 +185,6 @@ def sentence(d):
     """Return a sentence of data/words.txt, or one made of words."""
     if not d.made_up and d.rng.random() < 0.3:
         return d.entry("sentences")
-    if d.rng.random() < 0.3:
-        return "{} {} {}.".format(*statement(d))
     return d.ask("sentence", a=d.word("nouns"), b=d.word("nouns"), c=d.word("adjectives"))
 
 
@@ -359,7 +226,9 @@ def remember(count, between=0):
     def chat(d):
         told, asked = [], []
         for kind, section, reply, answer in d.rng.sample(d.facts, count):
-            x = d.entry(section) if section != "numbers" else d.numbers(1, 999)[0]
+            x = d.numbers(1, 999)[0] if section == "numbers" else d.word(section)
+            if section in ("names", "places"):
+                x = x[0].upper() + x[1:]
             told.append((d.ask(f"tell {kind}", x=x), reply.format(x=x)))
             asked.append((d.ask(f"ask {kind}"), answer.format(x=x)))
         return told + [between_turn(d) for _ in range(between)] + d.rng.sample(asked, count)
@@ -367,15 +236,11 @@ def remember(count, between=0):
 
 
 def between_turn(d):
+    """Return a turn between a fact that is told and the question about it."""
     if d.rng.random() < 0.15:
-        return polite(d)
+        return d.ask("polite").split("\n")
     return d.rng.choice((about_word("plural"), about_word("past tense"), add, subtract, sort_words,
                          letter, letter, compare, count, repeat, pick_word))(d)
-
-
-def polite(d):
-    question, answer = d.ask("polite").split("\n")
-    return question, answer
 
 
 def more(d):
@@ -426,7 +291,7 @@ def other_letter(d):
 # Answers of a category that ends in "(work)" show their work.
 ABOUT_WORDS = {
     "rule/plural": (about_word("plural"), 5), "rule/past tense": (about_word("past tense"), 6),
-    "rule/upper case": (about_word("upper case"), 3), "rule/sorting (work)": (sort_words, 12),
+    "rule/upper case": (about_word("upper case"), 2), "rule/sorting (work)": (sort_words, 12),
     "rule/letters": (letter, 4), "rule/negation": (negate, 4), "rule/repeat": (repeat, 10),
     "rule/word picking": (pick_word, 5), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
@@ -435,37 +300,32 @@ RULES = ABOUT_WORDS | {
     "rule/unit conversion": (convert, 6), "rule/comparison (work)": (compare, 8),
     "rule/counting": (count, 7), "chat/more (work)": (more, 1),
     "chat/other sum (work)": (other_sum, 4), "chat/other comparison (work)": (other_comparison, 2),
-    "chat/polite": (polite, 1), "chat/told 1 turn ago": (remember(1), 2),
+    "chat/told 1 turn ago": (remember(1), 2),
     "chat/told 2 turns ago": (remember(1, 1), 1), "chat/told 3 turns ago": (remember(1, 2), 1),
     "chat/told 4 turns ago": (remember(1, 3), 1), "chat/told 5 turns ago": (remember(1, 4), 1),
     "chat/two told": (remember(2), 1)}
 
 
 def make_rows(count, seed, operands):
-    """Return `count` rows, as dicts that data/conversation.py reads: random categories for
-    training, for tests as many of each, all different. The same arguments give the same rows.
+    """Return `count` rows, as dicts that data/conversation.py reads: for training of random
+    categories, for tests as many of each, all different. The same arguments give the same rows.
     operands: see Settings."""
     draw, rows, asked = Draw(seed, operands), [], set()
-    rules = dict(ABOUT_WORDS if draw.made_up else RULES)
-    if draw.held_out:
-        rules.pop("chat/polite", None)  # it has no operands
+    rules = ABOUT_WORDS if draw.made_up else RULES
+    frequencies = [frequency for _, frequency in rules.values()]
     while len(rows) < count:
-        [name] = draw.rng.choices(list(rules), [frequency for _, frequency in rules.values()])
+        [name] = draw.rng.choices(list(rules), frequencies)
         if draw.held_out:
             name = list(rules)[len(rows) % len(rules)]
         made = rules[name][0](draw)
         turns = made if isinstance(made, list) else [made]
-        questions = tuple(question for question, _ in turns)
-        if draw.questions & {*questions} or draw.held_out and questions in asked:
-            continue  # a hand-written row asks this and may be held out, or this is a repetition
-        asked.add(questions)
-        if len(turns) == 1:
-            instruction, _, rest = turns[0][0].partition("\n")
-            row = {"instruction": instruction, "input": rest, "output": turns[0][1]}
-        else:
-            row = {"messages": [{"role": role, "content": text} for turn in turns
-                                for role, text in zip(("user", "assistant"), turn)]}
-        rows.append({**row, "category": name})
+        questions = [question for question, _ in turns]
+        if draw.held_out and str(questions) in asked or draw.questions.intersection(questions):
+            continue  # a repetition, or what a hand-written row asks, which may be held out
+        asked.add(str(questions))
+        messages = [{"role": role, "content": text} for turn in turns
+                    for role, text in zip(("user", "assistant"), turn)]
+        rows.append({"messages": messages, "category": name})
     return rows
 
 

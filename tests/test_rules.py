@@ -2,6 +2,7 @@
 bytes. Questions are parsed by their wordings and answered here in a second, independent way."""
 import itertools
 import json
+import operator
 import re
 import tempfile
 import zlib
@@ -10,13 +11,15 @@ from functools import cache
 import pytest
 
 from config import UserError
+from data import operands as drawing
 from data import rules
 from data.conversation import read_conversations
+from tests import exam
 
 OPERANDS = ("train", "held_out", "made_up")
-WRITTEN = rules.FOLDER / "instruction" / "instruction-data.json"
-WORDS = (rules.FOLDER / "words.txt").read_text(encoding="utf-8")
-SLOTS = {"a": r"\d+", "b": r"\d+", "n": r"\d[\d, ]*", "c": "[a-z]", "measures": r"\w+ \d+ .+"}
+WRITTEN = drawing.FOLDER / "instruction" / "instruction-data.json"
+WORDS = (drawing.FOLDER / "words.txt").read_text(encoding="utf-8")
+SLOTS = {"a": r"\d+", "b": r"\d+", "n": r"\d[\d, ]*", "measures": r"\w+ \d+ .+"}
 
 
 def section_of_words(name):
@@ -25,6 +28,8 @@ def section_of_words(name):
 
 
 IRREGULAR = {name: dict(entry.split() for entry in section_of_words(name) if " " in entry) for name in ("nouns", "verbs")}
+LONG = itertools.product(drawing.ONSETS, drawing.VOWELS, drawing.MIDDLES, "aeiou", drawing.CODAS)
+INVENTED = {*map("".join, LONG), *map("".join, itertools.product(drawing.ONSETS, section_of_words("rimes")))}
 MADE_UP = set(section_of_words("made up"))
 
 
@@ -41,7 +46,7 @@ def chats_of(seed, operands, count=2000):
 def patterns():
     """[(section, pattern of a wording), ...], those with the most fixed text first."""
     found = []
-    for section, lines in rules.read_sections(rules.FOLDER / "wordings.txt").items():
+    for section, lines in drawing.read_sections(drawing.FOLDER / "wordings.txt").items():
         for line in lines if section not in ("sentence", "units", "facts") else ():
             line = line.partition("|")[0] if section == "polite" else line.replace("|", "\n")
             parts = re.split(r"\{(\w+)\}", line)
@@ -59,6 +64,11 @@ def parse(question):
         if match := pattern.fullmatch(question):
             return section, match.groupdict()
     raise AssertionError(f"no wording for {question!r}")
+
+
+# Shorter questions after one of the same kind, which they are answered like; None: like the one before.
+FOLLOWING = {"other word": None, "other letter": "letters", "other comparison": "comparison"}
+WITH_WORK = ("sum", "more", "subtraction", "other sum", "other subtraction", "comparison", "sorting")
 
 
 # ---- the answers ----
@@ -115,39 +125,64 @@ ANSWERS = {
     "plural": lambda s: plural(s["w"]), "past tense": lambda s: past(s["w"]), "unit conversion": converted,
     "sum": lambda s: sum(ordered(s)), "sum, story": lambda s: sum(ordered(s)), "more": lambda s: int(s["total"]) + int(s["b"]),
     "subtraction": lambda s: len(range(*ordered(s))), "subtraction, story": lambda s: len(range(*ordered(s))),
+    "other sum": lambda s: sum(ordered(s)), "other subtraction": lambda s: len(range(*ordered(s))),
     "sorting": lambda s: ", ".join(sorted(s["w"].split(", "))), "letters": lambda s: s["w"][place(s)],
     "comparison": compared, "even": lambda s: "even" if s["n"][-1] in "02468" else "odd",
     "after": lambda s: int(s["n"]) + 1, "before": lambda s: int(s["n"]) - 1,
-    "sequence": lambda s: 2 * int(s["n"].split(", ")[2]) - int(s["n"].split(", ")[1]),
     "negation": lambda s: negated(s["s"]), "repeat": lambda s: s["w"], "repeat one": lambda s: s["w"],
     "word picking": lambda s: s["w"].split(", ")[place(s)], "middle word": lambda s: s["w"].split(", ")[1],
-    "word of a sentence": lambda s: words_in(s["w"])[place(s)], "reverse": lambda s: "".join(reversed(s["w"])),
-    "length": lambda s: sum(1 for _ in s["w"]), "upper case": lambda s: "".join(chr(ord(c) - 32) for c in s["w"]),
-    "yes or no, letters": lambda s: "yes" if s["w"][place(s)] == s["c"] else "no",
-    "yes or no, numbers": lambda s: "yes" if s["a"] != s["b"] and int(s["a"]) == compared(s) else "no"}
+    "word of a sentence": lambda s: words_in(s["w"])[place(s)],
+    "upper case": lambda s: "".join(chr(ord(c) - 32) for c in s["w"])}
+FACT = re.compile(r"(1?\d)([+-])(\d)=(1?\d)")  # a step: what a child knows by rote
+IS_SO = {"<": operator.lt, ">": operator.gt, "=": operator.eq, "+": operator.add, "-": operator.sub}
+
+
+def without_work(category, answer):
+    """The last term of an answer that shows its work, every step of which is checked."""
+    if category == "sorting":
+        prefixes, answer = (text.split(", ") for text in answer.split(": "))
+        for prefix, word in zip(prefixes, answer, strict=True):
+            shorter = [other for other in answer if other.startswith(prefix[:-1])]
+            assert word.startswith(prefix) and len(shorter) > 1 or len(prefix) == 1, (prefixes, answer)
+            assert [other for other in answer if other.startswith(prefix)] == [word] or prefix == word
+        return ", ".join(answer)
+    *steps, answer = answer.split(", ")
+    assert steps
+    for step in steps:
+        if category.endswith("comparison"):
+            a, sign, b = step
+            assert IS_SO[sign](a, b) and (sign == "=") == (step is not steps[-1]), steps
+        else:
+            a, sign, b, c = FACT.fullmatch(step).groups()
+            assert IS_SO[sign](int(a), int(b)) == int(c), steps
+    return answer
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
 def test_every_answer_is_correct(operands):
     asked = set()
-    for _, turns in chats_of(1, operands):
+    for category, turns in chats_of(1, operands):
         told, section, slots, last_answer = {}, None, {}, None
         for question, answer in turns:
             last, (section, slots) = (section, slots), parse(question)
             asked.add(section)
-            if section in ("other word", "other letter"):  # about the word, or by the rule, of the turn before
-                section, slots = ("letters" if section == "other letter" else last[0]), {**last[1], "verb": None, **slots}
+            if section in FOLLOWING:  # about the word, or by the rule, of the turn before
+                section, slots = FOLLOWING[section] or last[0], {**last[1], "verb": None, **slots}
             kind = section.partition(" ")[2]
             if section.startswith("tell "):
                 told[kind] = slots["x"]
             if section.startswith(("tell ", "ask ")):
                 assert re.search(rf"\b{told[kind]}\b", answer), (question, answer)
             elif section != "polite":
+                if section.partition(",")[0] in WITH_WORK:
+                    answer = without_work(section, answer)
                 assert answer == str(ANSWERS[section]({**slots, "total": last_answer})), (question, answer)
             last_answer = answer
     if operands == "train":
         assert asked == {section for section, _ in patterns()}
         assert {category for category, _ in chats_of(1, operands)} == set(rules.RULES)
+    else:
+        assert len({str(turns) for _, turns in chats_of(1, operands)}) == 2000, "a question is repeated"
 
 
 # ---- the split ----
@@ -155,7 +190,7 @@ def test_every_answer_is_correct(operands):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_nothing_held_out_is_trained_on(seed):
     """Held out is what the hash picks and the hand-written rows do not have; computed here independently."""
-    text = WRITTEN.read_text(encoding="utf-8") + (rules.FOLDER / "wordings.txt").read_text(encoding="utf-8")
+    text = WRITTEN.read_text(encoding="utf-8") + (drawing.FOLDER / "wordings.txt").read_text(encoding="utf-8")
     numbers = [re.findall(r"\d+", m["content"]) for messages, _ in read_conversations(WRITTEN) for m in messages]
     known = {*words_in(text), *(" ".join(sorted(two, key=int)) for two in numbers if len(two) == 2)}
 
@@ -173,14 +208,14 @@ def test_nothing_held_out_is_trained_on(seed):
                                           for word in map(str.lower, section_of_words(name)) if held_out(word.split()[0]) and word.split()[0] in trained]
     assert not any(map(held_out, pairs("train"))) and all(map(held_out, pairs("held_out")))
     for operands in ("held_out", "made_up"):
-        words = [word for section, s in slots_of(operands) if section in ("plural", "letters", "length", "sorting", "word picking")
+        words = [word for section, s in slots_of(operands) if section in ("plural", "letters", "sorting", "word picking")
                  for word in s["w"].split(", ")]
         assert len(words) > 300 and all(held_out(word) or word in MADE_UP for word in words) and not trained & set(words)
     assert max(int(s["a"]) for section, s in slots_of("held_out") if section == "sum") < 105, "as large as in training"
     for _, turns in chats_of(seed, "train"):
         for (_, total), (question, _) in itertools.pairwise(turns):
             if parse(question)[0] == "more":
-                assert not held_out(" ".join(map(str, sorted([int(total), int(parse(question)[1]["b"])]))))
+                assert not held_out(" ".join(map(str, sorted([int(total.split(", ")[-1]), int(parse(question)[1]["b"])]))))
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
@@ -195,13 +230,28 @@ def test_no_invented_word_is_rude_or_irregular():
     rude = re.compile("f[uoa](ck|k|g)|[ck]un?t|[ck]o(ck|k)|d[iy](ck|k)|cum|sh[ia]t|sl[ua]t|tw[aiu]n?t|pis|poo|p[or]+n|pr(a|i)t|ass|"
                       "bo+[bn]|t[iu]t|n[ie]g|nazi|sex|wan[kg]|crap|prick|gook|[ck]oon|spi[ck]|jap|w[oi]p|wog|yid|lez|lesb|nud|klan|"
                       "t[ua]rd|fart|skank|pimp|anal|anus|rap[ei]|peni|semen|clit|vulv|vagi|whor|hoe|slag|moron|cretin|trull|murder|kill")
-    short = set(map("".join, itertools.product(rules.ONSETS, rules.VOWELS, rules.CODAS)))
-    long = set(map("".join, itertools.product(rules.ONSETS, rules.VOWELS, rules.MIDDLES, "aeiou", rules.CODAS)))
-    assert len(short) > 1500 and not [word for word in short | long if rude.search(word)]
-    draw = rules.Draw(3, "train")
-    words = {draw.invented() for _ in range(5000)}
-    assert len(words) > 2000 and words <= short | long
-    assert not words & {"bled", "breed", "ground", "swam", *IRREGULAR["verbs"].values(), *IRREGULAR["nouns"].values()}
+    words = set(INVENTED)
+    assert len(words) > 50_000 and not [word for word in words if rude.search(word)]
+    draw = drawing.Draw(3, "train")
+    drawn = {draw.invented() for _ in range(5000)}
+    assert len(drawn) > 4000 and drawn <= words
+    assert not drawn & {"bled", "breed", "ground", "swear", *IRREGULAR["verbs"].values(), *IRREGULAR["nouns"].values()}
+
+
+def test_the_exam_is_about_words_and_numbers_of_no_training_row():
+    lists = set(words_in(WORDS + WRITTEN.read_text(encoding="utf-8") + (drawing.FOLDER / "wordings.txt").read_text(encoding="utf-8")))
+    assert not {*exam.WORDS, *map(str.lower, exam.NAMES)} & {*lists, *INVENTED}
+    trained = {" ".join(re.findall(r"\d+", question)) for _, turns in chats_of(1, "train") for question, _ in turns}
+    chats = exam.alone(exam.Examiner(1))
+    pairs = {" ".join(re.findall(r"\d+", question)) for [(_, question, _)] in chats} - {""}
+    assert len(chats) >= 400 and len(pairs) > 100 and not trained & pairs
+    assert all(len(chat) == 10 for chat in exam.sessions(exam.Examiner(1), 5))
+
+
+@pytest.mark.parametrize("answer, wanted", [("4+7=11, 5+9=14, 14+1=15, 151", "151"), ("4=4, 7>2, 47", "47"), ("a, b", "a, b"),
+                                            ("d, pep, per: deep, pepper, perp", "deep, pepper, perp"), ("boxes", "boxes")])
+def test_the_exam_compares_the_answer_behind_the_work(answer, wanted):
+    assert exam.is_right(answer, wanted) and not exam.is_right(answer + "1", wanted)
 
 
 # ---- the command line ----
