@@ -2,9 +2,8 @@
 
 An operand is what a question is about: a word, a sentence, a pair of numbers. A tenth of them,
 chosen by a hash of the seed, are held out: they are in no training row, and test questions use only
-them, so that correct answers show that the rule was learned. Words are from data/words.txt, and a
-third are invented, since the rules hold for "florp" too. Operands of the hand-written rows are
-never held out.
+them, so that correct answers show that the rule was learned. Half of the words are invented, since
+the rules hold for "florp" too. Operands of the hand-written rows are never held out.
 """
 import random
 import re
@@ -16,12 +15,12 @@ from data.conversation import read_conversations
 
 FOLDER = Path(__file__).parent
 
-# Invented words are an onset and a rime of data/words.txt, or an onset, a vowel, a middle, a vowel
-# and a coda. These were chosen so that no combination is or contains a rude word.
-ONSETS = "bl br cl dr fl fr gl gr j l m pl qu r sk sm spl st sw thr tr v z".split()
-VOWELS = "a e i o u ee oo ai ou".split()
-MIDDLES = "dlmv"
-CODAS = "b d f ft l ll lt m n nd nt rm rn sh x".split()
+# Invented words are an onset and a rime of data/words.txt, or onset, vowel, middle and end. These
+# were chosen so that no combination is or contains a rude word.
+ONSETS = "bl br cl dr fl fr gl gr j l m pl qu r sm spl st sw t th thr v".split()
+VOWELS = "a e i o u a e i o u ai ea ee oa oo ou".split()
+MIDDLES = "b bb d dd dg ft l ll ld lm lt m mb mm mp n nd nn nt r rr rm rt sh st v x".split()
+ENDS = "a e er le y et in ow en il op ock el oy ip".split()
 
 
 def read_sections(path):
@@ -73,7 +72,7 @@ class Draw:
         self.known = set().union(*map(operands_in, chain(*written, *self.wordings.values())))
         words, self.irregular = read_words(FOLDER / "words.txt")
         self.made_up_words, self.rimes = words.pop("made up"), words.pop("rimes")
-        self.real = set().union(*words.values())
+        self.real = set().union(*words.values(), self.irregular.values())
         self.units, self.facts = ([line.split("; ") for line in self.wordings.pop(name)]
                                   for name in ("units", "facts"))
         self.lists = {name: list(filter(self.fits, entries)) or entries
@@ -98,16 +97,16 @@ class Draw:
             return choose(self.made_up_words)
         while True:
             word = choose(ONSETS)
-            if self.rng.random() < 0.6:
+            if self.rng.random() < 0.4:
                 word += choose(self.rimes)
             else:
-                word += choose(VOWELS) + choose(MIDDLES) + choose("aeiou") + choose(CODAS)
+                word += choose(VOWELS) + choose(MIDDLES) + choose(ENDS)
             if word not in self.real and self.fits(word):
                 return word
 
     def word(self, *sections):
         """Return a word of one of these sections, or an invented one."""
-        if self.made_up or self.rng.random() < 0.33:
+        if self.made_up or self.rng.random() < 0.5:
             return self.invented()
         return self.entry(self.rng.choice(sections or ("nouns", "nouns", "verbs", "adjectives")))
 

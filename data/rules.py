@@ -61,11 +61,11 @@ def compare_in_steps(a, b, wanted):
 
 
 def sort_in_steps(words):
-    """Return the shortest prefixes that tell the words apart, and the words, both in order:
-    "d, pep, per: deep, pepper, perp"."""
+    """Return the shortest prefixes, of two letters or more, that tell the words apart, and the
+    words, both in order: "de, pep, per: deep, pepper, perp"."""
     def prefix(word):
         others = [other for other in words if other != word]
-        lengths = (n for n in range(1, len(word))
+        lengths = (n for n in range(2, len(word))
                    if not any(other.startswith(word[:n]) for other in others))
         return word[:next(lengths, len(word))]
     return f"{', '.join(map(prefix, sorted(words)))}: {', '.join(sorted(words))}"
@@ -147,8 +147,8 @@ def letter(d):
 def compare(d, section="comparison", more=None):
     tens = 10 * d.rng.randint(1, 9)  # numbers with the same tens are the harder ones
     a, b = d.numbers(*d.rng.choice((
-        (1, 99, 99), (1, 99, 9), (1, 9, 99), (tens, tens + 9, tens + 9), (1, 999, 999),
-        (1, 9999, 999), (1, 9999, 9999))))
+        (1, 99, 99), (1, 99, 99), (1, 99, 99), (1, 99, 9), (1, 9, 99), (1, 999, 99), (1, 999, 999),
+        (1, 9999, 9999), (tens, tens + 9, tens + 9), (tens, tens + 9, tens + 9))))
     if a == b:
         return compare(d, section, more)
     more = more or d.rng.choice(("larger", "bigger", "greater", "smaller", "smaller", "lower"))
@@ -290,16 +290,16 @@ def other_letter(d):
 # The category of a row: (what makes it, its relative frequency). Made-up words get the first kind.
 # Answers of a category that ends in "(work)" show their work.
 ABOUT_WORDS = {
-    "rule/plural": (about_word("plural"), 5), "rule/past tense": (about_word("past tense"), 6),
-    "rule/upper case": (about_word("upper case"), 2), "rule/sorting (work)": (sort_words, 12),
-    "rule/letters": (letter, 4), "rule/negation": (negate, 4), "rule/repeat": (repeat, 10),
-    "rule/word picking": (pick_word, 5), "chat/other word": (other_word, 3),
+    "rule/plural": (about_word("plural"), 7), "rule/past tense": (about_word("past tense"), 9),
+    "rule/upper case": (about_word("upper case"), 2), "rule/sorting (work)": (sort_words, 13),
+    "rule/letters": (letter, 4), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
+    "rule/word picking": (pick_word, 6), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
 RULES = ABOUT_WORDS | {
-    "rule/sum (work)": (add, 14), "rule/subtraction (work)": (subtract, 12),
-    "rule/unit conversion": (convert, 6), "rule/comparison (work)": (compare, 8),
+    "rule/sum (work)": (add, 9), "rule/subtraction (work)": (subtract, 9),
+    "rule/unit conversion": (convert, 5), "rule/comparison (work)": (compare, 8),
     "rule/counting": (count, 7), "chat/more (work)": (more, 1),
-    "chat/other sum (work)": (other_sum, 4), "chat/other comparison (work)": (other_comparison, 2),
+    "chat/other sum (work)": (other_sum, 3), "chat/other comparison (work)": (other_comparison, 2),
     "chat/told 1 turn ago": (remember(1), 2),
     "chat/told 2 turns ago": (remember(1, 1), 1), "chat/told 3 turns ago": (remember(1, 2), 1),
     "chat/told 4 turns ago": (remember(1, 3), 1), "chat/told 5 turns ago": (remember(1, 4), 1),

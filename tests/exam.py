@@ -18,11 +18,11 @@ import config
 from data import rules
 from data.files import write_json
 
-NOUNS = """badge crane kennel ferret turnip parcel bonnet lantern saddle fiddle goblin dagger thistle beacon kernel
-ditch crutch wrench tax harness actress gully jelly trolley tibber fendle gremp bavoon kesh narch pux mavy dobbin
+NOUNS = """badge crane kennel ferret turnip parcel bonnet lantern saddle fiddle goblin dagger gherkin beacon kernel
+ditch crutch wrench tax harness actress gully remedy trolley kibber fendle gremp bavoon kesh narch pux kizzy dobbin
 spoffle hustle wicket crumpet nozzle badger tunic""".split()
-VERBS = """grill swoon moan blink sprint shift poach hunch nudge tangle juggle wobble envy rally apply rely slam plod
-grip cuddle hover wander nuzzle scold tumble prance fumble snore gremp hatch pickle haunt tackle dazzle""".split()
+VERBS = """grill swoon moan blink sprint shift poach hunch nudge tangle juggle wobble envy defy apply comply slam prod
+grip cuddle hover wander nuzzle scold pamper prance fumble snore gremp hatch pickle haunt tackle dazzle""".split()
 NAMES = "Tessa Bruno Marek Gwen Silas Petra Odette Hamish Dora Ruben Tamsin Edgar Wanda Cyrus Bettina Gavin".split()
 WORDS = sorted({*NOUNS, *VERBS})
 
@@ -52,11 +52,13 @@ class Examiner:
 
     def sum(self, high):
         a, b = self.pair(2, high)
-        return f"What is {a} plus {b}?", str(a + b)
+        ask = self.rng.choice(("What is {} plus {}?", "Add {} and {}.", "How much is {} + {}?"))
+        return ask.format(a, b), str(a + b)
 
     def difference(self):
         b, a = sorted(self.pair(2, 30))
-        return f"What is {a} minus {b}?", str(a - b)
+        ask = self.rng.choice(("What is {} minus {}?", "How much is {} - {}?", "{} - {}"))
+        return ask.format(a, b), str(a - b)
 
     def comparison(self):
         (a, b), (more, wanted) = self.pair(2, 99), self.rng.choice((("larger", max), ("smaller", min)))

@@ -28,7 +28,7 @@ def section_of_words(name):
 
 
 IRREGULAR = {name: dict(entry.split() for entry in section_of_words(name) if " " in entry) for name in ("nouns", "verbs")}
-LONG = itertools.product(drawing.ONSETS, drawing.VOWELS, drawing.MIDDLES, "aeiou", drawing.CODAS)
+LONG = itertools.product(drawing.ONSETS, drawing.VOWELS, drawing.MIDDLES, drawing.ENDS)
 INVENTED = {*map("".join, LONG), *map("".join, itertools.product(drawing.ONSETS, section_of_words("rimes")))}
 MADE_UP = set(section_of_words("made up"))
 
@@ -143,7 +143,7 @@ def without_work(category, answer):
         prefixes, answer = (text.split(", ") for text in answer.split(": "))
         for prefix, word in zip(prefixes, answer, strict=True):
             shorter = [other for other in answer if other.startswith(prefix[:-1])]
-            assert word.startswith(prefix) and len(shorter) > 1 or len(prefix) == 1, (prefixes, answer)
+            assert word.startswith(prefix) and len(shorter) > 1 or len(prefix) == 2, (prefixes, answer)
             assert [other for other in answer if other.startswith(prefix)] == [word] or prefix == word
         return ", ".join(answer)
     *steps, answer = answer.split(", ")
@@ -161,7 +161,7 @@ def without_work(category, answer):
 @pytest.mark.parametrize("operands", OPERANDS)
 def test_every_answer_is_correct(operands):
     asked = set()
-    for category, turns in chats_of(1, operands):
+    for _, turns in chats_of(1, operands):
         told, section, slots, last_answer = {}, None, {}, None
         for question, answer in turns:
             last, (section, slots) = (section, slots), parse(question)
@@ -249,7 +249,7 @@ def test_the_exam_is_about_words_and_numbers_of_no_training_row():
 
 
 @pytest.mark.parametrize("answer, wanted", [("4+7=11, 5+9=14, 14+1=15, 151", "151"), ("4=4, 7>2, 47", "47"), ("a, b", "a, b"),
-                                            ("d, pep, per: deep, pepper, perp", "deep, pepper, perp"), ("boxes", "boxes")])
+                                            ("de, pep, per: deep, pepper, perp", "deep, pepper, perp"), ("boxes", "boxes")])
 def test_the_exam_compares_the_answer_behind_the_work(answer, wanted):
     assert exam.is_right(answer, wanted) and not exam.is_right(answer + "1", wanted)
 
