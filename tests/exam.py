@@ -23,7 +23,7 @@ ditch crutch wrench tax harness actress gully remedy trolley kibber fendle gremp
 spoffle hustle wicket crumpet nozzle badger tunic""".split()
 VERBS = """grill swoon moan blink sprint shift poach hunch nudge tangle juggle wobble envy defy apply comply slam prod
 grip cuddle hover wander nuzzle scold pamper prance fumble snore gremp hatch pickle haunt tackle dazzle""".split()
-NAMES = "Tessa Bruno Marek Gwen Silas Petra Odette Hamish Dora Ruben Tamsin Edgar Wanda Cyrus Bettina Gavin".split()
+NAMES = "Tessa Bruno Marek Gwen Silas Petra Odette Hamish Dora Cosmo Tamsin Edgar Wanda Cyrus Bettina Gavin".split()
 WORDS = sorted({*NOUNS, *VERBS})
 
 
