@@ -1,4 +1,4 @@
-# python -m data.rules --rows=16000 --out=data/rules/some.json
+# python -m data.rules --rows=30000 --out=data/rules/some.json
 # python prepare_alpaca.py config/prepare_chat.py
 source = "data/instruction/instruction-data.json"
 extra = "data/rules/some.json"  # synthetic rows, to mix in

@@ -17,10 +17,11 @@ FOLDER = Path(__file__).parent
 
 # Invented words are an onset and a rime of data/words.txt, or onset, vowel, middle and end. These
 # were chosen so that no combination is or contains a rude word.
-ONSETS = "bl br cl dr fl fr gl gr j l m pl qu r sm spl st sw t th thr v".split()
+ONSETS = "bl br cl dr fl fr gl gr l m pl qu r sm spl st t th thr v".split()
 VOWELS = "a e i o u a e i o u ai ea ee oa oo ou".split()
-MIDDLES = "b bb d dd dg ft l ll ld lm lt m mb mm mp n nd nn nt r rr rm rt sh st v x".split()
-ENDS = "a e er le y et in ow en il op ock el oy ip".split()
+MIDDLES = """b bb ck d dd dg ff ft gg k l ll ld lm lt m mb mm mp n nd ng nk nn nt pp r rb rk rl rm rr rt
+    s sh sk st v x""".split()
+ENDS = "a e er le y et in ow en ent il op el oy ip".split()
 
 
 def read_sections(path):

@@ -50,14 +50,14 @@ def subtract_in_steps(a, b):
 
 
 def compare_in_steps(a, b, wanted):
-    """Return the comparisons of digits, up to the first that differ, and the wanted number:
-    "4=4, 7>2, 47". A missing digit is a 0."""
+    """Return the comparisons of digits, up to the first that differ, the order of the numbers, and
+    the wanted one: "4=4, 7>2, 42<47, 47". A missing digit is a 0."""
     steps, width = [], len(str(max(a, b)))
     for x, y in zip(f"{a:0{width}}", f"{b:0{width}}"):
         steps.append(f"{x}{'<' if x < y else '>' if x > y else '='}{y}")
         if x != y:
             break
-    return ", ".join([*steps, str(wanted)])
+    return ", ".join([*steps, f"{min(a, b)}<{max(a, b)}", str(wanted)])
 
 
 def sort_in_steps(words):
@@ -97,7 +97,7 @@ WORD_RULES = {"plural": ("nouns", plural_of), "past tense": ("verbs", past_of),
 def about_word(rule, section=None):
     def ask(d):
         words, answer = WORD_RULES[rule]
-        word = d.word(words)
+        word = d.invented() if d.rng.random() < 0.3 else d.word(words)
         return d.ask(section or rule, w=word), answer(d, word)
     return ask
 
@@ -291,15 +291,15 @@ def other_letter(d):
 # Answers of a category that ends in "(work)" show their work.
 ABOUT_WORDS = {
     "rule/plural": (about_word("plural"), 7), "rule/past tense": (about_word("past tense"), 9),
-    "rule/upper case": (about_word("upper case"), 2), "rule/sorting (work)": (sort_words, 13),
+    "rule/upper case": (about_word("upper case"), 4), "rule/sorting (work)": (sort_words, 16),
     "rule/letters": (letter, 4), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
     "rule/word picking": (pick_word, 6), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
 RULES = ABOUT_WORDS | {
-    "rule/sum (work)": (add, 9), "rule/subtraction (work)": (subtract, 9),
-    "rule/unit conversion": (convert, 5), "rule/comparison (work)": (compare, 8),
+    "rule/sum (work)": (add, 7), "rule/subtraction (work)": (subtract, 7),
+    "rule/unit conversion": (convert, 5), "rule/comparison (work)": (compare, 9),
     "rule/counting": (count, 7), "chat/more (work)": (more, 1),
-    "chat/other sum (work)": (other_sum, 3), "chat/other comparison (work)": (other_comparison, 2),
+    "chat/other sum (work)": (other_sum, 2), "chat/other comparison (work)": (other_comparison, 2),
     "chat/told 1 turn ago": (remember(1), 2),
     "chat/told 2 turns ago": (remember(1, 1), 1), "chat/told 3 turns ago": (remember(1, 2), 1),
     "chat/told 4 turns ago": (remember(1, 3), 1), "chat/told 5 turns ago": (remember(1, 4), 1),

@@ -1,7 +1,7 @@
 """An exam for the model of `make chat`: plain questions about words and numbers that are in no training row.
 
     python -m tests.exam                                  # 420 questions, each asked alone
-    python -m tests.exam --sessions=60                    # chats of ten such questions, names told and asked among them
+    python -m tests.exam --sessions=True                  # in sixty chats of ten, names told and asked for among them
     python -m tests.exam --checkpoint=out/rules/best.pt --show=True    # another model, with its wrong answers
 
 No word is in a list of this repository, and pairs of numbers are held out by data/rules.py. An answer that shows its
@@ -16,7 +16,6 @@ from pathlib import Path
 import chat
 import config
 from data import rules
-from data.files import write_json
 
 NOUNS = """badge crane kennel ferret turnip parcel bonnet lantern saddle fiddle goblin dagger gherkin beacon kernel
 ditch crutch wrench tax harness actress gully remedy trolley kibber fendle gremp bavoon kesh narch pux kizzy dobbin
@@ -31,10 +30,9 @@ WORDS = sorted({*NOUNS, *VERBS})
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to examine
     seed: int = 1  # of the data that it was trained on, which chose the held-out numbers
-    sessions: int = 0  # chats of ten questions; 0: each question alone
+    sessions: bool = False  # sixty chats of ten questions, not each question alone
     turns: int = 0  # how many of the last messages the model sees; 0: as in training
     show: bool = False  # print wrong answers
-    out: Path | None = None  # a JSON file for all answers
 
 
 class Examiner:
@@ -117,8 +115,8 @@ def alone(examiner):
     return chats
 
 
-def sessions(examiner, count):
-    """Chats of ten questions of mixed kinds; in one place a name is told, and asked for up to five turns later."""
+def sessions(examiner, count=60):
+    """Chats of ten questions of mixed kinds; in each a name is told, and asked for up to five turns later."""
     chats = []
     for _ in range(count):
         kinds = examiner.rng.choices(list(KINDS), k=10)
@@ -135,25 +133,22 @@ def main(argv):
     cfg = config.load(Settings, argv, __doc__)
     settings = chat.Settings(checkpoint=cfg.checkpoint, temperature=0, turns=cfg.turns, device="cpu")
     session, examiner, answers = chat.load_session(settings)[0], Examiner(cfg.seed), []
-    for turns in sessions(examiner, cfg.sessions) if cfg.sessions else alone(examiner):
+    for turns in sessions(examiner) if cfg.sessions else alone(examiner):
         session.history = []
         for turn, (kind, question, wanted) in enumerate(turns, 1):
             answer = "".join(session.reply(session.enc.encode_ordinary(question), settings))
             right = wanted in answer if kind.startswith("name") else is_right(answer, wanted)
-            answers.append({"kind": kind, "turn": turn, "question": question, "wanted": wanted, "answer": answer,
-                            "right": right})
+            answers.append({"kind": kind, "turn": turn, "right": right})
             if cfg.show and not right:
                 print(f"{kind:<12} turn {turn:<3} {question!r}: {answer!r}, not {wanted!r}")
-    for by in ("kind", "turn") if cfg.sessions else ("kind",):
+    for by in ("kind", "turn")[:1 + cfg.sessions]:
         groups = defaultdict(list)
         for answer in answers:
             groups[answer[by]].append(answer["right"])
-        for name, right in sorted(groups.items()) if by == "turn" else groups.items():
+        for name, right in sorted(groups.items()):
             print(f"{by} {name:<12} {sum(right):>4} of {len(right):<4} {sum(right) / len(right):>5.0%}")
     right = sum(answer["right"] for answer in answers)
     print(f"all               {right:>4} of {len(answers):<4} {right / len(answers):>5.0%}")
-    if cfg.out:
-        write_json(cfg.out, answers)
 
 
 if __name__ == "__main__":
