@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 WRITTEN = data/instruction/instruction-data.json
-RULES = data/rules.py data/words.txt data/wordings.txt $(WRITTEN)
+RULES = data/rules.py data/operands.py data/words.txt data/wordings.txt $(WRITTEN)
 # A training that was stopped, by Ctrl-C too, is gone on with.
 RESUME = --resume=$(if $(wildcard $(1)/last.pt),True,False)
 
