@@ -4,10 +4,10 @@
 data_dir = "data/rules"
 out_dir = "out/rules"
 block_size = 256  # six turns and more
-n_layer, n_head, n_embd = 3, 4, 128
+n_layer, n_head, n_embd = 3, 8, 128
 batch_size = 8  # about 20 chats
-max_iters = 1600
-prompt_loss_iters = 800  # with a loss on prompts too, copying from them is learned 3x sooner
+max_iters = 1620
+prompt_loss_iters = 500  # with a loss on prompts too, copying from them is learned 3x sooner
 learning_rate = 1.4e-2
 embedding_learning_rate = 7e-3
 final_lr = 0.3

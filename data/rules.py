@@ -22,7 +22,7 @@ from data.operands import Draw, operand
 
 @dataclass
 class Settings:
-    rows: int = 100_000  # number of rows
+    rows: int = 90_000  # number of rows
     seed: int = 1  # chooses the held-out operands and the rows
     operands: str = "train"  # train; held_out: none of training's; made_up: words of no language
     out: Path = Path("data/rules/rules.json")  # prepare_alpaca.py reads it
@@ -151,7 +151,7 @@ def compare(d, section="comparison", more=None):
         (1, 9999, 9999), (tens, tens + 9, tens + 9), (tens, tens + 9, tens + 9))))
     if a == b:
         return compare(d, section, more)
-    more = more or d.rng.choice(("larger", "bigger", "greater", "smaller", "smaller", "lower"))
+    more = more or d.rng.choice("larger larger bigger greater smaller smaller smaller lower".split())
     wanted, most = (min, "less") if more in ("smaller", "lower") else (max, "greater")
     return d.ask(section, a=a, b=b, more=more, most=most), compare_in_steps(a, b, wanted(a, b))
 
@@ -248,7 +248,9 @@ def more(d):
     turns = [add(d)]
     for _ in range(d.rng.choice((1, 1, 2))):
         total = int(turns[-1][1].split(", ")[-1])
-        b, = d.numbers(1, 12, operand=lambda b, total=total: operand(total, b))
+        if total > 70:
+            return more(d)
+        b, = d.numbers(1, 20, operand=lambda b, total=total: operand(total, b))
         turns.append((d.ask("more", b=b), add_in_steps(total, b)))
     return turns
 
@@ -296,7 +298,7 @@ ABOUT_WORDS = {
     "rule/word picking": (pick_word, 6), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
 RULES = ABOUT_WORDS | {
-    "rule/sum (work)": (add, 7), "rule/subtraction (work)": (subtract, 7),
+    "rule/sum (work)": (add, 8), "rule/subtraction (work)": (subtract, 10),
     "rule/unit conversion": (convert, 5), "rule/comparison (work)": (compare, 9),
     "rule/counting": (count, 7), "chat/more (work)": (more, 1),
     "chat/other sum (work)": (other_sum, 2), "chat/other comparison (work)": (other_comparison, 2),
