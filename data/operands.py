@@ -19,8 +19,8 @@ FOLDER = Path(__file__).parent
 # were chosen so that no combination is or contains a rude word.
 ONSETS = "bl br cl dr fl fr gl gr l m pl qu r sm spl st t th thr v".split()
 VOWELS = "a e i o u a e i o u ai ea ee oa oo ou".split()
-MIDDLES = """b bb ck d dd dg ff ft gg k l ll ld lm lt m mb mm mp n nd ng nk nn nt pp r rb rk rl rm rr rt
-    s sh sk st v x""".split()
+MIDDLES = ("b bb ck d dd dg ff ft gg k l ll ld lm lt m mb mm mp n nd ng nk nn nt pp "
+           "r rb rk rl rm rr rt s sh sk st v x").split()
 ENDS = "a e er le y et in ow en ent il op el oy ip".split()
 
 

@@ -64,10 +64,10 @@ def sort_in_steps(words):
     """Return the shortest prefixes, of two letters or more, that tell the words apart, and the
     words, both in order: "de, pep, per: deep, pepper, perp"."""
     def prefix(word):
-        others = [other for other in words if other != word]
-        lengths = (n for n in range(2, len(word))
-                   if not any(other.startswith(word[:n]) for other in others))
-        return word[:next(lengths, len(word))]
+        for n in range(2, len(word)):
+            if sum(other.startswith(word[:n]) for other in words) == 1:
+                return word[:n]
+        return word
     return f"{', '.join(map(prefix, sorted(words)))}: {', '.join(sorted(words))}"
 
 
@@ -113,22 +113,21 @@ SUMS = ((20, 20), (60, 60), (60, 60), (99, 99), (99, 9), (9, 99))
 DIFFERENCES = ((30, 30), (99, 99), (99, 99), (99, 9), (30, 9))
 
 
-def arithmetic(d, *sections):
-    """Ask for a sum or a difference: "7 + 3", or "Tom has 7 coins and finds 3 more"."""
-    a, b = d.numbers(0, *d.rng.choice(SUMS if "sum" in sections[0] else DIFFERENCES))
-    if "subtraction" in sections[0]:
-        a, b = max(a, b), min(a, b)
-    steps = (add_in_steps if "sum" in sections[0] else subtract_in_steps)(a, b)
-    slots = dict(a=a, b=b, name=d.entry("names"), things=plural_of(d, d.word("nouns")))
-    return d.ask(*sections[:1 + (min(a, b) > 1)], **slots), steps  # no story about "1 coins"
+def arithmetic(*sections):
+    """Return a rule for sums or differences: "7 + 3", or "Tom has 7 coins and finds 3 more"."""
+    is_sum = "sum" in sections[0]
+
+    def ask(d):
+        a, b = d.numbers(0, *d.rng.choice(SUMS if is_sum else DIFFERENCES))
+        if not is_sum:
+            a, b = max(a, b), min(a, b)
+        slots = dict(a=a, b=b, name=d.entry("names"), things=plural_of(d, d.word("nouns")))
+        question = d.ask(*sections[:1 + (min(a, b) > 1)], **slots)  # no story about "1 coins"
+        return question, (add_in_steps if is_sum else subtract_in_steps)(a, b)
+    return ask
 
 
-def add(d):
-    return arithmetic(d, "sum", "sum, story")
-
-
-def subtract(d):
-    return arithmetic(d, "subtraction", "subtraction, story")
+add, subtract = arithmetic("sum", "sum, story"), arithmetic("subtraction", "subtraction, story")
 
 
 def sort_words(d):
@@ -145,13 +144,15 @@ def letter(d):
 
 
 def compare(d, section="comparison", more=None):
+    """Ask for the larger or smaller of two numbers. more: the word for it; None: any."""
     tens = 10 * d.rng.randint(1, 9)  # numbers with the same tens are the harder ones
     a, b = d.numbers(*d.rng.choice((
         (1, 99, 99), (1, 99, 99), (1, 99, 99), (1, 99, 9), (1, 9, 99), (1, 999, 99), (1, 999, 999),
         (1, 9999, 9999), (tens, tens + 9, tens + 9), (tens, tens + 9, tens + 9))))
     if a == b:
         return compare(d, section, more)
-    more = more or d.rng.choice("larger larger bigger greater smaller smaller smaller lower".split())
+    words = "larger larger bigger greater smaller smaller smaller lower"
+    more = more or d.rng.choice(words.split())
     wanted, most = (min, "less") if more in ("smaller", "lower") else (max, "greater")
     return d.ask(section, a=a, b=b, more=more, most=most), compare_in_steps(a, b, wanted(a, b))
 
@@ -182,7 +183,6 @@ def negate(d):
 
 
 def sentence(d):
-    """Return a sentence of data/words.txt, or one made of words."""
     if not d.made_up and d.rng.random() < 0.3:
         return d.entry("sentences")
     return d.ask("sentence", a=d.word("nouns"), b=d.word("nouns"), c=d.word("adjectives"))
@@ -248,7 +248,7 @@ def more(d):
     turns = [add(d)]
     for _ in range(d.rng.choice((1, 1, 2))):
         total = int(turns[-1][1].split(", ")[-1])
-        if total > 70:
+        if total > 70:  # three digits are rare elsewhere
             return more(d)
         b, = d.numbers(1, 20, operand=lambda b, total=total: operand(total, b))
         turns.append((d.ask("more", b=b), add_in_steps(total, b)))
@@ -269,14 +269,13 @@ def other_word(d):
 
 
 def other_comparison(d):
-    """Ask which of two numbers is larger, or smaller, then the same of others: "And 7 or 12?"."""
+    """Ask for the larger or smaller of two numbers, then of others: "And 7 or 12?"."""
     more = d.rng.choice(("larger", "smaller"))
     return followed(lambda d: compare(d, more=more),
                     lambda d: compare(d, "other comparison", more))(d)
 
 
-other_sum = followed(add, lambda d: arithmetic(d, "other sum"),
-                     lambda d: arithmetic(d, "other subtraction"))
+other_sum = followed(add, arithmetic("other sum"), arithmetic("other subtraction"))
 
 
 def other_letter(d):
