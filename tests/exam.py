@@ -50,7 +50,7 @@ class Examiner:
 
     def sum(self, high):
         a, b = self.pair(2, high)
-        ask = self.rng.choice(("What is {} plus {}?", "Add {} and {}.", "How much is {} + {}?"))
+        ask = self.rng.choice(("What is {} plus {}?", "Add {} and {}.", "How much is {} + {}?", "{} plus {}"))
         return ask.format(a, b), str(a + b)
 
     def difference(self):
@@ -88,7 +88,7 @@ class Examiner:
 
 
 # Kind: how many questions, and what draws one.
-KINDS = {"sums to 20": (60, lambda e: e.sum(20)), "sums to 60": (60, lambda e: e.sum(60)),
+KINDS = {"sums to 20": (40, lambda e: e.sum(20)), "sums to 60": (80, lambda e: e.sum(60)),
          "differences": (40, Examiner.difference), "repeat": (40, Examiner.repeat), "which word": (40, Examiner.word),
          "sorting": (40, Examiner.sorting), "comparison": (40, Examiner.comparison), "past tense": (30, Examiner.past),
          "plural": (30, Examiner.plural), "letters": (40, Examiner.letter)}
@@ -96,22 +96,15 @@ KINDS = {"sums to 20": (60, lambda e: e.sum(20)), "sums to 60": (60, lambda e: e
 
 def is_right(answer, wanted):
     """Whether an answer, without its work, is the wanted one."""
-    final = answer.rpartition(": ")[2]
-    if re.search("[=<>]", answer):
-        final = answer.rpartition(", ")[2]
-    return final == wanted
+    return answer.rpartition(", " if re.search("[=<>]", answer) else ": ")[2] == wanted
 
 
 def alone(examiner):
     """[[(kind, question, answer)], ...]: each question in a chat of its own, no question twice."""
-    chats, asked = [], set()
+    chats = []
     for kind, (count, draw) in KINDS.items():
-        while count:
-            question, answer = draw(examiner)
-            if question not in asked:
-                asked.add(question)
-                chats.append([(kind, question, answer)])
-                count -= 1
+        answers = dict(draw(examiner) for _ in range(20 * count))  # for some seeds there are fewer sums to 20
+        chats += [[(kind, *pair)] for pair in list(answers.items())[:count]]
     return chats
 
 
