@@ -103,7 +103,7 @@ def alone(examiner):
     """[[(kind, question, answer)], ...]: each question in a chat of its own, no question twice."""
     chats = []
     for kind, (count, draw) in KINDS.items():
-        answers = dict(draw(examiner) for _ in range(20 * count))  # for some seeds there are fewer sums to 20
+        answers = dict(draw(examiner) for _ in range(10 * count))  # for some seeds there are fewer sums to 20
         chats += [[(kind, *pair)] for pair in list(answers.items())[:count]]
     return chats
 
