@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parent
 # Invented words are an onset and a rime of data/words.txt, or onset, vowel, middle and end. These
 # were chosen so that no combination is or contains a rude word.
 ONSETS = "bl br cl dr fl fr gl gr l m pl qu r sm spl st t th thr v".split()
+BEFORE_RIMES = [*ONSETS, *"c d f g h j k n p pr s sc sk sn sp sw w y z".split()]
 VOWELS = "a e i o u a e i o u ai ea ee oa oo ou".split()
 MIDDLES = ("b bb ck d dd dg ff ft gg k l ll ld lm lt m mb mm mp n nd ng nk nn nt pp "
            "r rb rk rl rm rr rt s sh sk st v x").split()
@@ -97,11 +98,9 @@ class Draw:
         if self.made_up and self.rng.random() < 0.3:
             return choose(self.made_up_words)
         while True:
-            word = choose(ONSETS)
-            if self.rng.random() < 0.4:
-                word += choose(self.rimes)
-            else:
-                word += choose(VOWELS) + choose(MIDDLES) + choose(ENDS)
+            word = choose(ONSETS) + choose(VOWELS) + choose(MIDDLES) + choose(ENDS)
+            if self.rng.random() < 0.5:
+                word = choose(BEFORE_RIMES) + choose(self.rimes)
             if word not in self.real and self.fits(word):
                 return word
 

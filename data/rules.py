@@ -60,17 +60,6 @@ def compare_in_steps(a, b, wanted):
     return ", ".join([*steps, f"{min(a, b)}<{max(a, b)}", str(wanted)])
 
 
-def sort_in_steps(words):
-    """Return the shortest prefixes, of two letters or more, that tell the words apart, and the
-    words, both in order: "de, pep, per: deep, pepper, perp"."""
-    def prefix(word):
-        for n in range(2, len(word)):
-            if sum(other.startswith(word[:n]) for other in words) == 1:
-                return word[:n]
-        return word
-    return f"{', '.join(map(prefix, sorted(words)))}: {', '.join(sorted(words))}"
-
-
 # ---- the rules: each draws operands and returns a question and its answer ----
 
 def plural_of(d, noun):
@@ -132,7 +121,7 @@ add, subtract = arithmetic("sum", "sum, story"), arithmetic("subtraction", "subt
 
 def sort_words(d):
     words = d.words(3)
-    return d.ask("sorting", w=", ".join(words)), sort_in_steps(words)
+    return d.ask("sorting", w=", ".join(words)), ", ".join(sorted(words))
 
 
 ENDS = (("first", "start", 0), ("first", "begin", 0), ("last", "end", -1), ("last", "end", -1))
@@ -292,7 +281,7 @@ def other_letter(d):
 # Answers of a category that ends in "(work)" show their work.
 ABOUT_WORDS = {
     "rule/plural": (about_word("plural"), 7), "rule/past tense": (about_word("past tense"), 9),
-    "rule/upper case": (about_word("upper case"), 4), "rule/sorting (work)": (sort_words, 16),
+    "rule/upper case": (about_word("upper case"), 4), "rule/sorting": (sort_words, 16),
     "rule/letters": (letter, 4), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
     "rule/word picking": (pick_word, 6), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}

@@ -18,10 +18,10 @@ import config
 from data import rules
 
 NOUNS = """badge crane kennel ferret turnip parcel bonnet lantern saddle fiddle goblin dagger gherkin beacon kernel
-ditch crutch wrench tax harness actress gully remedy trolley kibber fendle gremp bavoon kesh narch pux kizzy dobbin
+ditch crutch wrench tax harness actress gully remedy trolley kibber fendle gremp bavoon fosh norch pux kizzy dobbin
 spoffle hustle wicket crumpet nozzle badger tunic""".split()
-VERBS = """grill swoon moan blink sprint shift poach hunch nudge dangle juggle wobble envy defy apply comply slam prod
-grip cuddle hover wander nuzzle scold pamper prance fumble snore gremp hatch pickle haunt cackle dazzle""".split()
+VERBS = """grill swoon moan blink sprint shift coax hunch nudge dangle juggle wobble envy defy apply comply slam prod
+grip cuddle haggle wander nibble scold pamper prance fumble snore gremp hatch pickle haunt cackle dazzle""".split()
 NAMES = "Tessa Bruno Marek Gwen Silas Petra Odette Hamish Dora Cosmo Tamsin Edgar Wanda Cyrus Bettina Gavin".split()
 WORDS = sorted({*NOUNS, *VERBS})
 

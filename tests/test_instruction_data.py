@@ -29,13 +29,6 @@ IS_SO = {"<": operator.lt, ">": operator.gt, "=": operator.eq, "+": operator.add
 
 def without_work(category, answer):
     """The last term of an answer that shows its work, every step of which is checked."""
-    if category.startswith("sorting"):
-        prefixes, answer = (text.split(", ") for text in answer.split(": "))
-        for prefix, word in zip(prefixes, answer, strict=True):
-            shorter = [other for other in answer if other.startswith(prefix[:-1])]
-            assert word.startswith(prefix) and len(shorter) > 1 or len(prefix) == 2, (prefixes, answer)
-            assert [other for other in answer if other.startswith(prefix)] == [word] or prefix == word
-        return ", ".join(answer)
     *steps, answer = answer.split(", ")
     assert steps
     for step in steps:
@@ -103,7 +96,7 @@ def convert(asked, given):
 
 @pytest.mark.parametrize("category, answer", [
     ("sum (work)", lambda asked, given: str(sum(numbers(asked)))), ("comparison (work)", compare), ("counting", count), ("letters", letter),
-    ("sorting (work)", lambda asked, given: ", ".join(sorted(re.search(r"[a-z]+, [a-z]+, [a-z]+", asked)[0].split(", ")))),
+    ("sorting", lambda asked, given: ", ".join(sorted(re.search(r"[a-z]+, [a-z]+, [a-z]+", asked)[0].split(", ")))),
     ("plural", plural), ("past tense", past), ("negation", negate), ("unit conversion", convert)])
 def test_every_answer_follows_its_rule(category, answer):
     rows = [row for row in ROWS if row["category"] == f"rule/{category}"]

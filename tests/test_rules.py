@@ -29,7 +29,7 @@ def section_of_words(name):
 
 IRREGULAR = {name: dict(entry.split() for entry in section_of_words(name) if " " in entry) for name in ("nouns", "verbs")}
 LONG = itertools.product(drawing.ONSETS, drawing.VOWELS, drawing.MIDDLES, drawing.ENDS)
-INVENTED = {*map("".join, LONG), *map("".join, itertools.product(drawing.ONSETS, section_of_words("rimes")))}
+INVENTED = {*map("".join, LONG), *map("".join, itertools.product(drawing.BEFORE_RIMES, section_of_words("rimes")))}
 MADE_UP = set(section_of_words("made up"))
 QUESTIONS = {messages[0]["content"] for messages, _ in read_conversations(WRITTEN)}
 
@@ -69,7 +69,7 @@ def parse(question):
 
 # Shorter questions after one of the same kind, which they are answered like; None: like the one before.
 FOLLOWING = {"other word": None, "other letter": "letters", "other comparison": "comparison"}
-WITH_WORK = ("sum", "more", "subtraction", "other sum", "other subtraction", "comparison", "sorting")
+WITH_WORK = ("sum", "more", "subtraction", "other sum", "other subtraction", "comparison")
 
 
 # ---- the answers ----
