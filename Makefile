@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 WRITTEN = data/instruction/instruction-data.json
-RULES = data/rules.py data/words.txt data/wordings.txt $(WRITTEN)
+RULES = data/rules.py data/operands.py data/words.txt data/wordings.txt $(WRITTEN)
 
 chat: out/chat/done
 	$(RUN) chat.py
@@ -21,7 +21,7 @@ out/rules/done: | data/rules/meta.json
 
 # Then it memorizes the hand-written rows.
 data/rules/some.json: $(RULES) | .venv/runtime
-	$(RUN) -m data.rules --rows=16000 --out=$@
+	$(RUN) -m data.rules --rows=26000 --out=$@
 
 data/chat/meta.json: data/rules/some.json data/rules/meta.json config/prepare_chat.py
 	$(RUN) prepare_alpaca.py config/prepare_chat.py

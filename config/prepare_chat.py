@@ -1,11 +1,11 @@
-# python -m data.rules --rows=16000 --out=data/rules/some.json
+# python -m data.rules --rows=26000 --out=data/rules/some.json
 # python prepare_alpaca.py config/prepare_chat.py
 source = "data/instruction/instruction-data.json"
 extra = "data/rules/some.json"  # synthetic rows, to mix in
 out_dir = "data/chat"
 tokenizer = "data/rules/tokenizer.json"  # of the model to finetune
 val_fraction = 0.1
-repeat = 15  # of source
-join = 4  # turns of a chat, at most
+repeat = 18  # of source
+join = 7  # turns of a chat, at most
 max_tokens = 257
 too_long = "drop"

@@ -7,5 +7,6 @@ tokenizer = "bpe"
 vocab_size = 512  # small, so that new words are spelled in pieces that the model knows
 space_behind = True
 val_fraction = 0.1  # the same rows as in config/prepare_instruction.py
+join = 7  # turns of a chat, at most
 max_tokens = 257  # block_size 256 of config/train_rules.py, and one more to predict
 too_long = "drop"

@@ -1,155 +1,63 @@
 """Write instruction rows whose answers follow a rule: synthetic data in any amount.
 
     python -m data.rules                                            # data/rules/rules.json
-    python -m data.rules --rows=1000 --operands=held_out --out=data/rules/held_out.json
-    python -m data.rules --rows=500 --operands=made_up --out=data/rules/made_up.json
+    python -m data.rules --rows=2500 --operands=held_out --out=data/rules/held_out.json
+    python -m data.rules --rows=1200 --operands=made_up --out=data/rules/made_up.json
 
-An operand is what a question is about: a word, a sentence, a pair of numbers. A tenth of them,
-chosen by a hash of the seed, are held out: they are in no training row, and test questions use only
-them, so that correct answers show that the rule was learned. Words are from data/words.txt, and a
-third are invented, since the rules hold for "florp" too. Questions are worded as in
-data/wordings.txt. Operands of the hand-written rows are never held out, and none of their questions
-is repeated word for word.
+Test questions use only words and numbers that no training row has (data/operands.py). All are
+worded as in data/wordings.txt, and none is a hand-written row's, word for word.
+
+Where one step is too hard for a small model, the answer shows its work (Nye et al. 2021), in steps
+that use only one-digit facts: "4+7=11, 5+9=14, 14+1=15, 151" for 54 plus 97.
 """
 import json
-import random
 import re
-import zlib
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import config
-from data.conversation import read_conversations
 from data.files import write_text
-
-FOLDER = Path(__file__).parent
+from data.operands import Draw, operand
 
 
 @dataclass
 class Settings:
-    rows: int = 80_000  # number of rows
+    rows: int = 90_000  # number of rows
     seed: int = 1  # chooses the held-out operands and the rows
     operands: str = "train"  # train; held_out: none of training's; made_up: words of no language
     out: Path = Path("data/rules/rules.json")  # prepare_alpaca.py reads it
 
 
-# ---- operands ----
+# ---- work shown ----
 
-# Invented words are an onset, a vowel, perhaps a middle and a short vowel, and a coda. These were
-# chosen so that no combination is or contains a rude word.
-ONSETS = "bl br cl dr fl gl gr kr pl sw thr v z".split()
-VOWELS = "a a e e i i o o u u ee oo ai ou".split()
-MIDDLES = "dlmrv"
-CODAS = "b d f ft l ll lt m n nd nt rm rn sh x".split()
-
-
-def read_sections(path):
-    """Return {section: lines} of a text file; "[name]" opens a section, "#" a comment."""
-    sections = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("["):
-            lines = sections[line.strip("[]")] = []
-        elif line and not line.startswith("#"):
-            lines.append(line)
-    return sections
+def add_in_steps(a, b):
+    """Return the steps of a sum and the sum: "4+7=11, 5+9=14, 14+1=15, 151"."""
+    ones, tens = a % 10 + b % 10, a // 10 + b // 10
+    steps = [f"{a % 10}+{b % 10}={ones}"]
+    if max(a, b) > 9:
+        steps += [f"{a // 10}+{b // 10}={tens}"] + [f"{tens}+1={tens + 1}"] * (ones > 9)
+    return ", ".join([*steps, str(a + b)])
 
 
-def read_words(path):
-    """Return ({section: entries}, {("nouns" or "verbs", word): irregular form}) of words.txt."""
-    words, irregular = read_sections(path), {}
-    for name in words.keys() - {"sentences"}:
-        entries = [entry.split() for line in words[name] for entry in line.split(",")]
-        if name in ("nouns", "verbs"):
-            irregular |= {(name, entry[0]): entry[1] for entry in entries if len(entry) == 2}
-            entries = [entry[:1] for entry in entries]
-        words[name] = [" ".join(entry) for entry in entries if entry]
-    return words, irregular
+def subtract_in_steps(a, b):
+    """Return the steps of a difference and the difference: "13-8=5, 9-1=8, 8-1=7, 75"."""
+    borrows, tens = a % 10 < b % 10, a // 10 - b // 10
+    ones = a % 10 + 10 * borrows
+    steps = [f"{ones}-{b % 10}={ones - b % 10}"]
+    if a > 9:
+        steps += [f"{a // 10}-{b // 10}={tens}"] + [f"{tens}-1={tens - 1}"] * borrows
+    return ", ".join([*steps, str(a - b)])
 
 
-def operand(*numbers):
-    """Return numbers as one operand, in which 3 and 5 are the same as 5 and 3: "3 5"."""
-    return " ".join(map(str, sorted(numbers)))
-
-
-def operands_in(text):
-    """Return the operands in a text that people wrote: words, numbers, "3 5", "3 kilometers"."""
-    numbers = re.findall("[0-9]+", text)
-    return {*re.findall("[a-z]+", text.lower()), *re.findall("[0-9]+ [a-z]+s", text), *numbers,
-            operand(*map(int, numbers))}
-
-
-class Draw:
-    """Draws random operands and wordings. All operands are on one side of the split: "train" draws
-    no held-out ones, "held_out" and "made_up" draw only those."""
-
-    def __init__(self, seed, operands):
-        self.seed, self.held_out, self.made_up = seed, operands != "train", operands == "made_up"
-        self.rng = random.Random(f"{seed} {operands}")
-        self.wordings = read_sections(FOLDER / "wordings.txt")
-        written = [[m["content"] for m in messages] for messages, _ in
-                   read_conversations(FOLDER / "instruction" / "instruction-data.json")]
-        self.questions = {text for texts in written for text in texts[::2]}
-        self.known = set().union(*map(operands_in, chain(*written, *self.wordings.values())))
-        words, self.irregular = read_words(FOLDER / "words.txt")
-        self.made_up_words = words.pop("made up")
-        self.real = set().union(*words.values())
-        self.units, self.facts = ([line.split("; ") for line in self.wordings.pop(name)]
-                                  for name in ("units", "facts"))
-        self.lists = {name: list(filter(self.fits, entries)) or entries
-                      for name, entries in words.items()}
-
-    def is_held_out(self, operand):
-        """Whether an operand is one of the tenth that training never sees."""
-        is_tenth = zlib.crc32(f"{self.seed} {operand}".encode()) % 10 == 0
-        return operand in self.made_up_words or is_tenth and operand not in self.known
-
-    def fits(self, text):
-        """Whether a text is on this side of the split. One held-out word makes it held out."""
-        return any(map(self.is_held_out, re.findall("[a-z]+", text.lower()))) == self.held_out
-
-    def entry(self, section):
-        return self.rng.choice(self.lists[section])
-
-    def invented(self):
-        """Return a word that does not exist but could."""
-        if self.made_up and self.rng.random() < 0.5:
-            return self.rng.choice(self.made_up_words)
-        while True:
-            word = self.rng.choice(ONSETS) + self.rng.choice(VOWELS)
-            if self.rng.random() < 0.3:
-                word += self.rng.choice(MIDDLES) + self.rng.choice("aeiou")
-            word += self.rng.choice(CODAS)
-            if word not in self.real and self.fits(word):
-                return word
-
-    def word(self, *sections):
-        """Return a word of one of these sections, or an invented one."""
-        if self.made_up or self.rng.random() < 0.33:
-            return self.invented()
-        return self.entry(self.rng.choice(sections or ("nouns", "nouns", "verbs", "adjectives")))
-
-    def words(self, count):
-        words = []
-        while len(words) < count:
-            word = self.word()
-            if word not in words:
-                words.append(word)
-        return words
-
-    def numbers(self, low, high, count=1, operand=operand):
-        """Return `count` numbers from low to high, whose operand is operand(*numbers). Where all up
-        to `high` are on the other side of the split, larger ones are drawn."""
-        while True:
-            numbers = [self.rng.randint(low, int(high)) for _ in range(count)]
-            if self.is_held_out(operand(*numbers)) == self.held_out:
-                return numbers
-            high += 0.02  # larger by one after 50 misses
-
-    def ask(self, *sections, **slots):
-        """Return a wording of one of the sections, with its slots filled in."""
-        lines = [line for section in sections for line in self.wordings[section]]
-        return self.rng.choice(lines).replace("|", "\n").format(**slots)
+def compare_in_steps(a, b, wanted):
+    """Return the comparisons of digits, up to the first that differ, the order of the numbers, and
+    the wanted one: "4=4, 7>2, 42<47, 47". A missing digit is a 0."""
+    steps, width = [], len(str(max(a, b)))
+    for x, y in zip(f"{a:0{width}}", f"{b:0{width}}"):
+        steps.append(f"{x}{'<' if x < y else '>' if x > y else '='}{y}")
+        if x != y:
+            break
+    return ", ".join([*steps, f"{min(a, b)}<{max(a, b)}", str(wanted)])
 
 
 # ---- the rules: each draws operands and returns a question and its answer ----
@@ -170,47 +78,45 @@ def past_of(d, verb):
     return d.irregular.get(("verbs", verb), usual)
 
 
-WORD_RULES = {"plural": plural_of, "past tense": past_of,
-              "upper case": lambda d, word: word.upper(),
-              "length": lambda d, word: str(len(word)),
-              "reverse": lambda d, word: word[::-1]}
+# The category of such a question: the section of its words, and its answer.
+WORD_RULES = {"plural": ("nouns", plural_of), "past tense": ("verbs", past_of),
+              "upper case": ("nouns", lambda d, word: word.upper())}
 
 
-def word_for(d, rule):
-    sections = {"plural": ["nouns"], "past tense": ["verbs"]}.get(rule, [])
-    while len(word := d.word(*sections)) > 5 and rule == "reverse":
-        pass  # reversing a long word is too hard
-    return word
-
-
-def about_word(rule):
+def about_word(rule, section=None):
     def ask(d):
-        word = word_for(d, rule)
-        return d.ask(rule, w=word), WORD_RULES[rule](d, word)
+        words, answer = WORD_RULES[rule]
+        word = d.invented() if d.rng.random() < 0.3 else d.word(words)
+        return d.ask(section or rule, w=word), answer(d, word)
     return ask
 
 
 def convert(d):
     unit, to, factor, measures = d.rng.choice(d.units)
-    n, = d.numbers(2, 12 if unit == "weeks" else 30, operand=lambda n: f"{n} {unit}")
+    n, = d.numbers(2, 99, operand=lambda n: f"{n} {unit}")
     slots = dict(n=n, unit=unit, to=to, w=d.word("nouns"), measures=measures.format(f"{n} {unit}"))
     return d.ask("unit conversion", **slots), f"{n * int(factor)} {to}"
 
 
-def arithmetic(name):
-    """Return a rule for a sum or a subtraction: "7 + 3", or "Tom has 7 coins and finds 3 more"."""
+SUMS = ((20, 20), (60, 60), (60, 60), (99, 99), (99, 9), (9, 99))
+DIFFERENCES = ((30, 30), (99, 99), (99, 99), (99, 9), (30, 9))
+
+
+def arithmetic(*sections):
+    """Return a rule for sums or differences: "7 + 3", or "Tom has 7 coins and finds 3 more"."""
+    is_sum = "sum" in sections[0]
+
     def ask(d):
-        a, b = d.numbers(0, d.rng.choice((12, 12, 20, 100)), 2)
-        if name == "subtraction":
+        a, b = d.numbers(0, *d.rng.choice(SUMS if is_sum else DIFFERENCES))
+        if not is_sum:
             a, b = max(a, b), min(a, b)
-        sections = [name, f"{name}, story"] if min(a, b) > 1 else [name]  # not "1 coins"
-        things = plural_of(d, d.word("nouns"))
-        question = d.ask(*sections, a=a, b=b, name=d.entry("names"), things=things)
-        return question, str(a + b if name == "sum" else a - b)
+        slots = dict(a=a, b=b, name=d.entry("names"), things=plural_of(d, d.word("nouns")))
+        question = d.ask(*sections[:1 + (min(a, b) > 1)], **slots)  # no story about "1 coins"
+        return question, (add_in_steps if is_sum else subtract_in_steps)(a, b)
     return ask
 
 
-add = arithmetic("sum")
+add, subtract = arithmetic("sum", "sum, story"), arithmetic("subtraction", "subtraction, story")
 
 
 def sort_words(d):
@@ -226,26 +132,25 @@ def letter(d):
     return d.ask("letters", w=word, which=which, verb=verb), word[place]
 
 
-def compare(d):
-    a, b = d.numbers(1, d.rng.choice((9, 99, 99, 999)), 2)
+def compare(d, section="comparison", more=None):
+    """Ask for the larger or smaller of two numbers. more: the word for it; None: any."""
+    tens = 10 * d.rng.randint(1, 9)  # numbers with the same tens are the harder ones
+    a, b = d.numbers(*d.rng.choice((
+        (1, 99, 99), (1, 99, 99), (1, 99, 99), (1, 99, 9), (1, 9, 99), (1, 999, 99), (1, 999, 999),
+        (1, 9999, 9999), (tens, tens + 9, tens + 9), (tens, tens + 9, tens + 9))))
     if a == b:
-        return compare(d)
-    more = d.rng.choice(("larger", "bigger", "greater", "smaller", "smaller", "lower"))
+        return compare(d, section, more)
+    words = "larger larger bigger greater smaller smaller smaller lower"
+    more = more or d.rng.choice(words.split())
     wanted, most = (min, "less") if more in ("smaller", "lower") else (max, "greater")
-    return d.ask("comparison", a=a, b=b, more=more, most=most), str(wanted(a, b))
+    return d.ask(section, a=a, b=b, more=more, most=most), compare_in_steps(a, b, wanted(a, b))
 
 
 def count(d):
-    n, = d.numbers(1, d.rng.choice((99, 99, 999)))
+    n, = d.numbers(1, d.rng.choice((99, 99, 999, 9999)))
     answers = {"even": ("even", "odd")[n % 2], "after": n + 1, "before": n - 1}
     name = d.rng.choice(list(answers))
     return d.ask(name, n=n), str(answers[name])
-
-
-def sequence(d):
-    start, step = d.numbers(1, 10, 2, lambda start, step: f"{start} by {step}")
-    terms = [str(start + i * step) for i in range(4)]
-    return d.ask("sequence", n=", ".join(terms[:3])), terms[3]
 
 
 def statement(d):
@@ -267,26 +172,25 @@ def negate(d):
 
 
 def sentence(d):
-    """Return a sentence of data/words.txt, or one made of words."""
     if not d.made_up and d.rng.random() < 0.3:
         return d.entry("sentences")
-    if d.rng.random() < 0.4:
-        return "{} {} {}.".format(*statement(d))
     return d.ask("sentence", a=d.word("nouns"), b=d.word("nouns"), c=d.word("adjectives"))
 
 
 def repeat(d):
-    """Ask to repeat words, numbers or a sentence."""
-    what = d.rng.choice("words words words sentence sentence word number numbers".split())
+    """Ask to repeat words, numbers or a sentence, half of them in lower case, without a mark."""
+    what = d.rng.choice("words words words sentence sentence sentence word number numbers".split())
     if d.made_up:
         what = what.replace("number", "word")
+    several = d.rng.randint(2, 4) if what.endswith("s") else 1
     if what == "sentence":
         texts = [sentence(d)]
+        if d.rng.random() < 0.5 and not texts[0].startswith("I "):
+            texts = [(texts[0][0].lower() + texts[0][1:]).strip(".?!")]
     else:
-        several = d.rng.randint(2, 4) if what.endswith("s") else 1
         texts = (d.words(several) if what.startswith("word") else
-                 [str(d.numbers(1, 999)[0]) for _ in range(several)])
-    text = d.rng.choice((", ", ", ", " ")).join(texts)
+                 [str(d.numbers(1, 9999)[0]) for _ in range(several)])
+    text = d.rng.choice((", ", ", ", " ", " and ")).join(texts)
     sections = ["repeat", "repeat one"] if what in ("word", "number") else ["repeat"]
     these = f"these {what}" if what.endswith("s") else f"this {what}"
     return d.ask(*sections, w=text, these=these, what=what), text
@@ -303,20 +207,6 @@ def pick_word(d):
     return d.ask(name, w=text, which=which), words[{"first": 0, "middle": 1, "last": -1}[which]]
 
 
-def yes_or_no(d):
-    """Ask whether a number is larger than another, or whether a word starts with a letter."""
-    if not d.made_up and d.rng.random() < 0.4:
-        a, b = d.numbers(1, d.rng.choice((9, 99)), 2)
-        more = d.rng.choice(("larger", "bigger", "more", "smaller", "less"))
-        is_so = a < b if more in ("smaller", "less") else a > b
-        return d.ask("yes or no, numbers", a=a, b=b, more=more), "yes" if is_so else "no"
-    word, (which, verb, place) = d.word(), d.rng.choice(ENDS)
-    letters = word[place] if d.rng.random() < 0.5 else word + "abcdefghijklmnopqrstuvwxyz"
-    c = d.rng.choice(letters)
-    question = d.ask("yes or no, letters", w=word, c=c, which=which, verb=verb)
-    return question, "yes" if c == word[place] else "no"
-
-
 # ---- chats: each draws operands and returns a list of questions and answers ----
 
 def remember(count, between=0):
@@ -325,7 +215,9 @@ def remember(count, between=0):
     def chat(d):
         told, asked = [], []
         for kind, section, reply, answer in d.rng.sample(d.facts, count):
-            x = d.entry(section) if section != "numbers" else d.numbers(1, 999)[0]
+            x = d.numbers(1, 999)[0] if section == "numbers" else d.word(section)
+            if section in ("names", "places"):
+                x = x[0].upper() + x[1:]
             told.append((d.ask(f"tell {kind}", x=x), reply.format(x=x)))
             asked.append((d.ask(f"ask {kind}"), answer.format(x=x)))
         return told + [between_turn(d) for _ in range(between)] + d.rng.sample(asked, count)
@@ -333,35 +225,46 @@ def remember(count, between=0):
 
 
 def between_turn(d):
+    """Return a turn between a fact that is told and the question about it."""
     if d.rng.random() < 0.15:
-        return polite(d)
-    return d.rng.choice((about_word("plural"), about_word("past tense"), about_word("length"), add,
+        return d.ask("polite").split("\n")
+    return d.rng.choice((about_word("plural"), about_word("past tense"), add, subtract, sort_words,
                          letter, letter, compare, count, repeat, pick_word))(d)
-
-
-def polite(d):
-    question, answer = d.ask("polite").split("\n")
-    return question, answer
 
 
 def more(d):
     """Ask for a sum, then to add more to it."""
     turns = [add(d)]
     for _ in range(d.rng.choice((1, 1, 2))):
-        total = int(turns[-1][1])
-        b, = d.numbers(1, 12, operand=lambda b, total=total: operand(total, b))
-        turns.append((d.ask("more", b=b), str(total + b)))
+        total = int(turns[-1][1].split(", ")[-1])
+        if total > 70:  # three digits are rare elsewhere
+            return more(d)
+        b, = d.numbers(1, 20, operand=lambda b, total=total: operand(total, b))
+        turns.append((d.ask("more", b=b), add_in_steps(total, b)))
     return turns
+
+
+def followed(first, *others):
+    """Return a chat rule: a question, then one or two shorter ones of the same kind."""
+    def chat(d):
+        return [first(d)] + [d.rng.choice(others)(d) for _ in range(d.rng.choice((1, 1, 2)))]
+    return chat
 
 
 def other_word(d):
     """Ask a question about a word, then the same about others: "And of cat?"."""
     rule = d.rng.choice(list(WORD_RULES))
-    turns = [about_word(rule)(d)]
-    for _ in range(d.rng.choice((1, 1, 2))):
-        word = word_for(d, rule)
-        turns.append((d.ask("other word", w=word), WORD_RULES[rule](d, word)))
-    return turns
+    return followed(about_word(rule), about_word(rule, "other word"))(d)
+
+
+def other_comparison(d):
+    """Ask for the larger or smaller of two numbers, then of others: "And 7 or 12?"."""
+    more = d.rng.choice(("larger", "smaller"))
+    return followed(lambda d: compare(d, more=more),
+                    lambda d: compare(d, "other comparison", more))(d)
+
+
+other_sum = followed(add, arithmetic("other sum"), arithmetic("other subtraction"))
 
 
 def other_letter(d):
@@ -375,40 +278,44 @@ def other_letter(d):
 # ---- all of them ----
 
 # The category of a row: (what makes it, its relative frequency). Made-up words get the first kind.
-ABOUT_WORDS = {f"rule/{rule}": (about_word(rule), n) for rule, n in (
-    ("plural", 5), ("past tense", 6), ("upper case", 2), ("length", 3), ("reverse", 4))}
-ABOUT_WORDS |= {
-    "rule/sorting": (sort_words, 13), "rule/letters": (letter, 4), "rule/negation": (negate, 4),
-    "rule/repeat": (repeat, 8), "rule/word picking": (pick_word, 5),
-    "rule/yes or no": (yes_or_no, 5), "chat/other word": (other_word, 2),
+# Answers of a category that ends in "(work)" show their work.
+ABOUT_WORDS = {
+    "rule/plural": (about_word("plural"), 7), "rule/past tense": (about_word("past tense"), 9),
+    "rule/upper case": (about_word("upper case"), 4), "rule/sorting": (sort_words, 16),
+    "rule/letters": (letter, 4), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
+    "rule/word picking": (pick_word, 6), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
 RULES = ABOUT_WORDS | {
-    "rule/sum": (add, 20), "rule/subtraction": (arithmetic("subtraction"), 7),
-    "rule/unit conversion": (convert, 7), "rule/comparison": (compare, 10),
-    "rule/counting": (count, 12), "rule/sequence": (sequence, 2), "chat/more": (more, 2),
-    "chat/polite": (polite, 1), "chat/told 1 turn ago": (remember(1), 2),
+    "rule/sum (work)": (add, 8), "rule/subtraction (work)": (subtract, 10),
+    "rule/unit conversion": (convert, 5), "rule/comparison (work)": (compare, 9),
+    "rule/counting": (count, 7), "chat/more (work)": (more, 1),
+    "chat/other sum (work)": (other_sum, 2), "chat/other comparison (work)": (other_comparison, 2),
+    "chat/told 1 turn ago": (remember(1), 2),
     "chat/told 2 turns ago": (remember(1, 1), 1), "chat/told 3 turns ago": (remember(1, 2), 1),
-    "chat/told 4 turns ago": (remember(1, 3), 1), "chat/two told": (remember(2), 1)}
+    "chat/told 4 turns ago": (remember(1, 3), 1), "chat/told 5 turns ago": (remember(1, 4), 1),
+    "chat/two told": (remember(2), 1)}
 
 
 def make_rows(count, seed, operands):
-    """Return `count` rows of random categories, as dicts that data/conversation.py reads. The same
-    arguments give the same rows. operands: see Settings."""
-    draw, rows = Draw(seed, operands), []
+    """Return `count` rows, as dicts that data/conversation.py reads: for training of random
+    categories, for tests as many of each, all different. The same arguments give the same rows.
+    operands: see Settings."""
+    draw, rows, asked = Draw(seed, operands), [], set()
     rules = ABOUT_WORDS if draw.made_up else RULES
+    frequencies = [frequency for _, frequency in rules.values()]
     while len(rows) < count:
-        [name] = draw.rng.choices(list(rules), [frequency for _, frequency in rules.values()])
+        [name] = draw.rng.choices(list(rules), frequencies)
+        if draw.held_out:
+            name = list(rules)[len(rows) % len(rules)]
         made = rules[name][0](draw)
         turns = made if isinstance(made, list) else [made]
-        if any(question in draw.questions for question, _ in turns):
-            continue  # a hand-written row asks this and may be held out
-        if len(turns) == 1:
-            instruction, _, rest = turns[0][0].partition("\n")
-            row = {"instruction": instruction, "input": rest, "output": turns[0][1]}
-        else:
-            row = {"messages": [{"role": role, "content": text} for turn in turns
-                                for role, text in zip(("user", "assistant"), turn)]}
-        rows.append({**row, "category": name})
+        questions = [question for question, _ in turns]
+        if draw.held_out and str(questions) in asked or draw.questions.intersection(questions):
+            continue  # a repetition, or what a hand-written row asks, which may be held out
+        asked.add(str(questions))
+        messages = [{"role": role, "content": text} for turn in turns
+                    for role, text in zip(("user", "assistant"), turn)]
+        rows.append({"messages": messages, "category": name})
     return rows
 
 

@@ -10,13 +10,16 @@ from functools import cache
 import pytest
 
 from config import UserError
+from data import operands as drawing
 from data import rules
 from data.conversation import read_conversations
+from tests import exam
+from tests import test_instruction_data as written
 
 OPERANDS = ("train", "held_out", "made_up")
-WRITTEN = rules.FOLDER / "instruction" / "instruction-data.json"
-WORDS = (rules.FOLDER / "words.txt").read_text(encoding="utf-8")
-SLOTS = {"a": r"\d+", "b": r"\d+", "n": r"\d[\d, ]*", "c": "[a-z]", "measures": r"\w+ \d+ .+"}
+WRITTEN = drawing.FOLDER / "instruction" / "instruction-data.json"
+WORDS = (drawing.FOLDER / "words.txt").read_text(encoding="utf-8")
+SLOTS = {"a": r"\d+", "b": r"\d+", "n": r"\d[\d, ]*", "measures": r"\w+ \d+ .+"}
 
 
 def section_of_words(name):
@@ -25,7 +28,10 @@ def section_of_words(name):
 
 
 IRREGULAR = {name: dict(entry.split() for entry in section_of_words(name) if " " in entry) for name in ("nouns", "verbs")}
+LONG = itertools.product(drawing.ONSETS, drawing.VOWELS, drawing.MIDDLES, drawing.ENDS)
+INVENTED = {*map("".join, LONG), *map("".join, itertools.product(drawing.BEFORE_RIMES, section_of_words("rimes")))}
 MADE_UP = set(section_of_words("made up"))
+QUESTIONS = {messages[0]["content"] for messages, _ in read_conversations(WRITTEN)}
 
 
 @cache
@@ -41,7 +47,7 @@ def chats_of(seed, operands, count=2000):
 def patterns():
     """[(section, pattern of a wording), ...], those with the most fixed text first."""
     found = []
-    for section, lines in rules.read_sections(rules.FOLDER / "wordings.txt").items():
+    for section, lines in drawing.read_sections(drawing.FOLDER / "wordings.txt").items():
         for line in lines if section not in ("sentence", "units", "facts") else ():
             line = line.partition("|")[0] if section == "polite" else line.replace("|", "\n")
             parts = re.split(r"\{(\w+)\}", line)
@@ -61,28 +67,12 @@ def parse(question):
     raise AssertionError(f"no wording for {question!r}")
 
 
+# Shorter questions after one of the same kind, which they are answered like; None: like the one before.
+FOLLOWING = {"other word": None, "other letter": "letters", "other comparison": "comparison"}
+WITH_WORK = ("sum", "more", "subtraction", "other sum", "other subtraction", "comparison")
+
+
 # ---- the answers ----
-
-def plural(word):
-    ending = "es" if word[-1] in "sxz" or word[-2:] in ("ch", "sh") else "s"
-    regular = word[:-1] + "ies" if word[-1] == "y" and word[-2] not in "aeiou" else word + ending
-    return IRREGULAR["nouns"].get(word, regular)
-
-
-def past(word):
-    vowels = [c in "aeiou" for c in word.replace("qu", "q")]
-    doubled = vowels[-2:] == [True, False] and sum(vowels) == 1 and word[-1] not in "wxy"
-    ending = "d" if word[-1] == "e" else word[-1] + "ed" if doubled else "ed"
-    regular = word[:-1] + "ied" if word[-1] == "y" and word[-2] not in "aeiou" else word + ending
-    return IRREGULAR["verbs"].get(word, regular)
-
-
-def negated(text):
-    words = text.split(" ")
-    place = next(i for i, word in enumerate(words) if i and word in ("is", "was", "are", "can", "will"))
-    words[place] = "cannot" if words[place] == "can" else words[place] + " not"
-    return " ".join(words)
-
 
 def place(s):
     is_first = s.get("which") == "first" or s.get("verb") in ("start", "begin")
@@ -97,34 +87,24 @@ def compared(s):
     return ordered(s)[0 if s.get("more", s.get("most")) in ("smaller", "less", "lower") else 1]
 
 
-def converted(s):
-    if "measures" in s:
-        s = {**s, **re.search(r"(?P<n>\d+) (?P<unit>[a-z]+)", s["measures"]).groupdict()}
-    if s["unit"] in ("dollars", "euros", "weeks"):
-        return f"{int(s['n']) * {'cents': 100, 'days': 7}[s['to']]} {s['to']}"
-    size = {"kilo": 1000, "": 1, "centi": 0.01, "milli": 0.001}
-    unit, to = (re.fullmatch("(kilo|centi|milli|)(meters|grams|liters)", s[name])[1] for name in ("unit", "to"))
-    return f"{round(int(s['n']) * size[unit] / size[to])} {s['to']}"
-
-
 def words_in(text):
     return re.findall("[a-z]+", text.lower())
 
 
 ANSWERS = {
-    "plural": lambda s: plural(s["w"]), "past tense": lambda s: past(s["w"]), "unit conversion": converted,
+    "plural": lambda s: IRREGULAR["nouns"].get(s["w"], written.plural("", s["w"])),
+    "past tense": lambda s: IRREGULAR["verbs"].get(s["w"], written.past("", s["w"])),
+    "unit conversion": lambda s: written.convert(s.get("measures", f"{s.get('n')} {s.get('unit')}") + f" to {s['to']}", ""),
     "sum": lambda s: sum(ordered(s)), "sum, story": lambda s: sum(ordered(s)), "more": lambda s: int(s["total"]) + int(s["b"]),
     "subtraction": lambda s: len(range(*ordered(s))), "subtraction, story": lambda s: len(range(*ordered(s))),
+    "other sum": lambda s: sum(ordered(s)), "other subtraction": lambda s: len(range(*ordered(s))),
     "sorting": lambda s: ", ".join(sorted(s["w"].split(", "))), "letters": lambda s: s["w"][place(s)],
     "comparison": compared, "even": lambda s: "even" if s["n"][-1] in "02468" else "odd",
     "after": lambda s: int(s["n"]) + 1, "before": lambda s: int(s["n"]) - 1,
-    "sequence": lambda s: 2 * int(s["n"].split(", ")[2]) - int(s["n"].split(", ")[1]),
-    "negation": lambda s: negated(s["s"]), "repeat": lambda s: s["w"], "repeat one": lambda s: s["w"],
+    "negation": lambda s: written.negate("", s["s"]), "repeat": lambda s: s["w"], "repeat one": lambda s: s["w"],
     "word picking": lambda s: s["w"].split(", ")[place(s)], "middle word": lambda s: s["w"].split(", ")[1],
-    "word of a sentence": lambda s: words_in(s["w"])[place(s)], "reverse": lambda s: "".join(reversed(s["w"])),
-    "length": lambda s: sum(1 for _ in s["w"]), "upper case": lambda s: "".join(chr(ord(c) - 32) for c in s["w"]),
-    "yes or no, letters": lambda s: "yes" if s["w"][place(s)] == s["c"] else "no",
-    "yes or no, numbers": lambda s: "yes" if s["a"] != s["b"] and int(s["a"]) == compared(s) else "no"}
+    "word of a sentence": lambda s: words_in(s["w"])[place(s)],
+    "upper case": lambda s: "".join(chr(ord(c) - 32) for c in s["w"])}
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
@@ -135,19 +115,24 @@ def test_every_answer_is_correct(operands):
         for question, answer in turns:
             last, (section, slots) = (section, slots), parse(question)
             asked.add(section)
-            if section in ("other word", "other letter"):  # about the word, or by the rule, of the turn before
-                section, slots = ("letters" if section == "other letter" else last[0]), {**last[1], "verb": None, **slots}
+            assert question not in QUESTIONS
+            if section in FOLLOWING:  # about the word, or by the rule, of the turn before
+                section, slots = FOLLOWING[section] or last[0], {**last[1], "verb": None, **slots}
             kind = section.partition(" ")[2]
             if section.startswith("tell "):
                 told[kind] = slots["x"]
             if section.startswith(("tell ", "ask ")):
                 assert re.search(rf"\b{told[kind]}\b", answer), (question, answer)
             elif section != "polite":
+                if section.partition(",")[0] in WITH_WORK:
+                    answer = written.without_work(section, answer)
                 assert answer == str(ANSWERS[section]({**slots, "total": last_answer})), (question, answer)
             last_answer = answer
     if operands == "train":
         assert asked == {section for section, _ in patterns()}
         assert {category for category, _ in chats_of(1, operands)} == set(rules.RULES)
+    else:
+        assert len({str(turns) for _, turns in chats_of(1, operands)}) == 2000, "a question is repeated"
 
 
 # ---- the split ----
@@ -155,7 +140,7 @@ def test_every_answer_is_correct(operands):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_nothing_held_out_is_trained_on(seed):
     """Held out is what the hash picks and the hand-written rows do not have; computed here independently."""
-    text = WRITTEN.read_text(encoding="utf-8") + (rules.FOLDER / "wordings.txt").read_text(encoding="utf-8")
+    text = WRITTEN.read_text(encoding="utf-8") + (drawing.FOLDER / "wordings.txt").read_text(encoding="utf-8")
     numbers = [re.findall(r"\d+", m["content"]) for messages, _ in read_conversations(WRITTEN) for m in messages]
     known = {*words_in(text), *(" ".join(sorted(two, key=int)) for two in numbers if len(two) == 2)}
 
@@ -173,20 +158,14 @@ def test_nothing_held_out_is_trained_on(seed):
                                           for word in map(str.lower, section_of_words(name)) if held_out(word.split()[0]) and word.split()[0] in trained]
     assert not any(map(held_out, pairs("train"))) and all(map(held_out, pairs("held_out")))
     for operands in ("held_out", "made_up"):
-        words = [word for section, s in slots_of(operands) if section in ("plural", "letters", "length", "sorting", "word picking")
+        words = [word for section, s in slots_of(operands) if section in ("plural", "letters", "sorting", "word picking")
                  for word in s["w"].split(", ")]
         assert len(words) > 300 and all(held_out(word) or word in MADE_UP for word in words) and not trained & set(words)
     assert max(int(s["a"]) for section, s in slots_of("held_out") if section == "sum") < 105, "as large as in training"
     for _, turns in chats_of(seed, "train"):
         for (_, total), (question, _) in itertools.pairwise(turns):
             if parse(question)[0] == "more":
-                assert not held_out(" ".join(map(str, sorted([int(total), int(parse(question)[1]["b"])]))))
-
-
-@pytest.mark.parametrize("operands", OPERANDS)
-def test_no_hand_written_question_is_generated(operands):
-    written = {messages[0]["content"] for messages, _ in read_conversations(WRITTEN)}
-    assert not written & {question for _, turns in chats_of(1, operands) for question, _ in turns}
+                assert not held_out(" ".join(map(str, sorted([int(total.split(", ")[-1]), int(parse(question)[1]["b"])]))))
 
 
 # ---- invented words ----
@@ -195,13 +174,27 @@ def test_no_invented_word_is_rude_or_irregular():
     rude = re.compile("f[uoa](ck|k|g)|[ck]un?t|[ck]o(ck|k)|d[iy](ck|k)|cum|sh[ia]t|sl[ua]t|tw[aiu]n?t|pis|poo|p[or]+n|pr(a|i)t|ass|"
                       "bo+[bn]|t[iu]t|n[ie]g|nazi|sex|wan[kg]|crap|prick|gook|[ck]oon|spi[ck]|jap|w[oi]p|wog|yid|lez|lesb|nud|klan|"
                       "t[ua]rd|fart|skank|pimp|anal|anus|rap[ei]|peni|semen|clit|vulv|vagi|whor|hoe|slag|moron|cretin|trull|murder|kill")
-    short = set(map("".join, itertools.product(rules.ONSETS, rules.VOWELS, rules.CODAS)))
-    long = set(map("".join, itertools.product(rules.ONSETS, rules.VOWELS, rules.MIDDLES, "aeiou", rules.CODAS)))
-    assert len(short) > 1500 and not [word for word in short | long if rude.search(word)]
-    draw = rules.Draw(3, "train")
-    words = {draw.invented() for _ in range(5000)}
-    assert len(words) > 2000 and words <= short | long
-    assert not words & {"bled", "breed", "ground", "swam", *IRREGULAR["verbs"].values(), *IRREGULAR["nouns"].values()}
+    assert len(INVENTED) > 50_000 and not [word for word in INVENTED if rude.search(word)]
+    draw = drawing.Draw(3, "train")
+    drawn = {draw.invented() for _ in range(5000)}
+    assert len(drawn) > 4000 and drawn <= INVENTED
+    assert not drawn & {"bled", "breed", "ground", "swear", *IRREGULAR["verbs"].values(), *IRREGULAR["nouns"].values()}
+
+
+def test_the_exam_is_about_words_and_numbers_of_no_training_row():
+    lists = set(words_in(WORDS + WRITTEN.read_text(encoding="utf-8") + (drawing.FOLDER / "wordings.txt").read_text(encoding="utf-8")))
+    assert not {*exam.WORDS, *map(str.lower, exam.NAMES)} & {*lists, *INVENTED}
+    trained = {" ".join(re.findall(r"\d+", question)) for _, turns in chats_of(1, "train") for question, _ in turns}
+    chats = exam.alone(exam.Examiner(1))
+    pairs = {" ".join(re.findall(r"\d+", question)) for [(_, question, _)] in chats} - {""}
+    assert len(chats) >= 400 and len(pairs) > 100 and not trained & pairs
+    assert all(len(chat) == 10 for chat in exam.sessions(exam.Examiner(1), 5))
+
+
+@pytest.mark.parametrize("answer, wanted", [("4+7=11, 5+9=14, 14+1=15, 151", "151"), ("4=4, 7>2, 47", "47"), ("a, b", "a, b"),
+                                            ("de, pep, per: deep, pepper, perp", "deep, pepper, perp"), ("boxes", "boxes")])
+def test_the_exam_compares_the_answer_behind_the_work(answer, wanted):
+    assert exam.is_right(answer, wanted) and not exam.is_right(answer + "1", wanted)
 
 
 # ---- the command line ----
