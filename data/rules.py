@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config
+from config import UserError
 from data.files import write_text
 from data.operands import Draw, operand
 
@@ -300,7 +301,7 @@ def make_rows(count, seed, operands):
     """Return `count` rows, as dicts that data/conversation.py reads: for training of random
     categories, for tests as many of each, all different. The same arguments give the same rows.
     operands: see Settings."""
-    draw, rows, asked = Draw(seed, operands), [], set()
+    draw, rows, asked, repeated = Draw(seed, operands), [], set(), 0
     rules = ABOUT_WORDS if draw.made_up else RULES
     frequencies = [frequency for _, frequency in rules.values()]
     while len(rows) < count:
@@ -310,8 +311,13 @@ def make_rows(count, seed, operands):
         made = rules[name][0](draw)
         turns = made if isinstance(made, list) else [made]
         questions = [question for question, _ in turns]
-        if draw.held_out and str(questions) in asked or draw.questions.intersection(questions):
-            continue  # a repetition, or what a hand-written row asks, which may be held out
+        if draw.questions.intersection(questions):
+            continue  # a hand-written row, perhaps one that is held out
+        if draw.held_out and str(questions) in asked:
+            repeated += 1
+            if repeated > 100 * count:
+                raise UserError(f"{name}: has too few different questions for rows={count}")
+            continue
         asked.add(str(questions))
         messages = [{"role": role, "content": text} for turn in turns
                     for role, text in zip(("user", "assistant"), turn)]

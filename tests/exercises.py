@@ -184,11 +184,11 @@ def window():
 # ---- 5. memorizing, and learning the rule ----
 
 CATEGORIES = {*(f"rule/{name}" for name in (
-    "plural", "past tense", "upper case", "length", "reverse", "unit conversion", "sum", "subtraction", "comparison",
-    "counting", "sequence", "sorting", "letters", "negation", "repeat", "word picking", "yes or no")),
+    "plural", "past tense", "upper case", "sorting", "letters", "negation", "repeat", "word picking", "sum (work)",
+    "subtraction (work)", "unit conversion", "comparison (work)", "counting")),
     *(f"chat/{name}" for name in (
-        "other word", "other letter", "more", "polite", "told 1 turn ago", "told 2 turns ago", "told 3 turns ago",
-        "told 4 turns ago", "two told"))}
+        "other word", "other letter", "more (work)", "other sum (work)", "other comparison (work)", "two told",
+        *(f"told {n} turn{'s' * (n > 1)} ago" for n in range(1, 6))))}
 
 
 def rule():
@@ -197,9 +197,9 @@ def rule():
     data/rules.py: a function, ABOUT_WORDS; data/wordings.txt: a section with its wordings
     """
     drawn, again = new_rows("train"), new_rows("train")
-    expect(drawn, f"of 2,000 rows all are of the {len(CATEGORIES)} categories that there were before.",
+    expect(drawn, f"of 8,000 rows all are of the {len(CATEGORIES)} categories that there were before.",
            "add a function such as `letter`, wordings in data/wordings.txt, and a line in ABOUT_WORDS: a name, the "
-           "function, and its frequency. Those of the others add up to about 130.")
+           "function, and its frequency. Those of the others add up to about 110.")
     expect(drawn == again, "the same seed gave different rows.",
            "draw everything with d: d.word(), d.numbers(low, high), d.rng.choice(...).")
     answers = {}
@@ -214,7 +214,7 @@ def rule():
                    "draw operands with d.word() and d.numbers(low, high), which know what is held out; filter your own "
                    "lists with d.fits.")
     name, question, answer = drawn[-1]
-    return (f"{name}: {question!r} -> {answer!r}; {len(drawn)} of 2,000 rows. Does a model learn it? Four minutes\n"
+    return (f"{name}: {question!r} -> {answer!r}; {len(drawn)} of 8,000 rows. Does a model learn it? Four minutes\n"
             "(the first half of make chat, after which about half of all answers are correct):\n"
             "  python -m data.rules\n"
             "  python prepare_alpaca.py config/prepare_rules.py\n"
@@ -224,12 +224,13 @@ def rule():
 
 
 def new_rows(operands):
-    """Return (category, question, answer) of each row of a new category, among 2,000 that data.rules writes. The
+    """Return (category, question, answer) of each row of a new category, among thousands that data.rules writes. The
     question of a longer chat is everything up to its last answer."""
     from data import rules
     with tempfile.TemporaryDirectory() as folder:
         try:
-            output_of(rules.main, "--rows=2000", f"--operands={operands}", f"--out={folder}/rows.json")
+            count = 8000 if operands == "train" else 2000
+            output_of(rules.main, f"--rows={count}", f"--operands={operands}", f"--out={folder}/rows.json")
         except KeyError as error:
             raise NotYet(f"a rule asks for {error}, which does not exist.\nHint: d.ask needs a section [name] in "
                          "data/wordings.txt, and a value for each name in braces: d.ask('length', w=word).") from error
