@@ -109,7 +109,6 @@ NEAR_MISSES = [
     (5, True, "data/wordings.txt", "[twice]", "[two times]", "a rule asks for 'twice'"),
     (5, True, "data/rules.py", TWICE, 'f"{word} " * d.rng.randint(1, 2)', "has two answers"),
     (5, True, "data/rules.py", TWICE, 'f"{word} " * __import__("random").randint(1, 2)', "the same seed"),
-    (5, True, "data/rules.py", "    word = d.word()\n    return d.ask(\"twice\"", "    word = \"box\"\n    return d.ask(\"twice\"", "too few different questions"),
     (6, True, "model.py", ".mean(dim=-1", ".sum(dim=-1", "1 2 3 4 becomes 0.183 "),
     (7, True, "model.py", ROTATE, "q = rotate(q, start)", "were swapped"),
     (7, True, "model.py", ROTATE, "k = rotate(k, start)", "7 positions later"),

@@ -52,6 +52,12 @@ def echo(monkeypatch):
     monkeypatch.setattr(GPT, "generate", lambda self, ids, *_, **__: iter(ids[2:-2]))
 
 
+def test_of_an_answer_that_shows_its_work_only_the_result_counts(score, echo, tmp_path):
+    rows = [{"question": "3+2=6, 5", "answer": "3+2=5, 5", "category": category} for category in ("sum", "sum (work)")]
+    _, saved, _ = score(unigram(), write(tmp_path / "rows.jsonl", rows))
+    assert [answer["exact"] for answer in saved["answers"]] == [False, True]
+
+
 @pytest.mark.parametrize("answer, expected, f1", [
     ("a b c", "a b c", 1), ("c a b", "a b c", 1), (" a\n b ", "a b", 1), ("", "", 1), ("a", "", 0), ("", "a", 0),
     ("a", "b", 0), ("Cat", "cat", 0), ("a b", "b c", 1 / 2), ("the cat sat", "the cat", 4 / 5),  # 2 of 3, 2 of 2
