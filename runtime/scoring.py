@@ -26,8 +26,8 @@ def score_chats(session, cfg):
     for n, (group, messages, category) in enumerate(rows, 1):
         if answer := score_row(session.model, session.enc, messages):
             if category.endswith("(work)"):  # only the result counts, not the steps before it
-                results = [answer[name].rpartition(",")[2].strip() for name in ("answer", "expected")]
-                answer["exact"] = results[0] == results[1]
+                result, wanted = (answer[x].split(",")[-1].strip() for x in ("answer", "expected"))
+                answer["exact"] = result == wanted
             answers.append({"rows": group, "category": category, **answer})
         show_progress("rows", n, len(rows))
     cells = defaultdict(list)  # of categories, of the parts before their "/", and of all
@@ -41,7 +41,8 @@ def score_chats(session, cfg):
     for x in summary:
         exact = f"{x['exact']} of {x['n']} {x['exact'] / x['n']:>5.0%}"
         print(f"{x['category']:<24}{x['rows']:<12}{exact:>18}{x['f1']:>8.2f}{x['loss']:>8.3f}")
-    note("exact match: the same words; of (work): the same result; F1: overlap of the words; loss: of the expected answer")
+    note("exact match: the same words, of (work) the same result; F1: overlap of the words; loss: "
+         "of the expected answer")
 
 
 def rows_to_score(source, wanted):
