@@ -87,8 +87,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
     """Train until max_iters, early stopping, or a signal.
 
     cfg: LoopSettings. model: a GPT on `device`. dataset: see data/datasets.py. resumed: the dict of
-    a last.pt, to continue. Returns the signal that stopped it, or 0. Raises UserError or OSError.
-    """
+    a last.pt, to continue. Returns the signal that stopped it, or 0. Raises UserError, OSError."""
     optimizers = configure_optimizers(model, cfg, dtype)
     state = resume.restore(resumed, optimizers)
     autocast = mixed_precision(device, dtype)  # matrix products in bfloat16 on a GPU
@@ -101,8 +100,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
         while not stop:
             # 1. Evaluate on both splits, and keep the best model so far.
             if evaluation_is_due(cfg, state):
-                losses = {split: evaluate(wrapped, dataset, split, cfg, device, autocast)
-                          for split in SPLITS}
+                losses = {s: evaluate(wrapped, dataset, s, cfg, device, autocast) for s in SPLITS}
                 state.history.append((state.step, losses["train"], losses["val"]))
                 if losses[cfg.best_by] < state.best:
                     state.best = losses[cfg.best_by]

@@ -226,7 +226,7 @@ def remember(count, between=0):
 
 
 def between_turn(d):
-    """Return a turn between a fact that is told and the question about it."""
+    """Return a turn between stating a fact and the question about it."""
     if d.rng.random() < 0.15:
         return d.ask("polite").split("\n")
     return d.rng.choice((about_word("plural"), about_word("past tense"), add, subtract, sort_words,

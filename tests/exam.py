@@ -109,7 +109,7 @@ def alone(examiner):
 
 
 def sessions(examiner, count=60):
-    """Chats of ten questions of mixed kinds; in each a name is told, and asked for up to five turns later."""
+    """Chats of ten questions of mixed kinds; each states a name, and asks for it up to five turns later."""
     chats = []
     for _ in range(count):
         kinds = examiner.rng.choices(list(KINDS), k=10)
