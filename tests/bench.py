@@ -541,7 +541,7 @@ def rows(cfg):
             best = folder / "out" / "best.pt"
             trained_on = files.get(count) or config.REPO / "data/instruction/instruction-data.json"
             result = {"what": "rows", "rows": count,
-                      "epochs": open_dataset(folder / "data", 256, 4).epochs("train", ROW_STEPS),
+                      "epochs": open_dataset(folder / "data", 256, 8).epochs("train", ROW_STEPS),
                       "train_loss": load_checkpoint(best)["history"][-1][1],
                       "trained on": score(best, trained_on, folder, SCORED)["rows"],
                       "held out": score(best, held_out, folder)["rows"]}
