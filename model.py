@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        # Rotary positions would rotate q and k here.
+        # Rotary positions (RoPE) would rotate q and k here.
         if cache is not None:
             k, v = cache.store(k, v, start)  # (B, nh, S, hs)
         S = k.shape[2]
@@ -97,7 +97,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Process each token by itself: widen to 4 C channels, apply a nonlinearity (GELU, Hendrycks &
-    Gimpel 2016, in GPT-2's tanh form), project back to C."""
+    Gimpel 2016, in GPT-2's tanh form; SwiGLU would replace it), project back to C."""
 
     def __init__(self, config):
         super().__init__()
