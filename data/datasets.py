@@ -226,7 +226,7 @@ class ChatDataset(Dataset):
         self.pad_id, user, _, end = special_ids(enc)
         self.turns = 1  # of the longest conversation
         self.bounds, self.targets, self.dropped = {}, {}, {}
-        self.starts, self.lengths = {}, {}  # of the rows that are kept
+        self.starts, self.lengths, self.row_targets = {}, {}, {}  # of the rows that are kept
         for split in SPLITS:
             tokens = self.tokens[split][0]
             starts = np.flatnonzero(tokens == self.pad_id)  # <|endoftext|> opens a conversation
@@ -236,13 +236,15 @@ class ChatDataset(Dataset):
             lengths = np.minimum(np.diff(starts, append=len(tokens)), block_size + 1)
             self.targets[split] = supervised(tokens, enc)
             before = np.append(0, np.cumsum(self.targets[split]))  # targets before each position
-            kept = before[starts + lengths] > before[starts]
+            row_targets = before[starts + lengths] - before[starts]
+            kept = row_targets > 0
             if not kept.any():
                 raise UserError(f"{folder}/{split}.bin: at block_size={block_size} no conversation "
                                 "has any of the assistant's text; use a larger block_size")
             self.dropped[split] = int((~kept).sum())
             self.bounds[split] = np.append(starts, len(tokens))
             self.starts[split], self.lengths[split] = starts[kept], lengths[kept]
+            self.row_targets[split] = row_targets[kept]
             self.turns = max(self.turns, int(np.add.reduceat(tokens == user, starts).max()))
         # The rows of each batch, of all epochs so far, and where the epochs start in that list.
         self._batches = {split: [] for split in SPLITS}
@@ -279,8 +281,11 @@ class ChatDataset(Dataset):
         return self.padded(split, self.batch_rows(split, index), all_tokens)
 
     def n_targets(self, split, index):
-        """Number of targets in the index-th batch."""
-        return len(self.batch(split, index)[1])
+        """Number of targets in the index-th batch, without reading it."""
+        rows = self.batch_rows(split, index)
+        if split == "train" and index < self.prompt_loss_batches:
+            return int((self.lengths[split][rows] - 1).sum())
+        return int(self.row_targets[split][rows].sum())
 
     def eval_batches(self, split, max_tokens):
         """Yield fixed conversations, evenly spread, together at most about max_tokens, in batches

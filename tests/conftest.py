@@ -1,6 +1,5 @@
 """Shared by the tests: one thread, GPT-2's vocabulary, error messages, a full disk, HTTP servers."""
 import contextlib
-import io
 import os
 import sys
 import threading
@@ -35,13 +34,6 @@ def error_of_script(monkeypatch, script, flags):
         config.run(script.main)
     assert isinstance(ended.value.code, str) and "\n" not in ended.value.code  # then the exit code is 1
     return ended.value.code
-
-
-def error_of(monkeypatch, *flags):
-    """Run chat.py, which fails; return its one-line error."""
-    import chat
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    return error_of_script(monkeypatch, chat, flags)
 
 
 @contextlib.contextmanager
