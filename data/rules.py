@@ -13,6 +13,7 @@ that use only one-digit facts: "4+7=11, 5+9=14, 14+1=15, 151" for 54 plus 97.
 import json
 import re
 from dataclasses import dataclass
+from itertools import combinations, zip_longest
 from pathlib import Path
 
 import config
@@ -26,6 +27,7 @@ class Settings:
     rows: int = 90_000  # number of rows
     seed: int = 1  # chooses the held-out operands and the rows
     operands: str = "train"  # train; held_out: none of training's; made_up: words of no language
+    work: bool = True  # False: answers alone, without the steps that lead to them
     out: Path = Path("data/rules/rules.json")  # prepare_alpaca.py reads it
 
 
@@ -50,15 +52,39 @@ def subtract_in_steps(a, b):
     return ", ".join([*steps, str(a - b)])
 
 
-def compare_in_steps(a, b, wanted):
-    """Return the comparisons of digits, up to the first that differ, the order of the numbers, and
-    the wanted one: "4=4, 7>2, 42<47, 47". A missing digit is a 0."""
-    steps, width = [], len(str(max(a, b)))
-    for x, y in zip(f"{a:0{width}}", f"{b:0{width}}"):
+def compare_letters(a, b):
+    """Return the comparisons of letters or digits, up to the first that differ: ["4=4", "7>2"].
+    "-" is behind the end of a word."""
+    steps = []
+    for x, y in zip_longest(a, b, fillvalue="-"):  # "-" is smaller than all letters
         steps.append(f"{x}{'<' if x < y else '>' if x > y else '='}{y}")
         if x != y:
             break
+    return steps
+
+
+def compare_in_steps(a, b, wanted):
+    """Return the comparisons of digits, the order of the numbers, and the wanted one: "4=4, 7>2,
+    42<47, 47". A missing digit is a 0."""
+    width = len(str(max(a, b)))
+    steps = compare_letters(f"{a:0{width}}", f"{b:0{width}}")
     return ", ".join([*steps, f"{min(a, b)}<{max(a, b)}", str(wanted)])
+
+
+def sort_in_steps(words):
+    """Return the comparisons of each pair of words, and all words in order: "t>d, t=t, o>a, d<t:
+    dog, tap, top" for "top, dog, tap"."""
+    steps = [step for a, b in combinations(words, 2) for step in compare_letters(a, b)]
+    return f"{', '.join(steps)}: {', '.join(sorted(words))}"
+
+
+def result_of(answer):
+    """Return an answer without its work: "151" of "4+7=11, 5+9=14, 14+1=15, 151", and "dog, top" of
+    "t>d: dog, top"."""
+    if not re.search("[=<>]", answer):
+        return answer
+    _, colon, result = answer.rpartition(": ")
+    return result if colon else answer.rpartition(", ")[2]
 
 
 # ---- the rules: each draws operands and returns a question and its answer ----
@@ -122,7 +148,7 @@ add, subtract = arithmetic("sum", "sum, story"), arithmetic("subtraction", "subt
 
 def sort_words(d):
     words = d.words(3)
-    return d.ask("sorting", w=", ".join(words)), ", ".join(sorted(words))
+    return d.ask("sorting", w=", ".join(words)), sort_in_steps(words)
 
 
 ENDS = (("first", "start", 0), ("first", "begin", 0), ("last", "end", -1), ("last", "end", -1))
@@ -282,7 +308,7 @@ def other_letter(d):
 # Answers of a category that ends in "(work)" show their work.
 ABOUT_WORDS = {
     "rule/plural": (about_word("plural"), 7), "rule/past tense": (about_word("past tense"), 9),
-    "rule/upper case": (about_word("upper case"), 4), "rule/sorting": (sort_words, 16),
+    "rule/upper case": (about_word("upper case"), 4), "rule/sorting (work)": (sort_words, 16),
     "rule/letters": (letter, 4), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
     "rule/word picking": (pick_word, 6), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
@@ -297,10 +323,10 @@ RULES = ABOUT_WORDS | {
     "chat/two told": (remember(2), 1)}
 
 
-def make_rows(count, seed, operands):
+def make_rows(count, seed, operands, work=True):
     """Return `count` rows, as dicts that data/conversation.py reads: for training of random
     categories, for tests as many of each, all different. The same arguments give the same rows.
-    operands: see Settings."""
+    operands, work: see Settings."""
     draw, rows, asked, repeated = Draw(seed, operands), [], set(), 0
     rules = ABOUT_WORDS if draw.made_up else RULES
     frequencies = [frequency for _, frequency in rules.values()]
@@ -319,6 +345,8 @@ def make_rows(count, seed, operands):
                 raise UserError(f"{name}: has too few different questions for rows={count}")
             continue
         asked.add(str(questions))
+        if not work:
+            turns = [(question, result_of(answer)) for question, answer in turns]
         messages = [{"role": role, "content": text} for turn in turns
                     for role, text in zip(("user", "assistant"), turn)]
         rows.append({"messages": messages, "category": name})
@@ -329,7 +357,7 @@ def main(argv):
     """Write rows as JSON. Raises UserError or OSError."""
     cfg = config.load(Settings, argv, __doc__)
     config.check(cfg, rows=(1, None), operands=("train", "held_out", "made_up"))
-    lines = map(json.dumps, make_rows(cfg.rows, cfg.seed, cfg.operands))
+    lines = map(json.dumps, make_rows(cfg.rows, cfg.seed, cfg.operands, cfg.work))
     write_text(cfg.out, "[\n" + ",\n".join(lines) + "\n]\n")
     print(f"{cfg.rows:,} rows -> {cfg.out}")
 

@@ -12,6 +12,7 @@ from config import UserError
 from data import conversation as chats
 from data.datasets import open_dataset, read_meta, row_categories
 from data.files import write_json
+from data.rules import result_of
 from data.tokenizer import get_tokenizer
 from runtime.terminal import note, show_progress
 
@@ -26,8 +27,7 @@ def score_chats(session, cfg):
     for n, (group, messages, category) in enumerate(rows, 1):
         if answer := score_row(session.model, session.enc, messages):
             if category.endswith("(work)"):  # only the result counts, not the steps before it
-                result, wanted = (answer[x].split(",")[-1].strip() for x in ("answer", "expected"))
-                answer["exact"] = result == wanted
+                answer["exact"] = result_of(answer["answer"]) == result_of(answer["expected"])
             answers.append({"rows": group, "category": category, **answer})
         show_progress("rows", n, len(rows))
     cells = defaultdict(list)  # of categories, of the parts before their "/", and of all

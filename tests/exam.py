@@ -8,7 +8,6 @@ No word is in a list of this repository, and pairs of numbers are held out by da
 work counts by its last term. The greedy answer is scored.
 """
 import random
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,11 +93,6 @@ KINDS = {"sums to 20": (40, lambda e: e.sum(20)), "sums to 60": (80, lambda e: e
          "plural": (30, Examiner.plural), "letters": (40, Examiner.letter)}
 
 
-def is_right(answer, wanted):
-    """Whether an answer, without its work, is the wanted one."""
-    return answer.rpartition(", " if re.search("[=<>]", answer) else ": ")[2] == wanted
-
-
 def alone(examiner):
     """[[(kind, question, answer)], ...]: each question in a chat of its own, no question twice."""
     chats = []
@@ -130,7 +124,7 @@ def main(argv):
         session.history = []
         for turn, (kind, question, wanted) in enumerate(turns, 1):
             answer = "".join(session.reply(session.enc.encode_ordinary(question), settings))
-            right = wanted in answer if kind.startswith("name") else is_right(answer, wanted)
+            right = wanted in answer if kind.startswith("name") else rules.result_of(answer) == wanted
             answers.append({"kind": kind, "turn": turn, "right": right})
             if cfg.show and not right:
                 print(f"{kind:<12} turn {turn:<3} {question!r}: {answer!r}, not {wanted!r}")

@@ -1,6 +1,8 @@
 """The instruction data of this repository: its shape, and every rule row's answer computed again."""
+import itertools
 import json
 import operator
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -29,6 +31,14 @@ IS_SO = {"<": operator.lt, ">": operator.gt, "=": operator.eq, "+": operator.add
 
 def without_work(category, answer):
     """The last term of an answer that shows its work, every step of which is checked."""
+    if "sorting" in category:
+        work, answer = answer.split(": ")
+        for a, b in itertools.combinations(answer.split(", "), 2):  # some step shows that a comes before b
+            n = len(os.path.commonprefix([a, b]))
+            low, high = (a[n:] or "-")[0], b[n]
+            assert f"{low}<{high}" in work or f"{high}>{low}" in work, (work, answer)
+        assert all(IS_SO[sign](a, b) for a, sign, b in work.split(", ")), work
+        return answer
     *steps, answer = answer.split(", ")
     assert steps
     for step in steps:
@@ -96,7 +106,7 @@ def convert(asked, given):
 
 @pytest.mark.parametrize("category, answer", [
     ("sum (work)", lambda asked, given: str(sum(numbers(asked)))), ("comparison (work)", compare), ("counting", count), ("letters", letter),
-    ("sorting", lambda asked, given: ", ".join(sorted(re.search(r"[a-z]+, [a-z]+, [a-z]+", asked)[0].split(", ")))),
+    ("sorting (work)", lambda asked, given: ", ".join(sorted(re.search(r"[a-z]+, [a-z]+, [a-z]+", asked)[0].split(", ")))),
     ("plural", plural), ("past tense", past), ("negation", negate), ("unit conversion", convert)])
 def test_every_answer_follows_its_rule(category, answer):
     rows = [row for row in ROWS if row["category"] == f"rule/{category}"]

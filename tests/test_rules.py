@@ -69,7 +69,7 @@ def parse(question):
 
 # Shorter questions after one of the same kind, which they are answered like; None: like the one before.
 FOLLOWING = {"other word": None, "other letter": "letters", "other comparison": "comparison"}
-WITH_WORK = ("sum", "more", "subtraction", "other sum", "other subtraction", "comparison")
+WITH_WORK = ("sum", "more", "subtraction", "other sum", "other subtraction", "comparison", "sorting")
 
 
 # ---- the answers ----
@@ -191,10 +191,19 @@ def test_the_exam_is_about_words_and_numbers_of_no_training_row():
     assert all(len(chat) == 10 for chat in exam.sessions(exam.Examiner(1), 5))
 
 
-@pytest.mark.parametrize("answer, wanted", [("4+7=11, 5+9=14, 14+1=15, 151", "151"), ("4=4, 7>2, 47", "47"), ("a, b", "a, b"),
-                                            ("de, pep, per: deep, pepper, perp", "deep, pepper, perp"), ("boxes", "boxes")])
-def test_the_exam_compares_the_answer_behind_the_work(answer, wanted):
-    assert exam.is_right(answer, wanted) and not exam.is_right(answer + "1", wanted)
+@pytest.mark.parametrize("answer, result", [("4+7=11, 5+9=14, 14+1=15, 151", "151"), ("4=4, 7>2, 42<47, 47", "47"), ("a, b", "a, b"),
+                                            ("t>d, t=t, o>a, d<t: dog, tap, top", "dog, tap, top"), ("boxes", "boxes")])
+def test_the_result_of_an_answer_follows_its_work(answer, result):
+    assert rules.result_of(answer) == result
+
+
+def test_answers_without_work_are_the_results_of_those_with_it(tmp_path):
+    made = []
+    for flag in ("--work=True", "--work=False"):
+        rules.main([flag, "--rows=500", f"--out={tmp_path / 'rules.json'}"])
+        made.append([[m["content"] for m in messages] for messages, _ in read_conversations(tmp_path / "rules.json")])
+    assert made[1] == [[rules.result_of(text) if n % 2 else text for n, text in enumerate(texts)] for texts in made[0]] != made[0]
+    assert not [text for texts in made[1] for text in texts[1::2] if re.search("[=<>]", text)]
 
 
 # ---- the command line ----
