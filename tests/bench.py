@@ -49,7 +49,6 @@ from model import GPT, GPTConfig, KVCache
 from runtime.checkpoint import load_checkpoint, load_model, model_state, save_checkpoint
 from runtime.devices import to_device
 from runtime.fast_cpu import speed_up
-from runtime.plots import plot_rows
 
 CPU = torch.device("cpu")
 
@@ -479,11 +478,12 @@ def shakespeare(cfg):
 
 
 def score(checkpoint, source, folder, rows=0):
-    """Return the share of exact matches by group of rows, as chat.py scores them: {"held out": share, ...}."""
+    """Return the share of exact matches as chat.py scores them, by category, or for a prepared folder by split:
+    {"held out": share, ...}."""
     quiet(chat.main, f"--checkpoint={checkpoint}", f"--score={source}", f"--score_rows={rows}", "--device=cpu",
           f"--score_file={folder / 'score.json'}")
     summary = json.loads((folder / "score.json").read_text(encoding="utf-8"))["summary"]
-    return {row["rows"]: row["exact"] / row["n"] for row in summary if row["category"] == "all"}
+    return {row["category"] if row["rows"] == "rows" else row["rows"]: row["exact"] / row["n"] for row in summary}
 
 
 VARIED = {  # a name, and what differs from config/train_recite.py with 400 steps
@@ -515,41 +515,31 @@ def vary(cfg):
             yield result
 
 
-# Numbers of generated rows to train the model of config/train_rules.py on, its steps, and rows to score.
-ROWS, ROW_STEPS, SCORED = (0, 300, 1_000, 3_000, 10_000, 30_000, 100_000), 1600, 300
+RULES = {"90,000 rows": [], "without the work": ["--work=False"], "9,000 rows": ["--rows=9000"], "900 rows": ["--rows=900"]}
 
 
-def rows(cfg):
-    """Memorizing or generalizing: the same model and number of steps on ever more different rows; exact matches on
-    training rows, and on held-out words and numbers. Plots the table."""
-    print(f"{'generated rows':>14}{'epochs':>8}{'training loss':>15}{'exact: trained on':>19}{'held out':>10}")
-    results = []
+def rules(cfg):
+    """Memorizing, generalizing, showing the work: make chat's first stage on different rows. Exact matches of rows that
+    were trained on, and of held-out words and numbers."""
+    print(f"{'config/train_rules.py':<24}{'epochs':>8}{'training loss':>15}{'exact: trained on':>19}{'held out':>10}"
+          f"{'held-out sums':>15}{'differences':>13}")
     with temporary_folder() as folder:
-        files = {count: folder / f"{count}.json" for count in ROWS[1:]}
-        for count, path in files.items():
-            quiet(data.rules.main, f"--rows={count}", f"--out={path}")
-        held_out = folder / "held_out.json"
-        quiet(data.rules.main, f"--rows={SCORED}", "--operands=held_out", f"--out={held_out}")
-        prepare = [config.REPO / "config/prepare_rules.py", f"--out_dir={folder / 'data'}"]
-        quiet(prepare_alpaca.main, *prepare, f"--extra={files[ROWS[-1]]}")  # one tokenizer for all
-        tokenizer = (folder / "data" / "tokenizer.json").rename(folder / "tokenizer.json")
-        for count in ROWS:
-            quiet(prepare_alpaca.main, *prepare, f"--tokenizer={tokenizer}", f"--extra={files.get(count)}")
+        rows, held_out, best = folder / "rows.json", folder / "held_out.json", folder / "out" / "best.pt"
+        quiet(data.rules.main, "--rows=2500", "--operands=held_out", f"--out={held_out}")
+        for name, flags in RULES.items():
+            quiet(data.rules.main, f"--out={rows}", *flags)
+            quiet(prepare_alpaca.main, config.REPO / "config/prepare_rules.py", f"--out_dir={folder / 'data'}",
+                  f"--extra={rows}")
             quiet(train.main, config.REPO / "config/train_rules.py", f"--data_dir={folder / 'data'}", "--device=cpu",
-                  f"--out_dir={folder / 'out'}", f"--max_iters={ROW_STEPS}", f"--eval_interval={ROW_STEPS}",
-                  f"--prompt_loss_iters={ROW_STEPS * 7 // 10}")
-            best = folder / "out" / "best.pt"
-            trained_on = files.get(count) or config.REPO / "data/instruction/instruction-data.json"
-            result = {"what": "rows", "rows": count,
-                      "epochs": open_dataset(folder / "data", 256, 8).epochs("train", ROW_STEPS),
-                      "train_loss": load_checkpoint(best)["history"][-1][1],
-                      "trained on": score(best, trained_on, folder, SCORED)["rows"],
-                      "held out": score(best, held_out, folder)["rows"]}
-            results.append(result)
-            print(f"{count:>14,}{result['epochs']:>8.1f}{result['train_loss']:>15.3f}{result['trained on']:>19.0%}"
-                  f"{result['held out']:>10.0%}", flush=True)
+                  f"--out_dir={folder / 'out'}")
+            checkpoint = load_checkpoint(best)
+            known, new = score(best, rows, folder, 500), score(best, held_out, folder)
+            result = {"what": name, "epochs": open_dataset(folder / "data", 256, 8).epochs("train", checkpoint["max_iters"]),
+                      "train_loss": checkpoint["history"][-1][1], "trained on": known["all"],
+                      "held out": new["all"], "sums": new["rule/sum (work)"], "differences": new["rule/subtraction (work)"]}
+            print(f"{name:<24}{result['epochs']:>8.1f}{result['train_loss']:>15.3f}{result['trained on']:>19.0%}"
+                  f"{result['held out']:>10.0%}{result['sums']:>15.0%}{result['differences']:>13.0%}", flush=True)
             yield result
-    plot_rows(config.REPO / "out" / "rows.png", results)
 
 
 # ---- the command ----
@@ -557,7 +547,7 @@ def rows(cfg):
 # Each part, and about how many minutes it takes on two cores.
 PARTS = {"train": (forward_backward, 1), "step": (shakespeare_step, 3), "decode": (decode, 4),
          "prefill": (prefill, 1), "start": (start, 1), "int8": (int8_quality, 1), "finetune": (finetune_alpaca, 9),
-         "shakespeare": (shakespeare, 11), "vary": (vary, 6), "rows": (rows, 15)}
+         "shakespeare": (shakespeare, 11), "vary": (vary, 6), "rules": (rules, 24)}
 
 
 def describe():

@@ -3,12 +3,11 @@ import sys
 
 import pytest
 
-from runtime.plots import plot_losses, plot_rows
+from runtime.plots import plot_losses
 
 HEADER = ("step,epoch,loss,lr,norm,tokens,seconds,tokens_per_second,mfu,train_loss,val_loss,val_bits_per_byte\n")
 LOG = HEADER + "0,0.00,5.5,1e-3,1.0,64,0.1,640,0.5,5.6,5.7,\n1,0.5,4.5,1e-3,1.0,64,0.1,640,0.5,,,\n2,1,,,,,,,,3.5,4.25,\n"
 HISTORY = [(0, 5.6, 5.7), (1, 4.0, 4.125), (2, 3.5, 4.25)]
-ROWS = [{"rows": 0, "trained on": 1.0, "held out": 0.0}, {"rows": 10_000, "trained on": 0.75, "held out": 0.5}]
 
 
 @pytest.fixture
@@ -36,15 +35,8 @@ def test_the_losses_of_a_run(tmp_path, drawn, log, each_step):
     assert (out_dir / "loss.png").read_bytes().startswith(b"\x89PNG") and len(list(out_dir.iterdir())) == 2
 
 
-def test_accuracy_over_the_number_of_rows(tmp_path, drawn):
-    plot_rows(tmp_path / "rows.png", ROWS)
-    assert curves(drawn[0]) == {"trained on": [("0", 100), ("10,000", 75)], "held out": [("0", 0), ("10,000", 50)]}
-    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_without_matplotlib_nothing_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (tmp_path / "log.csv").write_text(LOG, encoding="utf-8")
     plot_losses(tmp_path, HISTORY)
-    plot_rows(tmp_path / "rows.png", ROWS)
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
