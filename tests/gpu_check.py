@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,7 +108,8 @@ def speed(steps):
 
 def python(*argv):
     """Run Python in the repository; return its last line of output. Raises RuntimeError with the line of its error."""
-    done = subprocess.run([sys.executable, *argv], cwd=config.REPO, capture_output=True, text=True, encoding="utf-8")
+    done = subprocess.run([sys.executable, *argv], cwd=config.REPO, capture_output=True, text=True,
+                          encoding="utf-8", errors="replace")
     lines = done.stdout.splitlines() or [""]
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
@@ -197,8 +199,7 @@ def describe(check, tokens_per_second):
             f"matrix product), {check.memory()}")
 
 
-def alpaca(check):
-    """Finetune GPT-2 on chats."""
+def finetuning(check):
     steps = check.run(finetune, "finetune_alpaca.py", data_dir=check.folder / "chats",
                       init_from=check.folder / "base.pt")
     return "{:,.0f} tokens/s, {:.0f} ms per step, ".format(*speed(steps)) + check.memory()
@@ -241,14 +242,14 @@ def two_processes(check):
     return compare(small_run(check, both, out="both"), small_run(check, out="alone"))
 
 
-ROWS = {"test suite, GPU-relevant": lambda check: python("-m", "pytest", *TESTS),
-        "GPT-2 step": lambda check: gpt2(check, False),
-        "nanoGPT's step": lambda check: nanogpt(check, False),
-        "GPT-2 step, compiled": lambda check: gpt2(check, True),
-        "nanoGPT's step, compiled": lambda check: nanogpt(check, True),
-        "finetune_alpaca.py, random chats": alpaca,
-        "train_shakespeare.py, random text": lambda check: shakespeare(check, False),
-        "train_shakespeare.py, random text, compiled": lambda check: shakespeare(check, True),
+ROWS = {"tests of bfloat16, compile, Muon (CPU)": lambda check: python("-m", "pytest", *TESTS),
+        "GPT-2 step": partial(gpt2, compiled=False),
+        "nanoGPT's step": partial(nanogpt, compiled=False),
+        "GPT-2 step, compiled": partial(gpt2, compiled=True),
+        "nanoGPT's step, compiled": partial(nanogpt, compiled=True),
+        "finetune_alpaca.py, random chats": finetuning,
+        "train_shakespeare.py, random text": partial(shakespeare, compiled=False),
+        "train_shakespeare.py, random text, compiled": partial(shakespeare, compiled=True),
         "chat.py, GPT-2, bfloat16": reply,
         "a resumed and an uninterrupted run": resumed,
         "two processes and one": two_processes}  # the last, since NCCL may hang
