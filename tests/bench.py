@@ -195,17 +195,19 @@ def nanogpt_loss(model):
     return loss
 
 
+def nanogpt_batch(tokens, T, batch_size):
+    """Return a batch like nanoGPT's: a slice of the memmap per sample, ids and targets."""
+    starts = torch.randint(len(tokens) - T, (batch_size,))
+    return [torch.stack([torch.from_numpy(tokens[i + n:i + n + T].astype(np.int64)) for i in starts]) for n in (0, 1)]
+
+
 def nanogpt_step(folder, model, batch_size):
-    """Return a training step like nanoGPT's: a slice of the memmap per sample, and AdamW with foreach (faster on a CPU
-    than nanoGPT's default)."""
-    loss, T, tokens = nanogpt_loss(model), model.config.block_size, np.memmap(folder / "train.bin", np.uint16, "r")
+    """Return a training step like nanoGPT's, and AdamW with foreach (faster on a CPU than nanoGPT's default)."""
+    loss, tokens = nanogpt_loss(model), np.memmap(folder / "train.bin", np.uint16, "r")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), foreach=True)
 
     def step():
-        starts = torch.randint(len(tokens) - T, (batch_size,))
-        x, y = (torch.stack([torch.from_numpy(tokens[i + n:i + n + T].astype(np.int64)) for i in starts])
-                for n in (0, 1))
-        loss(x, y).backward()
+        loss(*nanogpt_batch(tokens, model.config.block_size, batch_size)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
