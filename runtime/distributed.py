@@ -31,6 +31,7 @@ def process_group(device):
     store, rank, world_size = next(rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                            device_id=device if backend == "nccl" else None,
                             timeout=timedelta(hours=2))  # rank 0 may have to download gpt2-xl
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
