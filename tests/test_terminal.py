@@ -12,11 +12,13 @@ import sys
 import pytest
 
 import chat
+import train
 from config import UserError
 from data.conversation import read_conversations
 from runtime import terminal
 from tests import test_chat as lib
 from tests.test_chat import GREEDY, SEEDED, ask, new_session, scripted_session
+from tests.toy_runs import WORDS, prepare_chats
 
 
 def command(session, line, cfg=GREEDY):
@@ -234,6 +236,25 @@ class PseudoTerminal:
                 assert seconds, f"no {text!r} in {self.output[self.at:]!r}"
                 os.write(self.end, key)
         self.at = self.output.index(text, self.at) + len(text)
+
+
+def test_ten_messages_in_a_pseudo_terminal_get_the_replies_that_were_learned(tmp_path):
+    learned = dict(zip(WORDS, "red blue green pink gray white black brown teal gold".split()))
+    rows = [{"instruction": f"Which color is {word}?", "output": f"It is {color}."} for word, color in learned.items()]
+    prepare_chats(tmp_path / "data", rows, f"--extra={tmp_path / 'data' / 'rows.json'}")
+    train.main([f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path}", "--n_layer=1", "--n_head=2", "--n_embd=64",
+                "--block_size=64", "--batch_size=8", "--max_iters=100", "--best_by=train", "--eval_interval=100",
+                "--sample_interval=0", "--device=cpu"])
+    terminal = PseudoTerminal(f"--checkpoint={tmp_path / 'best.pt'}", "--device=cpu", "--turns=1", TERM="xterm")
+    try:
+        for word, color in learned.items():
+            terminal.wait_for(b"> ")
+            os.write(terminal.end, f"Which color is {word}?\n".encode())
+            terminal.wait_for(f"\rIt is {color}.\r\n".encode())  # the reply and nothing else
+    finally:
+        terminal.program.kill()
+        terminal.program.wait()
+        os.close(terminal.end)
 
 
 def test_a_conversation_in_a_pseudo_terminal(tmp_path):
