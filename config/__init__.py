@@ -12,12 +12,14 @@ import inspect
 import os
 import re
 import runpy
+import shlex
+import subprocess
 import sys
 import typing
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-RENAMED = {"read_iters": "prompt_loss_iters"}  # settings of version 1.0
+RENAMED = {"read_iters": "prompt_loss_iters", "bpe_bytes": "bpe_chars"}  # since version 1.0
 
 
 class UserError(Exception):
@@ -72,7 +74,8 @@ def read_config(arg):
     """Run the config file that arg names, return {name: value}. Its errors keep their traceback."""
     path = local_path(arg)
     if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"{arg}: not a config file; see config/, or write --checkpoint={arg}")
+        raise UserError(f"{arg}: not a config file; see config/, or write "
+                        + shell_command(f"--checkpoint={arg}"))
     return {name: value for name, value in runpy.run_path(str(path)).items()
             if not name.startswith("_") and not inspect.ismodule(value)}
 
@@ -108,7 +111,8 @@ def describe(settings_class, doc=""):
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)", source, re.M))
     lines = [f"{f'  --{field.name}={field.default}':<34} {comments.get(field.name, '')}"
              for field in dataclasses.fields(settings_class)]
-    return "\n".join([doc.strip(), "\nSettings (flags, or name = value in a file):\n", *lines])
+    doc = (doc or "").strip()  # python -OO removes docstrings
+    return "\n".join([doc, "\nSettings (flags, or name = value in a file):\n", *lines])
 
 
 def check(cfg, **allowed):
@@ -125,6 +129,11 @@ def check(cfg, **allowed):
             raise UserError(f"{name}={value}: must be at least {low}")
         elif high is not None and value > high:
             raise UserError(f"{name}={value}: must be at most {high}")
+
+
+def shell_command(*words):
+    """Return the words of a command as a line to paste into a shell."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def run(main):

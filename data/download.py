@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import config
+from config import UserError
 from data.files import name_in_errors
 
 CHUNK = 1 << 18  # bytes
@@ -17,17 +18,27 @@ def hub():
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
+def gpt2_folder():
+    """The folder of GPT-2's weights: GPT2_CACHE_DIR, or ~/.cache/gpt2. Raises UserError."""
+    try:
+        return Path(os.environ.get("GPT2_CACHE_DIR") or "~/.cache/gpt2").expanduser()
+    except RuntimeError as error:
+        raise UserError("GPT-2's weights need a folder, but this user has no home directory; set "
+                        "the environment variable GPT2_CACHE_DIR to one") from error
+
+
 def name_in(url):
     """The file name at the end of a URL."""
     return urlsplit(url).path.rpartition("/")[2] or "source"
 
 
-def sha256_of(path):
-    """The SHA-256 of a file, in hexadecimal."""
+def sha256_of(*paths):
+    """The SHA-256 of a file, or of several as if they were one, in hexadecimal."""
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(CHUNK):
-            digest.update(block)
+    for path in paths:
+        with open(path, "rb") as f:
+            while block := f.read(CHUNK):
+                digest.update(block)
     return digest.hexdigest()
 
 

@@ -25,12 +25,15 @@ FIELDS = {"messages": ("messages", "conversations", "conversation", "dialog", "d
           "answer": ("output", "response", "answer", "completion")}
 SYSTEM = ("system", "system_prompt")  # put before the first question
 ROLE, CONTENT = ("role", "from", "speaker"), ("content", "value", "text")  # of a message
+WEIGHT = ("train", "weight", "loss_weight")  # of a message: 0 or False if it must not be learned
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system",
          "developer": "system", **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard",
                                                  "bot", "chatbot", "model", "ai"), "assistant")}
 # Fields that show that a data set has a different purpose.
 OTHER_DATA = {
-    **dict.fromkeys(("chosen", "rejected", "non_preferred_output"), "preference data"),
+    **dict.fromkeys(("chosen", "chosen_messages", "rejected", "non_preferred_output"),
+                    "preference data"),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "multimodal data"),
     **dict.fromkeys(("choices", "endings"), "multiple choice")}
 # White space, the zero-width space and the byte-order mark: removed at both ends of a text.
 BLANKS = "".join(filter(str.isspace, map(chr, range(2**16)))) + "\u200b\ufeff"
@@ -53,8 +56,8 @@ def to_messages(row, where, report):
         raise BadRow("not an object", where, "must have a question and an answer", row)
     row = without_nulls(row)
     for name, what in OTHER_DATA.items():
-        if name in row:
-            raise BadRow(what, where, f"must have one answer, not {what}", name)
+        if row.get(name):
+            raise BadRow(what, where, f"must have one answer in text, not {what}", name)
     if row.get("label") is False:  # KTO's
         raise BadRow("marked as a bad answer", where, "must be an answer to learn from",
                      {"label": False})
@@ -95,7 +98,8 @@ def find_messages(row, where):
         return row[name], [name]
     if not used["answer"] or not (used["question"] or used["context"]):
         raise BadRow("unknown layout", where, "must have 'messages', or a question "
-                     f"{FIELDS['question']} and an answer {FIELDS['answer']}", [*row])
+                     f"{FIELDS['question']} and an answer {FIELDS['answer']}; plain text is for "
+                     "python -m data.text", [*row])
     messages, history = [], row.get("history", [])  # [["earlier question", "answer"], ...]
     if not isinstance(history, list) or not all(isinstance(pair, list) for pair in history):
         raise BadRow("wrong type", where, "'history' must be a list of pairs", history)
@@ -115,20 +119,24 @@ def read_message(message, where, report):
     if not isinstance(message, dict):
         raise BadRow("wrong type", where, "must be an object", message)
     message = without_nulls(message)
-    role_field, text_field = (next((name for name in names if name in message), names[0])
-                              for names in (ROLE, CONTENT))
+    role_field, text_field = first_of(ROLE, message), first_of(CONTENT, message)
     role, text = message.get(role_field), message.get(text_field)
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise BadRow("unknown role", where, f"{role_field!r} must be one of {', '.join(ROLES)}",
                      role)
     role = ROLES[role.lower()]
-    if role == "assistant" and (message.get("train") is False or message.get("weight") == 0):
+    if role == "assistant" and any(message.get(name) == 0 for name in WEIGHT):  # or False
         raise BadRow("not to be learned from", where, "must not have 'weight' 0", message)
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text"
-                                      and isinstance(part.get("text"), str) for part in text):
-        text = "\n".join(part["text"] for part in text)
-    count_unused(message, {role_field, text_field}, "message's ", report)
+                                      for part in text):
+        text = "\n".join(check_text(part, first_of(CONTENT, part), where) for part in text)
+    count_unused(message, {role_field, text_field, *WEIGHT}, "message's ", report)
     return role, check_text({text_field: text}, text_field, where).strip(BLANKS)
+
+
+def first_of(names, fields):
+    """Return the first of the names that is a field, or else the first one."""
+    return next((name for name in names if name in fields), names[0])
 
 
 def without_nulls(row):

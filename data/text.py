@@ -1,8 +1,16 @@
-"""Prepare plain text: a UTF-8 file, which may be larger than memory, becomes token files.
+"""Prepare plain text, which may be larger than memory: it becomes token files.
 
     python -m data.text config/prepare_shakespeare.py    # downloads tiny Shakespeare
     python -m data.text --source=my.txt --out_dir=data/mine --tokenizer=bpe
+
+A source is a UTF-8 text, JSON lines ({"text": "..."}), either one gzipped, or a folder of such
+files. <|endoftext|> in a text becomes the token that separates documents. One is added between the
+rows of JSON lines and between the files of a folder.
 """
+import gzip
+import json
+import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,45 +19,74 @@ from config import UserError
 from data.datasets import write_meta, write_tokens
 from data.download import fetch, sha256_of
 from data.files import new_files
-from data.tokenizer import make_tokenizer
+from data.tokenizer import END_OF_TEXT, make_tokenizer
 
-BLOCK = 1 << 20  # bytes read at a time
+BLOCK = 1 << 20  # characters read at a time
+JSON_LINES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
+IN_FOLDERS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")  # which files of a folder are read
 
 
 @dataclass
 class Settings:
-    source: str = ""  # a UTF-8 text file, or the http(s) URL of one
+    source: str = ""  # a .txt, .jsonl, .txt.gz or .jsonl.gz, its http(s) URL, or a folder of such
     out_dir: Path = Path("data/text")  # where train.bin, val.bin and meta.json go
     tokenizer: str = "bytes"  # bytes, gpt2, bpe (trained on this text) or a tokenizer.json
     vocab_size: int = 4096  # of bpe
-    bpe_bytes: int = 100_000_000  # bpe is trained on the first bytes of the text, at most
+    bpe_chars: int = 100_000_000  # bpe is trained on the first characters of the text, at most
     val_fraction: float = 0.1  # fraction held out for validation, from the end of the text
 
 
-def read_text(path, start, stop):
-    """Yield bytes start..stop of a UTF-8 file as strings of whole lines, together about BLOCK bytes
-    each. Windows line ends become "\\n". Raises UserError for other encodings."""
-    with open(path, "rb") as f:
-        f.seek(start)
-        while start < stop:
-            block = b"".join(f.readlines(BLOCK))[:stop - start]
-            try:  # -sig: without the byte-order mark that Notepad writes
-                text = block.decode("utf-8" if start else "utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}: not UTF-8 text (byte {start + error.start}); save it as "
-                                "UTF-8") from error
-            yield text.replace("\r\n", "\n").replace("\r", "\n")
-            start += len(block)
+def read_documents(files):
+    """Yield the text of files in pieces of whole lines, about BLOCK characters each, and
+    END_OF_TEXT as a piece of its own. Windows line ends become "\\n". Raises UserError, OSError."""
+    for number, path in enumerate(files):
+        if number:
+            yield END_OF_TEXT
+        for piece in read_file(path):
+            yield from filter(None, re.split(f"({re.escape(END_OF_TEXT)})", piece))
 
 
-def character_start(path, at):
-    """Return the first position from `at` on that splits neither a UTF-8 character nor a Windows
-    line ending, so never one before "\\n"; or the end of the file."""
-    with open(path, "rb") as f:
-        f.seek(at)
-        while (byte := f.read(1)) and (byte == b"\n" or byte[0] & 0xC0 == 0x80):
-            at += 1
-    return at
+def read_file(path):
+    """Yield the text of a file in pieces. Raises UserError, or OSError if there is no file."""
+    try:  # -sig: without the byte-order mark that Notepad writes
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+            if path.name.endswith(JSON_LINES):
+                yield from read_json_lines(path, f)
+            while block := f.read(BLOCK) + f.readline():
+                yield block
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error.object[:error.end][-20:]}; save it as "
+                        "UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: cannot be unpacked: {error}; download it again") from error
+
+
+def read_json_lines(path, lines):
+    """Yield the "text" of each row, and END_OF_TEXT before each but the first."""
+    separator = ""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                text = json.loads(line)["text"].replace("\r\n", "\n")
+                text.encode("utf-8")  # raises a ValueError for half a character
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: must be a row of JSON lines, {{\"text\": "
+                                "\"...\"}; if the JSON itself is the text, name it .txt") from error
+            yield separator + text
+            separator = END_OF_TEXT
+
+
+def cut(pieces, start, stop):
+    """Yield characters start..stop of a text in pieces. Never cut END_OF_TEXT."""
+    at = 0
+    for piece in pieces:
+        if at >= stop:
+            return
+        if piece == END_OF_TEXT and at >= start:
+            yield piece
+        elif piece != END_OF_TEXT and at + len(piece) > start:
+            yield piece[max(start - at, 0):stop - at]
+        at += len(piece)
 
 
 def main(argv):
@@ -57,24 +94,32 @@ def main(argv):
     cfg = config.load(Settings, argv, __doc__)
     if not cfg.source:
         raise UserError("no text given; use --source=FILE, or config/prepare_shakespeare.py")
-    config.check(cfg, val_fraction=(0, 1), bpe_bytes=(1, None))
+    config.check(cfg, val_fraction=(0, 1), bpe_chars=(1, None))
     path = fetch(cfg.source, cfg.out_dir)
-    size = path.stat().st_size
-    split = character_start(path, int(size * (1 - cfg.val_fraction)))
-    if not 0 < split < size:
-        raise UserError(f"{path}: {size} bytes cannot be split at val_fraction={cfg.val_fraction}; "
-                        "use more text")
+    files = [path] if not path.is_dir() else sorted(
+        file for file in path.rglob("*") if file.name.endswith(IN_FOLDERS))
+    size = sum(map(len, read_documents(files)))
+    split = int(size * (1 - cfg.val_fraction))
     with new_files(cfg.out_dir) as folder:
-        learned_from = read_text(path, 0, min(split, character_start(path, cfg.bpe_bytes)))
-        enc, name = make_tokenizer(cfg.tokenizer, folder, learned_from, cfg.vocab_size)
+        learned_from = cut(read_documents(files), 0, min(split, cfg.bpe_chars))
+        enc, name = make_tokenizer(
+            cfg.tokenizer, folder, (piece for piece in learned_from if piece != END_OF_TEXT),
+            cfg.vocab_size)
+        separator = [enc.encode_single_token(END_OF_TEXT)]
         train, val = (
-            write_tokens(folder / f"{part}.bin", map(enc.encode_ordinary, read_text(path, *span)))
+            write_tokens(folder / f"{part}.bin", (
+                separator if piece == END_OF_TEXT else enc.encode_ordinary(piece)
+                for piece in cut(read_documents(files), *span)))
             for part, span in (("train", (0, split)), ("val", (split, size))))
+        if not train or not val:
+            raise UserError(f"{path}: {size} characters in {len(files)} files cannot be split at "
+                            f"val_fraction={cfg.val_fraction}; use more text (in a folder, only "
+                            f"{', '.join(IN_FOLDERS)} files are read)")
         write_meta(folder, {"kind": "text", "tokenizer": name, "vocab_size": enc.n_vocab,
                             "train_tokens": train, "val_tokens": val, "source": path.name,
-                            "sha256": sha256_of(path)})
-    print(f"{path}: {size:,} bytes -> {cfg.out_dir}: {train:,} training tokens, {val:,} validation "
-          f"tokens, {enc.n_vocab} ids ({name})")
+                            "sha256": sha256_of(*files)})
+    print(f"{path}: {size:,} characters -> {cfg.out_dir}: {train:,} training tokens, {val:,} "
+          f"validation tokens, {enc.n_vocab} ids ({name})")
 
 
 if __name__ == "__main__":

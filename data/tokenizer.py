@@ -7,9 +7,12 @@ single ids after its ordinary ids.
 """
 import heapq
 import json
+import math
 import os
 import re
 import sys
+import time
+from array import array
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -84,25 +87,36 @@ def merge(ids, pair, new_id):
 # ---- the same, fast: train_bpe learns, tiktoken encodes ----
 
 def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
-    """Learn as `learn_merges` does, but recount only the words that a merge changes. Returns
+    """Learn as `learn_merges` does, but visit only the places that a merge changes. Returns
     {"pattern": ..., "merges": [[id, id], ...]}. texts: an iterable; no pair crosses from one to the
     next. Raises UserError for a vocab_size out of range."""
     if not 256 <= vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"vocab_size={vocab_size}: must be from 256, the bytes, to "
                         f"{MAX_VOCAB_SIZE}: token files have 16-bit ids, four of special tokens")
-    word_counts = Counter(word for text in texts for word in re.findall(pattern, text))
-    words, counts = [list(w.encode("utf-8")) for w in word_counts], list(word_counts.values())
-    pair_counts, pair_words, changed, heap, merges = Counter(), defaultdict(set), set(), [], []
+    word_counts = Counter(word for text in note_if_slow(texts, "counting words: {} texts so far")
+                          for word in re.findall(pattern, text))
+    # All distinct words as one doubly linked list of ids. -1 separates words, and also marks the
+    # second place of a merged pair, which is no longer linked.
+    ids, counts = array("i", [-1]), array("q", [0])
+    for word, n in word_counts.items():
+        ids.extend([*word.encode("utf-8"), -1])
+        counts.extend([n] * (len(ids) - len(counts)))
+    before, after = array("i", range(-1, len(ids) - 1)), array("i", range(1, len(ids) + 1))
+    pair_counts, places = Counter(), defaultdict(lambda: array("i"))  # of each pair
+    changed, heap, merges = set(), [], []
 
-    def count(i, sign):  # add or subtract the pairs of one word
-        for pair in zip(words[i], words[i][1:]):
+    def count(i, j, sign):  # add or subtract the pair at i and the place after it, j
+        pair = ids[i], ids[j]
+        if -1 not in pair:
             pair_counts[pair] += sign * counts[i]
-            pair_words[pair].add(i)
             changed.add(pair)
+            if sign > 0:
+                places[pair].append(i)
 
-    for i in range(len(words)):
-        count(i, 1)
-    while len(merges) < vocab_size - 256:
+    for i in range(len(ids) - 1):
+        count(i, i + 1, 1)
+    for new_id in note_if_slow(range(256, vocab_size), "learning byte pairs: {} merges of at most "
+                               f"{vocab_size - 256} so far, later ones are faster"):
         # A heap finds the most frequent pair. Entries with an outdated count are skipped.
         for pair in changed:
             if pair_counts[pair] > 1:
@@ -114,11 +128,26 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
             break
         _, pair = heapq.heappop(heap)
         merges.append(list(pair))
-        for i in pair_words.pop(pair):
-            count(i, -1)
-            words[i] = merge(words[i], pair, 255 + len(merges))
-            count(i, 1)
+        for i in sorted(places.pop(pair)):  # left to right
+            j = after[i]
+            if (ids[i], ids[j]) == pair:  # not changed since
+                left, right = before[i], after[j]
+                for neighbours in ((left, i), (i, j), (j, right)):
+                    count(*neighbours, -1)
+                ids[i], ids[j], after[i], before[right] = new_id, -1, right, i
+                count(left, i, 1)
+                count(i, right, 1)
     return {"pattern": pattern, "merges": merges}
+
+
+def note_if_slow(items, note, seconds=2):
+    """Yield the items. If that takes long, print a note once, with their number so far in {}."""
+    due = time.monotonic() + seconds
+    for number, item in enumerate(items):
+        if time.monotonic() > due:
+            print(note.format(number), file=sys.stderr, flush=True)
+            due = math.inf
+        yield item
 
 
 def make_tokenizer(name, folder, texts, vocab_size, pattern=SPLIT_PATTERN):
@@ -215,7 +244,7 @@ def main(argv):
     """Print six ways to split the text on the command line. Raises UserError without GPT-2."""
     text = " ".join(argv).encode("utf-8", "replace").decode("utf-8")  # broken bytes become "?"
     if text.strip() in ("", "-h", "--help"):
-        return print(__doc__.strip())
+        return print((__doc__ or "").strip())
     sys.stdout.reconfigure(encoding="utf-8")
     source = Path(__file__).parent / "instruction" / "instruction-data.json"
     learned = train_bpe([source.read_text(encoding="utf-8")], 1024)

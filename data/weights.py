@@ -4,13 +4,12 @@ A name such as gpt2-medium is downloaded once into GPT2_CACHE_DIR, or ~/.cache/g
 model.safetensors or pytorch_model.bin, usually with a config.json, or nanoGPT's ckpt.pt.
 """
 import json
-import os
 import sys
 import zipfile
 from pathlib import Path
 
 from config import UserError
-from data.download import download, hub
+from data.download import download, gpt2_folder, hub
 from data.safetensors import read_safetensors
 from data.tokenizer import GPT2_VOCAB_SIZE, ROLE_TOKENS, get_tokenizer
 
@@ -72,10 +71,10 @@ def parse(file):
 
 def fetch_gpt2(name):
     """Return the local model.safetensors of one of GPT2_NAMES, downloaded at first use."""
-    folder = Path(os.environ.get("GPT2_CACHE_DIR") or "~/.cache/gpt2").expanduser() / name
-    path = folder / "model.safetensors"
+    path = gpt2_folder() / name / "model.safetensors"
     if not path.exists():  # whichever mirror it came from
-        print(f"downloading {name} into {folder} (HF_ENDPOINT names a mirror)", file=sys.stderr)
+        print(f"downloading {name} into {path.parent} (HF_ENDPOINT names a mirror)",
+              file=sys.stderr)
         download(GPT2_URL.format(hub=hub(), name=name), path)
     return path
 

@@ -124,9 +124,9 @@ def accuracy(answers, by):
 def main(argv):
     """Download HellaSwag's validation set, unless it exists. Raises OSError."""
     if argv:
-        return print(__doc__)
+        return print(__doc__ or "")
     path = config.repo_folder() / "data" / "hellaswag" / "hellaswag_val.jsonl"
-    print(f"python chat.py --score={download(URL, path, SHA256)}")
+    print(config.shell_command("python", "chat.py", f"--score={download(URL, path, SHA256)}"))
 
 
 if __name__ == "__main__":

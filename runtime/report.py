@@ -3,7 +3,7 @@ import math
 from datetime import timedelta
 from types import SimpleNamespace
 
-from config import UserError
+from config import UserError, shell_command
 from data.conversation import decode_conversation, encode_prompt, special_ids
 from data.datasets import SPLITS, count_targets
 from data.tokenizer import get_tokenizer
@@ -74,8 +74,8 @@ def print_summary(cfg, state):
     if state.history:
         step, _, val_loss = lowest(state.history)
         print(f"lowest validation loss: {val_loss:.4f} at step {step}\nbest.pt has the lowest "
-              f"{cfg.best_by} loss; try it:\n    python chat.py --checkpoint="
-              f"{cfg.out_dir / 'best.pt'}", flush=True)
+              f"{cfg.best_by} loss; try it:\n    " + shell_command(
+                  "python", "chat.py", f"--checkpoint={cfg.out_dir / 'best.pt'}"), flush=True)
 
 
 def run_eval(cfg, dataset, evaluate):

@@ -37,7 +37,7 @@ def load_settings(settings_class, argv, doc, may_be_0=()):
                         "minutes (10m)")
     if cfg.eval_only and (cfg.resume or cfg.init_from == "scratch"):
         raise UserError("eval_only=True: name the model to evaluate, and leave out --resume: "
-                        f"--init_from={cfg.out_dir / 'best.pt'}, or gpt2")
+                        f"{config.shell_command(f'--init_from={cfg.out_dir}/best.pt')}, or gpt2")
     return cfg
 
 

@@ -192,8 +192,9 @@ def test_a_context_of_a_few_tokens_does_not_fail(block_size):
     (b"\x99ok", ["\ufffd", "o", "k"]), (b"\xe2\x82ok", ["\ufffdo", "k"]),
     *[([*b"Yes.", stop, *b"no"], ["Y", "e", "s", "."]) for stop in special()]])  # any special token ends a reply
 def test_a_reply_arrives_in_whole_characters_until_a_special_token(said, shown):
-    session, _ = scripted_session(list(said))
-    assert list(session.reply(list(b"Hm?"), chat.Settings())) == shown
+    for turns in (50, 0):  # 0: a base model, which ends its text at <|endoftext|>
+        session, _ = scripted_session(list(said), turns=turns)
+        assert list(session.reply(list(b"Hm?"), chat.Settings())) == shown
 
 
 @pytest.mark.parametrize("longest, message, said, stop", [

@@ -95,6 +95,7 @@ def test_settings_of_version_1_0_load_under_their_new_name(tmp_path):
     ("--data_dir=", "data_dir='' is of type str, not Path"), ("--resume", "has no value; write --resume=VALUE, such as --resume=True"),
     ("config/train_recitee.py", "not a config file; see config/, or write --checkpoint=config/train_recitee.py"),
     ("README.md", "not a config file; see config/, or write --checkpoint=README.md"),
+    pytest.param("my data/best.pt", "not a config file; see config/, or write '--checkpoint=my data/best.pt'", marks=POSIX),
 ])
 def test_a_wrong_argument_gives_a_one_line_error_with_what_to_do(arg, message):
     source = "/set" if "=" in arg else arg
@@ -174,6 +175,19 @@ def test_a_user_error_exits_with_one_line_and_ctrl_c_with_130(error, code):
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ValueError, match="ours"):
         config.run(lambda argv: int("ours"))
+
+
+@POSIX
+def test_a_printed_command_can_be_pasted_into_a_shell():
+    words = ["printf", "%s|", "--out_dir=my data/Zoe's $HOME", "*", "a\\b"]
+    assert subprocess.check_output(config.shell_command(*words), shell=True, text=True) == "|".join([*words[2:], ""])
+    assert config.shell_command("python", "chat.py", "--checkpoint=out/a_b-1/best.pt") == "python chat.py --checkpoint=out/a_b-1/best.pt"
+
+
+@pytest.mark.parametrize("words", [["train.py", "--help"], ["-m", "data.tokenizer"]])
+def test_help_works_without_docstrings(words):
+    done = subprocess.run([sys.executable, "-OO", *words], cwd=REPO, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and ("--n_layer=4 " in done.stdout) == ("train.py" in words)
 
 
 def test_a_comment_after_a_command_is_ignored(monkeypatch):

@@ -114,15 +114,15 @@ def test_any_text_survives_and_typed_role_tokens_never_become_ids(enc, turns):
     ({"messages": [{"Role": "User", "Content": "a"}, {"Role": "Bot", "Content": "b"}]}, ["a", "b"]),
     ({"messages": [{"role": "user", "text": "a"}, {"role": "model", "text": "b"}]}, ["a", "b"]),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "c"}]},
-                   {"role": "assistant", "content": "b"}]}, ["a\nc", "b"]),
+                   {"role": "assistant", "content": [{"type": "text", "value": "b"}]}]}, ["a\nc", "b"]),
     ({"messages": [{"role": "system", "content": "s"}, *chat("a", "b")]}, ["s\na", "b"]),
     ({"system": "s", "messages": [*chat("a", "b"), {"role": "developer", "content": "t"}, *chat("c", "d"),
                                   {"role": "system", "content": "s"}]}, ["s\nt\na", "b", "c", "d"]),
     ({"messages": [{"role": "system", "content": " "}, *chat("a", "b")]}, ["a", "b"]),
     ({"messages": [{"role": "system", "content": "s"}, *chat(" ", "b")]}, ["", "b"]),  # no question at all
     ({"conversations": said("a", "", "c", ">b", ">d")}, ["a\nc", "b\nd"]),
-    ({"messages": [{**m, "weight": i % 2, "train": True} for i, m in enumerate(TWO_TURNS)]}, ["Hi", "Yo!", "é?", "A"]),
-    ({**GOOD, "label": True}, ["a", "b"]),
+    ({"messages": [{**m, "weight": i % 2, "loss_weight": i, "train": True} for i, m in enumerate(TWO_TURNS)]}, ["Hi", "Yo!", "é?", "A"]),
+    ({**GOOD, "label": True, "text": "a formatted copy", "images": []}, ["a", "b"]),
 ])
 def test_common_row_layouts_are_read(row, texts):
     assert read(row, Counter()) == texts
@@ -141,6 +141,7 @@ def test_messages_without_a_partner_are_left_out_and_counted(texts, left, report
 @pytest.mark.parametrize("row, reason, part", [
     ([], "not an object", "must have a question and an answer, found \\[]"), (None, "not an object", "found None"),
     ({}, "unknown layout", "must have 'messages'.*found \\[]"), ({"output": "a"}, "unknown layout", "prompt"),
+    ({"text": "a story"}, "unknown layout", "plain text is for python -m data.text"),
     ({"instruction": "a", "id": 1}, "unknown layout", "response.*'instruction', 'id'"),
     ({**GOOD, "output": None}, "unknown layout", "'instruction', 'input'"), ({**GOOD, "output": 3}, "wrong type", "'output' must be text, found 3"),
     ({**GOOD, "input": ["a"]}, "wrong type", "message 2"), ({**GOOD, "instruction": {"a": 1}}, "wrong type", "'instruction'"),
@@ -153,10 +154,12 @@ def test_messages_without_a_partner_are_left_out_and_counted(texts, left, report
     ({"messages": []}, "no answer to a question", "user"), ({"conversations": said("a")}, "no answer to a question", "user"),
     ({"conversations": said(">a")}, "no answer to a question", "user"),
     ({"prompt": "a", "completion": "b", "label": False}, "marked as a bad answer", "'label': False"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference data", "one answer, not preference data, found 'chosen'"),
-    ({"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []}, "preference data", "preference"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference data", "one answer in text, not preference data, found 'chosen'"),
+    ({"input": {"messages": []}, "preferred_output": [], "non_preferred_output": [1]}, "preference data", "preference"),
+    ({**GOOD, "images": ["a.png"]}, "multimodal data", "one answer in text, not multimodal data, found 'images'"),
     ({"question": "a", "choices": ["b", "c"], "answer": "B"}, "multiple choice", "'choices'"),
     ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "weight": 0}]}, "not to be learned from", "message 2: .*'weight'"),
+    ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "loss_weight": 0.0}]}, "not to be learned from", "message 2"),
     ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "train": False}]}, "not to be learned from", "message 2: .*'train'"),
     ({**GOOD, "output": "cut \ud83d"}, "half a character", "surrogate"),
 ])

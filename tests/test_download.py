@@ -34,6 +34,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def test_the_checksum_of_several_files_is_that_of_their_bytes_in_order(tmp_path):
+    for name, part in (("a", BODY[:9]), ("b", BODY[9:])):
+        (tmp_path / name).write_bytes(part)
+    assert sha256_of(tmp_path / "a", tmp_path / "b") == SHA256
+
+
 def whole(request, body=BODY, **headers):
     """Answer with the whole file, whatever the request's Range is."""
     return 200, {"Content-Length": len(body), "ETag": f'"{body[0]}"'} | headers, body

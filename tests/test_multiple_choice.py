@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import shlex
 
 import pytest
 import torch
@@ -162,6 +163,9 @@ def test_the_command_downloads_the_authors_file_of_known_checksum(tmp_path, monk
     multiple_choice.main([])
     assert capsys.readouterr().out == "python chat.py --score=data/hellaswag/hellaswag_val.jsonl\n"
     [(url, _, sha256)] = asked
+    monkeypatch.setattr(multiple_choice, "download", lambda *args: "my data/rows.jsonl")
+    multiple_choice.main([])
+    assert shlex.split(capsys.readouterr().out) == ["python", "chat.py", "--score=my data/rows.jsonl"]
     assert url.startswith("https://raw.githubusercontent.com/rowanz/hellaswag/") and len(sha256) == 64
     multiple_choice.main(["--help"])
     assert len(asked) == 1 and "python -m runtime.multiple_choice" in capsys.readouterr().out

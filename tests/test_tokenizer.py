@@ -1,6 +1,9 @@
 """Tokenizers: training against a slow reference, round trips, role tokens, GPT-2, errors, the lesson."""
+import itertools
 import json
+import random
 import re
+import time
 from collections import Counter
 
 import pytest
@@ -96,6 +99,15 @@ def test_merges_by_hand():
     assert train_bpe(["aab aab"], 300)["merges"] == [[A, A], [256, B]]
     assert re.findall(SPACE_BEHIND_PATTERN, "Sort a,  b: 12.") == ["Sort ", "a", ", ", " ", "b", ": ", "1", "2", "."]
     assert get_tokenizer(train_bpe(["aab aab"], 300)).encode_ordinary("aab aab b") == [257, 32, 257, 32, B]
+
+
+def test_a_long_word_equals_the_slow_reference_and_one_note_is_printed_if_training_is_slow(monkeypatch, capsys):
+    text = "".join(random.Random(1).choices("ACGT", k=3000))
+    wanted = slow_bpe([text], 300)
+    assert train_bpe([text], 300)["merges"] == wanted and capsys.readouterr().err == ""
+    monkeypatch.setattr(time, "monotonic", itertools.count(step=1.5).__next__)
+    assert train_bpe([text], 300)["merges"] == wanted
+    assert capsys.readouterr().err == "learning byte pairs: 1 merges of at most 44 so far, later ones are faster\n"
 
 
 @pytest.mark.parametrize("texts, vocab_size, merges", [

@@ -2,6 +2,7 @@
 import contextlib
 import math
 import re
+import shlex
 import sys
 from dataclasses import replace
 
@@ -12,13 +13,14 @@ import config
 import finetune
 import model
 import train
+from chat import main as chat_main
 from config import UserError
 from data.datasets import open_dataset
 from model import GPT, GPTConfig
 from runtime import devices, report, setup
 from runtime.checkpoint import load_checkpoint, load_model
 from runtime.log import bits_per_byte
-from tests.conftest import limit_file_size
+from tests.conftest import POSIX, limit_file_size
 from tests.toy_runs import (
     CPU,
     ROWS,
@@ -253,6 +255,17 @@ def test_best_pt_is_the_model_of_the_lowest_loss_without_an_optimizer(toys, tmp_
     assert best["step"] == lowest[0] and "optimizers" in last and "optimizers" not in best
     dataset = open_dataset(toys / ("text" if script is train else "chat"), 64, 2)
     assert loss_of(load_model(best), dataset, "train", 200) == pytest.approx(lowest[1], rel=1e-5)
+
+
+@POSIX
+def test_printed_commands_work_in_a_folder_with_a_space(toys, tmp_path, capsys):
+    best = tmp_path / "my data" / "best.pt"
+    run(toys, train, best.parent)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command == ["python", "chat.py", f"--checkpoint={best}"]
+    chat_main([*command[2:], "--prompt=one", "--device=cpu"])
+    with pytest.raises(UserError, match=re.escape(f" '--init_from={best}', or gpt2")):
+        train.main(["--eval_only=True", f"--out_dir={best.parent}"])
 
 
 def test_a_run_without_resume_prints_that_it_replaces_the_earlier_one(toys, tmp_path, capsys):

@@ -9,10 +9,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
+import chat
 from config import UserError
 from data.safetensors import read_safetensors, write_safetensors
 from model import crop_block_size, load_gpt2
-from tests.conftest import serving
+from tests.conftest import error_of_script, serving
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: these tests need no hub
 transformers = pytest.importorskip("transformers")
@@ -333,6 +334,12 @@ def test_a_model_by_name_is_downloaded_once(tiny, tiny_folder, tmp_path, monkeyp
         with pytest.raises(OSError, match="gpt2-xl/resolve.*404"):
             load_gpt2("gpt2-xl")
     assert_same_logits(load_gpt2("gpt2"), tiny)  # without a server
+
+
+def test_without_a_home_directory_the_error_names_the_variable_to_set(monkeypatch):
+    monkeypatch.delenv("GPT2_CACHE_DIR", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and a passwd entry
+    assert "no home directory; set the environment variable GPT2_CACHE_DIR" in error_of_script(monkeypatch, chat, ["--init_from=gpt2"])
 
 
 def test_a_folder_without_weights_is_refused_with_the_alternatives(tmp_path):
