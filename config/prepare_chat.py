@@ -6,6 +6,6 @@ out_dir = "data/chat"
 tokenizer = "data/rules/tokenizer.json"  # of the model to finetune
 val_fraction = 0.1
 repeat = 18  # of source
-join = 7  # turns of a chat, at most
+join = 8  # turns of a chat, at most
 max_tokens = 257
 too_long = "drop"

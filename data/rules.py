@@ -106,8 +106,7 @@ def past_of(d, verb):
 
 
 # The category of such a question: the section of its words, and its answer.
-WORD_RULES = {"plural": ("nouns", plural_of), "past tense": ("verbs", past_of),
-              "upper case": ("nouns", lambda d, word: word.upper())}
+WORD_RULES = {"plural": ("nouns", plural_of), "past tense": ("verbs", past_of)}
 
 
 def about_word(rule, section=None):
@@ -126,7 +125,7 @@ def convert(d):
 
 
 SUMS = ((20, 20), (60, 60), (60, 60), (99, 99), (99, 9), (9, 99))
-DIFFERENCES = ((30, 30), (99, 99), (99, 99), (99, 9), (30, 9))
+DIFFERENCES = ((30, 30), (99, 99), (99, 9), (30, 9))
 
 
 def arithmetic(*sections):
@@ -307,14 +306,14 @@ def other_letter(d):
 # The category of a row: (what makes it, its relative frequency). Made-up words get the first kind.
 # Answers of a category that ends in "(work)" show their work.
 ABOUT_WORDS = {
-    "rule/plural": (about_word("plural"), 7), "rule/past tense": (about_word("past tense"), 9),
-    "rule/upper case": (about_word("upper case"), 4), "rule/sorting (work)": (sort_words, 16),
-    "rule/letters": (letter, 4), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
-    "rule/word picking": (pick_word, 6), "chat/other word": (other_word, 3),
+    "rule/plural": (about_word("plural"), 8), "rule/past tense": (about_word("past tense"), 12),
+    "rule/sorting (work)": (sort_words, 16),
+    "rule/letters": (letter, 5), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
+    "rule/word picking": (pick_word, 7), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
 RULES = ABOUT_WORDS | {
-    "rule/sum (work)": (add, 8), "rule/subtraction (work)": (subtract, 10),
-    "rule/unit conversion": (convert, 5), "rule/comparison (work)": (compare, 9),
+    "rule/sum (work)": (add, 7), "rule/subtraction (work)": (subtract, 10),
+    "rule/unit conversion": (convert, 4), "rule/comparison (work)": (compare, 9),
     "rule/counting": (count, 7), "chat/more (work)": (more, 1),
     "chat/other sum (work)": (other_sum, 2), "chat/other comparison (work)": (other_comparison, 2),
     "chat/told 1 turn ago": (remember(1), 2),

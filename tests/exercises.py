@@ -184,7 +184,7 @@ def window():
 # ---- 5. memorizing, and learning the rule ----
 
 CATEGORIES = {*(f"rule/{name}" for name in (
-    "plural", "past tense", "upper case", "sorting (work)", "letters", "negation", "repeat", "word picking", "sum (work)",
+    "plural", "past tense", "sorting (work)", "letters", "negation", "repeat", "word picking", "sum (work)",
     "subtraction (work)", "unit conversion", "comparison (work)", "counting")),
     *(f"chat/{name}" for name in (
         "other word", "other letter", "more (work)", "other sum (work)", "other comparison (work)", "two told",
