@@ -91,7 +91,7 @@ def test_it_shares_the_weights_and_generates_from_its_logits(int8, capsys):
 def attention(mask=code.causal_mask, rotate=lambda z, start: z, gain=1):
     """Return an edit of CausalSelfAttention.forward that a reader may make."""
     def forward(self, x, cache=None, start=0):
-        q, k, v = (z.view(*x.shape[:2], self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
+        q, k, v = (z.view(*x.shape[:2], self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(x.shape[2], dim=2))
         k, v = cache.store(rotate(k, start), v, start)
         y = F.scaled_dot_product_attention(rotate(q, start), k, v, attn_mask=mask(x.shape[1], k.shape[2], "cpu"))
         return self.c_proj(gain * y.transpose(1, 2).reshape(x.shape))
