@@ -110,7 +110,7 @@ class ChatSession:
             yield from self.model.generate(self.prompt, limit, stop_ids=special_ids(self.enc),
                                            seed=cfg.seed, cache=self.cache, **sampling)
         except RuntimeError as error:
-            if "probability tensor" not in str(error):
+            if not any(text in str(error) for text in ("probability tensor", "QuantizationParams")):
                 raise
             raise UserError("the logits contain NaN or inf: the weights are damaged; use a "
                             "different checkpoint") from error
