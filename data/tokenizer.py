@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import tiktoken
+from tiktoken.load import read_file_cached
 
 import config
 from config import UserError
@@ -34,6 +35,15 @@ GPT2_VOCAB_SIZE = 50257  # ids in GPT-2's own files, which have no role tokens
 SPLIT_PATTERN = "[^\\W\\d_\u200c\u200d]+|\\d|(?:[^\\s\\w]|[_\u200c\u200d])+|\\s+"
 # The same with a space joined to the word or punctuation before it: a fifth fewer tokens.
 SPACE_BEHIND_PATTERN = "[^\\W\\d_\u200c\u200d]+ ?|\\d|(?:[^\\s\\w]|[_\u200c\u200d])+ ?|\\s+"
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+GPT2_MERGES = ("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+               "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")  # SHA-256
+# GPT-2's files spell each byte as one character: printable ones as themselves, the others as the
+# characters from U+0100 on. In the order of their ids.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+GPT2_CHARACTERS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
 
 
 # ---- byte-pair encoding, the naive way ----
@@ -184,16 +194,18 @@ def get_tokenizer(spec):
 
 
 def load_gpt2_tokenizer():
-    """Return GPT-2's tokenizer. Raises UserError if its vocabulary cannot be downloaded."""
+    """Return GPT-2's tokenizer. Raises UserError if its merges cannot be downloaded."""
     try:
-        base = tiktoken.get_encoding("gpt2")
+        merges = read_file_cached(*GPT2_MERGES).decode().split("\n")[1:-1]  # "Ġ t", ...
     except Exception as error:  # requests, urllib3 and tiktoken each have their own
         raise UserError(
             f"GPT-2's vocabulary could not be loaded ({type(error).__name__}): tiktoken downloads "
             "it once; without a network, copy tiktoken's cache folder from another machine and set "
             f"TIKTOKEN_CACHE_DIR to it (now {os.environ.get('TIKTOKEN_CACHE_DIR')})") from error
-    ranks = base._mergeable_ranks
-    return build("gpt2", base._pat_str, sorted(ranks, key=ranks.get))
+    byte_of = str.maketrans({c: b for b, c in GPT2_CHARACTERS.items()} | {" ": None})
+    tokens = [token.translate(byte_of).encode("latin-1")
+              for token in (*GPT2_CHARACTERS.values(), *merges)]  # bytes, then each merge's
+    return build("gpt2", GPT2_PATTERN, tokens)
 
 
 def build(name, pattern, tokens):

@@ -14,7 +14,7 @@ from config import UserError
 from data.conversation import chat_template, special_ids
 from data.files import new_files, write_json
 from data.safetensors import write_safetensors
-from data.tokenizer import END_OF_TEXT, get_tokenizer
+from data.tokenizer import END_OF_TEXT, GPT2_CHARACTERS, get_tokenizer
 from model import transpose_conv1d
 from runtime.checkpoint import load_checkpoint, load_model, max_turns
 
@@ -106,16 +106,9 @@ def write_hf_tokenizer(folder, cfg, enc, is_gpt2):
         "clean_up_tokenization_spaces": False, "chat_template": chat_template()})
 
 
-# GPT-2's files spell each byte as one character: printable ones as themselves, the others as the
-# characters from U+0100 on.
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHERS = [b for b in range(256) if b not in PRINTABLE]
-CHARACTERS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
-
-
 def to_gpt2_unicode(token):
     """Spell the bytes of a token as GPT-2's files do: b" the" is "Ġthe"."""
-    return "".join(CHARACTERS[b] for b in token)
+    return "".join(GPT2_CHARACTERS[b] for b in token)
 
 
 def merge_pairs(enc):

@@ -56,15 +56,15 @@ def test_logits_equal_those_of_transformers():
 
 @torch.no_grad()
 @pytest.mark.parametrize("changes", [{}, {"bias": False}, {"n_embd": 40, "n_head": 5, "vocab_size": 70}])
-def test_int8_logits_are_close_and_the_same_for_decoding_and_prefill(changes):
+def test_int8_logits_are_close_to_float32s_and_to_each_other_in_decoding_and_prefill(changes):
     plain = toy(spread=0.1, **{"n_embd": 64, **changes})
     fast, wanted = speed_up(plain, int8=True), logits_of(plain, T)
     found = logits_of(fast, T)
-    assert 0 < (found - wanted).norm() < 0.03 * wanted.norm()
-    torch.testing.assert_close(logits_of(fast, *[1] * T), found, rtol=1e-3, atol=1e-3)
+    assert 0 < (found - wanted).norm() < 0.05 * wanted.norm()
+    assert (logits_of(fast, *[1] * T) - found).norm() < 0.03 * wanted.norm()
     assert (fast(IDS)[..., plain.config.vocab_size:] == -math.inf).all(), "padding"
     x, V = plain.hidden(IDS), plain.config.vocab_size
-    assert 0 < (fast.head(x) - plain.head(x))[..., :V].norm() < 0.03 * wanted.norm(), "the head is int8 too"
+    assert 0 < (fast.head(x) - plain.head(x))[..., :V].norm() < 0.05 * wanted.norm(), "the head is int8 too"
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -91,7 +91,7 @@ def test_it_shares_the_weights_and_generates_from_its_logits(int8, capsys):
 def attention(mask=code.causal_mask, rotate=lambda z, start: z, gain=1):
     """Return an edit of CausalSelfAttention.forward that a reader may make."""
     def forward(self, x, cache=None, start=0):
-        q, k, v = (z.view(*x.shape[:2], self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
+        q, k, v = (z.view(*x.shape[:2], self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(x.shape[2], dim=2))
         k, v = cache.store(rotate(k, start), v, start)
         y = F.scaled_dot_product_attention(rotate(q, start), k, v, attn_mask=mask(x.shape[1], k.shape[2], "cpu"))
         return self.c_proj(gain * y.transpose(1, 2).reshape(x.shape))

@@ -204,9 +204,9 @@ def test_an_unknown_name_or_missing_file_gives_a_one_line_error_with_the_choices
 
 @pytest.mark.parametrize("error", [requests.ConnectionError("no route"), OSError("full"), ValueError("hash")])
 def test_without_gpt2s_vocabulary_the_error_names_the_variable_to_set(monkeypatch, error):
-    def fail(name):
+    def fail(url, sha256):
         raise error
-    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    monkeypatch.setattr("data.tokenizer.read_file_cached", fail)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/a/cache/folder")
     with pytest.raises(UserError) as caught:
         get_tokenizer("gpt2")
