@@ -133,8 +133,8 @@ def split_rows(conversations, val_fraction, seed, report):
 
 
 def join_rows(conversations, most, rng):
-    """Join conversations, in random order, into chats of most / 2 to `most` turns: a model learns to
-    answer after earlier turns. A chat has its last row's category, since its last answer
+    """Join conversations, in random order, into chats of most / 2 to `most` turns, so that a model
+    learns to answer after earlier turns. A chat has its last row's category, since its last answer
     is the one that is scored."""
     joined, max_messages = [], 0
     for messages, category in rng.sample(conversations, len(conversations)):
