@@ -181,7 +181,7 @@ def window():
             '  python chat.py --checkpoint=out/window/best.pt --look=out/look.html --prompt="Reverse box."')
 
 
-# ---- 5. memorizing, and learning the rule ----
+# ---- 5. showing the work ----
 
 CATEGORIES = {*(f"rule/{name}" for name in (
     "plural", "past tense", "sorting (work)", "letters", "negation", "repeat", "word picking", "sum (work)",
@@ -189,59 +189,67 @@ CATEGORIES = {*(f"rule/{name}" for name in (
     *(f"chat/{name}" for name in (
         "other word", "other letter", "more (work)", "other sum (work)", "other comparison (work)", "two told",
         *(f"told {n} turn{'s' * (n > 1)} ago" for n in range(1, 6))))}
+PRODUCT_STEPS = 900  # of training, about a minute
 
 
-def rule():
-    """Add a rule of your own, such as "Say wug twice." -> "wug wug", to the synthetic data.
+def product():
+    """Teach the model to multiply by one digit with the work shown: "What is 47 times 6?", "7*6=42, 4*6=24, 24+4=28, 282".
 
-    data/rules.py: a function, ABOUT_WORDS; data/wordings.txt: a section with its wordings
+    data/rules.py: a function, RULES; data/wordings.txt: a section with its wordings
     """
-    drawn, again = new_rows("train"), new_rows("train")
-    expect(drawn, f"of 8,000 rows all are of the {len(CATEGORIES)} categories that there were before.",
-           "add a function such as `letter`, wordings in data/wordings.txt, and a line in ABOUT_WORDS: a name, the "
-           "function, and its frequency. Those of the others add up to about 110.")
-    expect(drawn == again, "the same seed gave different rows.",
-           "draw everything with d: d.word(), d.numbers(low, high), d.rng.choice(...).")
-    answers = {}
-    for operands, rows in (("train", drawn), ("held_out", new_rows("held_out")), ("made_up", new_rows("made_up"))):
-        for name, question, answer in rows:
-            expect(isinstance(answer, str) and answer.strip(), f"{name}: {question!r} has the answer {answer!r}.",
-                   "a rule returns a question and its answer, both non-empty strings.")
-            first, where = answers.setdefault(question, (answer, operands))
-            expect(first == answer, f"{name}: {question!r} has two answers, {first!r} and {answer!r}.",
-                   "the answer must follow from the question; does it depend on something drawn that is not in it?")
-            expect(operands == where or where != "train", f"{name}: {question!r} is a training and a {operands} row.",
-                   "draw operands with d.word() and d.numbers(low, high), which know what is held out; filter your own "
-                   "lists with d.fits.")
-    name, question, answer = drawn[-1]
-    return (f"{name}: {question!r} -> {answer!r}; {len(drawn)} of 8,000 rows. Does a model learn it? Four minutes\n"
-            "(the first half of make chat, after which about half of all answers are correct):\n"
-            "  python -m data.rules\n"
-            "  python prepare_alpaca.py config/prepare_rules.py\n"
-            "  python train.py config/train_rules.py --out_dir=out/my_rule\n"
-            "  python -m data.rules --operands=held_out --rows=1000 --out=data/rules/held_out.json\n"
-            "  python chat.py --checkpoint=out/my_rule/best.pt --score=data/rules/held_out.json")
+    from data.rules import result_of
+    trained, held_out = products("train", 2000), products("held_out", 300)
+    expect(trained == products("train", 2000), "the same seed gave different rows.",
+           "draw everything with d: d.numbers(low, high, high), d.ask(section, ...).")
+    for question, answer in trained + held_out:
+        numbers = [int(number) for number in re.findall(r"\d+", question)]
+        expect(len(numbers) == 2 and min(numbers) <= 9, f"{question!r} is not about a number and a digit.",
+               "d.numbers(2, 99, 9) draws both; the question names each once.")
+        expect(result_of(answer) == str(numbers[0] * numbers[1]), f"{question!r} has the answer {answer!r}.",
+               "the last term is the product, separated by a comma: 28 is the tens, 2 the last digit of 42.")
+        expect(max(numbers) <= 9 or answer.count("=") > 1, f"{question!r} has the answer {answer!r}, without steps.",
+               "each digit times the factor, then the carry; see add_in_steps.")
+    pairs, unseen = ({tuple(sorted(re.findall(r"\d+", question))) for question, _ in rows} for rows in (trained, held_out))
+    expect(not pairs & unseen, f"{' and '.join(min(pairs & unseen, default=''))} are in a training and in a held-out row.",
+           "draw operands with d.numbers, which knows what is held out.")
+    return f"for example, {trained[0][0]!r} -> {trained[0][1]!r}."
 
 
-def new_rows(operands):
-    """Return (category, question, answer) of each row of a new category, among thousands that data.rules writes. The
-    question of a longer chat is everything up to its last answer."""
+def products(operands, count):
+    """Return [(question, answer), ...] of the new category."""
     from data import rules
+    new = [name for name in rules.RULES if name not in CATEGORIES]
+    expect(len(new) == 1, f"RULES has {len(new)} new categories.",
+           'write a function such as `compare`, and add a line to RULES: "rule/product (work)": (multiply, 8).')
+    draw = rules.Draw(1, operands)
+    try:
+        return [rules.RULES[new[0]][0](draw) for _ in range(count)]
+    except KeyError as error:
+        raise NotYet(f"a rule asks for {error}, which does not exist.\nHint: d.ask needs a section [name] in "
+                     "data/wordings.txt, and a value for each name in braces: d.ask('product', a=a, b=b).") from error
+
+
+def train_on_products():
+    """Train a small model on the new category; return how many held-out products it answers correctly, as text."""
+    import chat
+    import prepare_alpaca
+    import train
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            count = 8000 if operands == "train" else 2000
-            output_of(rules.main, f"--rows={count}", f"--operands={operands}", f"--out={folder}/rows.json")
-        except KeyError as error:
-            raise NotYet(f"a rule asks for {error}, which does not exist.\nHint: d.ask needs a section [name] in "
-                         "data/wordings.txt, and a value for each name in braces: d.ask('length', w=word).") from error
-        rows = json.loads(Path(folder, "rows.json").read_text(encoding="utf-8"))
-    found = []
-    for row in rows:
-        if row["category"] not in CATEGORIES:
-            texts = ([m["content"] for m in row["messages"]] if "messages" in row
-                     else [f"{row['instruction']} {row['input']}".strip(), row["output"]])
-            found.append((row["category"], "\n".join(map(str, texts[:-1])), texts[-1]))
-    return found
+        for operands, count in (("train", 6000), ("held_out", 100)):
+            rows = [{"question": question, "answer": answer, "category": "product (work)"}
+                    for question, answer in dict.fromkeys(products(operands, count))]
+            Path(folder, f"{operands}.json").write_text(json.dumps(rows), encoding="utf-8")
+        output_of(prepare_alpaca.main, f"--source={folder}/train.json", f"--out_dir={folder}", "--tokenizer=bytes",
+                  "--max_tokens=65")
+        output_of(train.main, f"--data_dir={folder}", f"--out_dir={folder}", f"--max_iters={PRODUCT_STEPS}", "--n_layer=2",
+                  "--n_head=4", "--n_embd=64", "--block_size=64", "--batch_size=32", "--learning_rate=2e-2",
+                  "--embedding_learning_rate=1e-2", "--final_lr=0.05", "--best_by=train", "--eval_interval=1000",
+                  "--sample_interval=0", "--device=cpu")
+        output_of(chat.main, f"--checkpoint={folder}/best.pt", f"--score={folder}/held_out.json", "--device=cpu")
+        answers = json.loads(Path(folder, "score.json").read_text(encoding="utf-8"))["answers"]
+    example = max(answers, key=lambda answer: answer["exact"])
+    return (f"After a minute of training, a small model answers {sum(a['exact'] for a in answers)} of {len(answers)} "
+            f"products that it has never seen, such as {example['question']!r}: {example['answer']!r}.")
 
 
 # ---- 6. pretraining ----
@@ -364,7 +372,7 @@ def toy_reply(*flags):
 
 # ---- all of them ----
 
-EXERCISES = (digits, endless, cheat, window, rule, rms, rotary, min_p)
+EXERCISES = (digits, endless, cheat, window, product, rms, rotary, min_p)
 
 
 def result(number):
@@ -413,6 +421,8 @@ def main(argv):
     is_right, text = result(int(argv[0]))
     for line in text.splitlines():  # commands are indented, and not wrapped
         print(line if line.startswith(" ") else textwrap.fill(line, 100, break_on_hyphens=False))
+    if is_right and argv == ["5"]:
+        print(textwrap.fill(train_on_products(), 100))
     raise SystemExit(not is_right)
 
 

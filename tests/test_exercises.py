@@ -95,9 +95,16 @@ def test_the_commands_shown_after_a_check_have_valid_settings(monkeypatch):
             config.load(settings, [word for word in argv if "min_p" not in word])
 
 
+def test_a_solved_fifth_exercise_trains_on_products(tmp_path, monkeypatch):
+    copy_with(tmp_path, [5])
+    with modules_of(tmp_path):
+        solved = importlib.import_module("tests.exercises")
+        solved.PRODUCT_STEPS = 2
+        assert re.search(r"answers \d+ of \d\d products that it has never seen, such as 'What is \d+", solved.train_on_products())
+
+
 # (exercise, whether its solution is applied first, file, old text, new text, what the check prints)
 ROTATE = "q, k = rotate(q, start), rotate(k, start)"
-TWICE = 'f"{word} {word}"'
 NEAR_MISSES = [
     (1, True, "data/tokenizer.py", r"\\d{1,3}", r"\\d+", "numbers are 12345|678|2024"),
     (1, True, "data/tokenizer.py", r"\\d{1,3}", r"\\d{3}", "characters are lost"),
@@ -106,9 +113,11 @@ NEAR_MISSES = [
     (3, False, "model.py", "is_causal=start == 0", "is_causal=False", "The fused kernel is not checked"),
     (4, True, "model.py", "triu(S - T - 7)", "triu(-7)", "(T = 1): head 1 of token 20 attends to tokens [1, 2"),
     (4, True, "model.py", "mask[0] = mask[0].triu", "mask = mask.triu", "head 2 of token 20 attends to tokens [13"),
-    (5, True, "data/wordings.txt", "[twice]", "[two times]", "a rule asks for 'twice'"),
-    (5, True, "data/rules.py", TWICE, 'f"{word} " * d.rng.randint(1, 2)', "has two answers"),
-    (5, True, "data/rules.py", TWICE, 'f"{word} " * __import__("random").randint(1, 2)', "the same seed"),
+    (5, True, "data/wordings.txt", "[product]", "[times]", "a rule asks for 'product'"),
+    (5, True, "data/rules.py", "str(a * b)", "str(a + b)", "has the answer"),
+    (5, True, "data/rules.py", "[*steps, str(a * b)]", "[str(a * b)]", "without steps"),
+    (5, True, "data/rules.py", "a, b = d.numbers(2, 99, 9)", "a, b = d.rng.randint(2, 99), d.rng.randint(2, 9)", "a held-out row"),
+    (5, True, "data/rules.py", "a, b = d.numbers(2, 99, 9)", "a, b = __import__('random').randint(2, 99), 3", "the same seed"),
     (6, True, "model.py", ".mean(dim=-1", ".sum(dim=-1", "1 2 3 4 becomes 0.183 "),
     (7, True, "model.py", ROTATE, "q = rotate(q, start)", "were swapped"),
     (7, True, "model.py", ROTATE, "k = rotate(k, start)", "7 positions later"),
