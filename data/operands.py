@@ -15,8 +15,10 @@ from data.conversation import read_conversations
 
 FOLDER = Path(__file__).parent
 
-# Invented words are an onset and a rime of data/words.txt, or onset, vowel, middle and end. These
-# were chosen so that no combination is or contains a rude word.
+# Invented words are an onset and a rime of data/words.txt, perhaps after a syllable, or onset,
+# vowel, middle and end. These were chosen so that no combination is or contains a rude word.
+SYLLABLES = ("ac al ar bam bor com dan em en ex fan gar ger ham in ker kin lan mar nor o per ral "
+             "re sam ser tam un ven win").split()
 ONSETS = "bl br cl dr fl fr gl gr l m pl qu r sm spl st t th thr v".split()
 BEFORE_RIMES = [*ONSETS, *"c d f g h j k n p pr s sc sk sn sp sw w y z".split()]
 VOWELS = "a e i o u a e i o u ai ea ee oa oo ou".split()
@@ -99,8 +101,11 @@ class Draw:
             return choose(self.made_up_words)
         while True:
             word = choose(ONSETS) + choose(VOWELS) + choose(MIDDLES) + choose(ENDS)
-            if self.rng.random() < 0.5:
+            kind = self.rng.random()
+            if kind < 0.7:
                 word = choose(BEFORE_RIMES) + choose(self.rimes)
+            if kind < 0.4:
+                word = choose(SYLLABLES) + word
             if word not in self.real and self.fits(word):
                 return word
 
@@ -111,10 +116,13 @@ class Draw:
         return self.entry(self.rng.choice(sections or ("nouns", "nouns", "verbs", "adjectives")))
 
     def words(self, count):
+        """Return different words. A fourth begin or end like an earlier one: to tell them apart, a
+        model must copy them exactly."""
         words = []
         while len(words) < count:
             word = self.word()
-            if word not in words:
+            alike = any(word[:2] == other[:2] or word[-2:] == other[-2:] for other in words)
+            if word not in words and (alike or not words or self.rng.random() < 0.15):
                 words.append(word)
         return words
 

@@ -29,7 +29,8 @@ def section_of_words(name):
 
 IRREGULAR = {name: dict(entry.split() for entry in section_of_words(name) if " " in entry) for name in ("nouns", "verbs")}
 LONG = itertools.product(drawing.ONSETS, drawing.VOWELS, drawing.MIDDLES, drawing.ENDS)
-INVENTED = {*map("".join, LONG), *map("".join, itertools.product(drawing.BEFORE_RIMES, section_of_words("rimes")))}
+RIMING = [onset + rime for onset in drawing.BEFORE_RIMES for rime in section_of_words("rimes")]
+INVENTED = {*map("".join, LONG), *RIMING, *map("".join, itertools.product(drawing.SYLLABLES, RIMING))}
 MADE_UP = set(section_of_words("made up"))
 QUESTIONS = {messages[0]["content"] for messages, _ in read_conversations(WRITTEN)}
 
