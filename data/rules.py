@@ -105,15 +105,19 @@ def past_of(d, verb):
     return d.irregular.get(("verbs", verb), usual)
 
 
-# The category of such a question: the section of its words, and its answer.
-WORD_RULES = {"plural": ("nouns", plural_of), "past tense": ("verbs", past_of)}
+# The category of such a question: the section of its words, its answer, and the usual ending.
+WORD_RULES = {"plural": ("nouns", plural_of, "s"), "past tense": ("verbs", past_of, "ed")}
 
 
 def about_word(rule, section=None):
+    """Return a rule for questions about a word, half of those with the usual ending left out."""
     def ask(d):
-        words, answer = WORD_RULES[rule]
+        words, answer_of, usual = WORD_RULES[rule]
         word = d.invented() if d.rng.random() < 0.3 else d.word(words)
-        return d.ask(section or rule, w=word), answer(d, word)
+        answer = answer_of(d, word)
+        if answer == word + usual and d.rng.random() < 0.5:
+            return ask(d)
+        return d.ask(section or rule, w=word), answer
     return ask
 
 
