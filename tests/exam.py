@@ -1,7 +1,7 @@
 """An exam for the model of `make chat`: plain questions about words and numbers that are in no training row.
 
     python -m tests.exam                                  # 420 questions, each asked alone
-    python -m tests.exam --sessions=True                  # in sixty chats of ten, names told and asked for among them
+    python -m tests.exam --sessions=True                  # in 120 chats of ten, names told and asked for among them
     python -m tests.exam --checkpoint=out/rules/best.pt --show=True    # another model, with its wrong answers
 
 No word is in a list of this repository, and pairs of numbers are held out by data/rules.py. An answer that shows its
@@ -29,7 +29,7 @@ WORDS = sorted({*NOUNS, *VERBS})
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to examine
     seed: int = 1  # of the data that it was trained on, which chose the held-out numbers
-    sessions: bool = False  # sixty chats of ten questions, not each question alone
+    sessions: bool = False  # 120 chats of ten questions, not each question alone
     turns: int = 0  # how many of the last messages the model sees; 0: as in training
     show: bool = False  # print wrong answers
 
@@ -102,7 +102,7 @@ def alone(examiner):
     return chats
 
 
-def sessions(examiner, count=60):
+def sessions(examiner, count=120):
     """Chats of ten questions of mixed kinds; each states a name, and asks for it up to five turns later."""
     chats = []
     for _ in range(count):
