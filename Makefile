@@ -1,5 +1,5 @@
 # make chat: train a model and chat with it.   make test: what CI runs.
-# make bench: measure the speed, an hour.   make clean: remove what make chat made.
+# make bench: measure speed (takes an hour).   make clean: remove what make chat made.
 PYTHON ?= python3
 RUN = .venv/bin/python
 WRITTEN = data/instruction/instruction-data.json
@@ -34,14 +34,14 @@ test: .venv/dev
 	.venv/bin/ruff check .
 	$(RUN) -m pytest
 
-# Some parts alone: .venv/bin/python -m tests.bench --help
+# To run only some parts: .venv/bin/python -m tests.bench --help
 bench: .venv/dev out/chat/done data/shakespeare/input.txt
 	$(RUN) -m tests.bench
 
 data/shakespeare/input.txt: | .venv/runtime
 	$(RUN) -m data.text config/prepare_shakespeare.py
 
-# By name, since the folders may contain other files of yours. Downloads stay: .venv, data/shakespeare.
+# Delete by name, since the folders may contain files of yours. Downloads stay: .venv, data/shakespeare.
 MADE = rules.json some.json train.bin val.bin meta.json tokenizer.json chat_corpus.txt \
        best.pt last.pt log.csv loss.png done
 FOLDERS = out/chat out/rules data/chat data/rules

@@ -10,7 +10,7 @@
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 itself continues text
 
 Only replies go to standard output, everything else to standard error. A base model, trained on
-plain text, continues your text instead of answering. With a full context, old turns are dropped.
+plain text, continues your text instead of answering. If the context is full, old turns are dropped.
 """
 import codecs
 import gc
@@ -36,16 +36,16 @@ from runtime.fast_cpu import speed_up
 @dataclass
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to chat with
-    init_from: str | None = None  # instead: gpt2, gpt2-medium, ... or a folder of such weights
+    init_from: str | None = None  # instead of checkpoint: gpt2, gpt2-medium, ... or their folder
     prompt: str | None = None  # one message: print the reply and exit
     look: Path | None = None  # with prompt: write a page that shows the inside of the model
     json: bool = False  # each reply as a line of JSON: text, tokens, seconds, stop, ...
-    turns: int = 0  # how many of your last messages it sees; 0: as in training
+    turns: int = 0  # number of your last messages in the prompt; 0: as in training
     max_new_tokens: int = 200  # longest reply, in tokens
     temperature: float = 0.5  # 0: always the most likely token; 1: the model's own distribution
     top_k: int = 50  # sample from the k most likely tokens; 0: all
     top_p: float = 1.0  # sample from the most likely tokens that make up this probability; 1: all
-    repetition_penalty: float = 1.0  # 1 to 10; above 1, tokens that were used become less likely
+    repetition_penalty: float = 1.0  # 1 to 10; above 1, tokens already used become less likely
     seed: int | None = None  # the same seed gives the same replies; None: a random one
     score: Path | None = None  # compute the score on a prepared folder or a file of rows
     score_rows: int = 0  # rows to score per split; 0: all of a file, or as many as are held out
@@ -62,11 +62,11 @@ class Settings:
                      top_k=(0, None), top_p=(1e-9, 1), repetition_penalty=(1, 10), seed=(0, None),
                      score_rows=(0, None))
         if self.look and self.prompt is None:
-            raise UserError(f"look={self.look}: needs a --prompt=TEXT; in a chat, use /look")
+            raise UserError(f"look={self.look}: needs --prompt=TEXT; in a chat, use /look")
 
 
 class ChatSession:
-    """A conversation with a model. Keep the KV cache, so that a turn computes only new tokens."""
+    """A conversation with a model. Its KV cache is kept, so a turn computes only new tokens."""
 
     def __init__(self, model, enc, trained_turns):
         self.model, self.enc, self.cache = model, enc, gpt.KVCache(model)
@@ -86,7 +86,7 @@ class ChatSession:
             # + 1: the last token is not fed back to the model, so it needs no position.
             limit = min(cfg.max_new_tokens, self.model.config.block_size - len(self.prompt) + 1)
         else:
-            self.history = []  # a base model continues each text by itself
+            self.history = []  # a base model continues each text separately
             self.prompt = question or [special_ids(self.enc)[0]]  # no text: <|endoftext|>
             limit = cfg.max_new_tokens
         answer = []
@@ -116,7 +116,7 @@ class ChatSession:
                             "different checkpoint") from error
 
     def chat_prompt(self, question, cfg):
-        """Return the prompt, and the question, truncated if it is too long, both as ids. Print a
+        """Return the prompt and the question (truncated if it is too long), both as ids. Print a
         note if the model does not see all messages."""
         self.turns, block_size = cfg.turns or self.trained_turns, self.model.config.block_size
         limit = block_size - min(cfg.max_new_tokens, block_size // 4)  # leaves room for the reply
@@ -139,7 +139,7 @@ def chat_ids(turns, question, enc):
 
 def trim(turns, question, limit, enc):
     """Drop whole turns, oldest first, until the prompt has at most `limit` ids; return the turns
-    and the question. A question that is too long by itself loses its beginning."""
+    and the question. A question that is too long by itself is cut at the start."""
     while turns and len(chat_ids(turns, question, enc)) > limit:
         turns = turns[1:]
     too_many = len(chat_ids(turns, question, enc)) - limit
@@ -181,8 +181,8 @@ def chat(session, cfg):
 
 
 def load_session(cfg):
-    """Load the model that the settings name: (ChatSession, lines that describe it). Raises
-    UserError or OSError."""
+    """Load the model that the settings name. Return (ChatSession, lines that describe it).
+    Raises UserError or OSError."""
     int8 = cfg.dtype == "int8"
     device, dtype, why = pick_device(cfg.device, "float32" if int8 else cfg.dtype)
     if int8 and device.type != "cpu":
@@ -212,5 +212,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    gc.freeze()  # no garbage collection of what was imported: 0.1 s
+    gc.freeze()  # skip garbage collection of imported objects: saves 0.1 s
     config.run(main)

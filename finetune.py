@@ -7,7 +7,7 @@
 
 The loop, checkpoints, --resume and signals are train.py's. Only the defaults differ, and the
 number of steps comes from epochs. The loss covers the assistant's text and its <|end|> only
-(`supervised` in data/conversation.py marks them, data/datasets.py makes them a batch's targets).
+(`supervised` in data/conversation.py marks them, data/datasets.py turns them into targets).
 """
 from dataclasses import dataclass, replace
 from math import ceil
@@ -28,7 +28,7 @@ class Settings(train.LoopSettings):
     out_dir: Path = Path("out/alpaca")  # where best.pt and last.pt go
     block_size: int = 0  # a shorter context than the model was trained with; 0: all of it
     epochs: int = 3  # passes over the conversations
-    max_iters: int = 0  # steps; 0: as many as the epochs have
+    max_iters: int = 0  # steps; 0: computed from epochs
     eval_interval: int = 0  # steps between evaluations; 0: after each epoch, at most 20 times
     optimizer: str = "adamw"  # adamw (all), or muon (the blocks' matrices; AdamW for the rest)
     learning_rate: float = 5e-5  # peak

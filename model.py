@@ -7,9 +7,9 @@
 
 Read it from the top: parts come first. A block is layer norm, attention, layer norm and an MLP. A
 GPT is embeddings, a stack of blocks, and the token embeddings again as the output head, which gives
-each token of the vocabulary a score, its logit; softmax makes them probabilities. Shapes trail the
-lines: B batch, T new tokens, S tokens so far (the new ones included), C = n_embd channels, nh heads
-of hs = C / nh channels, V vocabulary. Modules have GPT-2's own names, so that its files load.
+each token of the vocabulary a score, its logit; softmax turns logits into probabilities. Trailing
+comments give shapes: B batch, T new tokens, S all tokens so far, C = n_embd channels, nh heads of
+hs = C / nh channels, V vocabulary. Modules have GPT-2's own names, so that its files load.
 
 New to PyTorch? Calling a module, as in self.attn(x), runs its forward. view is NumPy's reshape,
 transpose(1, 2) swaps two axes and mT the last two, split(C, dim=2) cuts into pieces of size C.
@@ -118,8 +118,8 @@ def layer_norm(config):
 
 
 class Block(nn.Module):
-    """Attention moves information between tokens, the MLP processes it. Both read x, the residual
-    stream, through a layer norm and add their output to it."""
+    """Attention moves information between tokens, and the MLP processes it. Both read x, the
+    residual stream, through a layer norm and add their output to it."""
 
     def __init__(self, config):
         super().__init__()
@@ -170,8 +170,8 @@ class GPT(nn.Module):
 
     def head(self, x):
         """Hidden states (..., C) -> logits (..., padded V), -inf for the padding. Weight tying
-        (Press & Wolf 2017): the output matrix is the token embedding, so a logit says how well
-        that token's embedding fits. An untied head would be an nn.Linear of its own."""
+        (Press & Wolf 2017): the output matrix is the token embedding, so a logit measures how
+        well that token's embedding matches x. An untied head would be a separate nn.Linear."""
         logits = F.linear(x, self.wte.weight)
         logits[..., self.config.vocab_size:] = -math.inf
         return logits
@@ -196,10 +196,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, *, stop_ids=(), seed=None, cache=None, **sampling):
-        """Continue `ids` (a list, not empty): yield new ids one by one, ending before any of
+        """Continue `ids` (a non-empty list): yield new ids one by one, stopping before any of
         stop_ids.
 
-        The same seed gives the same ids. cache: a KVCache of an earlier call; the prefix of `ids`
+        The same seed gives the same ids. cache: a KVCache from an earlier call; the prefix of `ids`
         that it already holds is not computed again. sampling: temperature, top_k, top_p and
         repetition_penalty, see `sample`.
         """
@@ -306,10 +306,10 @@ def seeded_generator(seed):
 
 def sample(logits, context, generator, *, temperature=1.0, top_k=0, top_p=1.0,
            repetition_penalty=1.0, exempt=()):
-    """Choose the next token id from logits (V,), which it may change in place.
+    """Choose the next token id from logits (V,), which may be modified in place.
 
     repetition_penalty: above 1, ids in `context` become less likely (Keskar et al. 2019), except
-    those in `exempt`, or replies would not end. temperature: 0 takes the most likely id, 1 samples
+    those in `exempt`, so that replies can end. temperature: 0 takes the most likely id, 1 samples
     the model's own distribution. top_k: keep the k most likely ids; 0: all. top_p: keep the most
     likely ids that make up this probability (nucleus sampling, Holtzman et al. 2020).
     """
@@ -379,7 +379,7 @@ def grow_embedding(table, config):
 
 
 class SkipInit(TorchFunctionMode):
-    """Context manager: new modules keep uninitialized memory, for weights that will be loaded.
+    """Context manager: leave new modules uninitialized, for weights that will be loaded.
     PyTorch calls this in place of each torch function; nn.init passes `tensor` by keyword."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

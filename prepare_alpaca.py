@@ -4,8 +4,8 @@
     python prepare_alpaca.py                                  # Stanford Alpaca, 52,002 rows, 23 MB
     python prepare_alpaca.py --source=my.jsonl,more.csv --out_dir=data/mine
 
-A source is a JSON, JSON-lines or CSV file with a question and an answer in each row, or a list of
-messages; data/rows.py has the names of fields. The script writes train.bin, val.bin, meta.json and
+A source is a JSON, JSON-lines or CSV file. Each row has a question and an answer, or a list of
+messages; data/rows.py lists the field names. The script writes train.bin, val.bin, meta.json and
 chat_corpus.txt (the same chats as readable text), and reports what it kept.
 """
 import random
@@ -23,7 +23,7 @@ from data.datasets import SPLITS, write_chats, write_meta
 from data.download import sha256_of
 from data.files import new_files, write_text
 from data.rows import read_sources
-from data.tokenizer import SPACE_BEHIND_PATTERN, SPLIT_PATTERN, make_tokenizer
+from data.tokenizer import SPLIT_PATTERN, TRAILING_SPACE_PATTERN, make_tokenizer
 
 ALPACA_URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 # What Alpaca writes as the input of a row that has none.
@@ -37,15 +37,15 @@ class Settings:
     out_dir: Path = Path("data/alpaca")  # where train.bin, val.bin, meta.json, chat_corpus.txt go
     tokenizer: str = "gpt2"  # gpt2, bytes, bpe (learned here) or a tokenizer.json's path
     vocab_size: int = 1024  # size of a bpe vocabulary, without the four special tokens
-    space_behind: bool = False  # bpe joins a space to the word before it: fewer tokens
+    trailing_space: bool = False  # bpe joins a space to the word before it: fewer tokens
     val_fraction: float = 0.05  # fraction of each category's rows held out for validation
-    seed: int = 1337  # which rows are held out
+    seed: int = 1337  # chooses the held-out rows
     max_tokens: int = 1024  # longest conversation, in tokens
     too_long: str = "cut"  # longer ones: cut (inside an answer, then <|end|>) or drop
     drop_duplicates: bool = True  # keep only the first of identical rows
     extra: Path | None = None  # more training rows, not split or deduplicated (see data/rules.py)
     repeat: int = 1  # how many times to use each training row of the source
-    join: int = 1  # join up to this many training rows into a chat; 1: do not
+    join: int = 1  # join up to this many training rows into a chat; 1: no joining
 
 
 def main(argv):
@@ -66,7 +66,7 @@ def main(argv):
     with new_files(cfg.out_dir) as folder:  # all of them are written, or none
         texts = (m["content"] for messages, _ in splits["train"] for m in messages)
         enc, name = make_tokenizer(cfg.tokenizer, folder, texts, cfg.vocab_size,
-                                   SPACE_BEHIND_PATTERN if cfg.space_behind else SPLIT_PATTERN)
+                                   TRAILING_SPACE_PATTERN if cfg.trailing_space else SPLIT_PATTERN)
         rows = {split: encode_split(splits[split], enc, cfg, report) for split in SPLITS}
         write_text(folder / "chat_corpus.txt", "".join(
             f"{chats.to_text(messages)}\n\n" for split in SPLITS for _, messages, _ in rows[split]))
@@ -85,8 +85,8 @@ def main(argv):
 
 
 def select(conversations, drop_duplicates, report):
-    """Return the conversations without empty ones and duplicates, which `report` counts, and
-    without Alpaca's "<noinput>"."""
+    """Return the conversations except empty ones and duplicates, which `report` counts. Remove
+    Alpaca's "<noinput>" from the rest."""
     kept, seen = [], set()
     for messages, category in conversations:
         question, _, row_input = messages[0]["content"].rpartition("\n")  # see data/rows.py
@@ -106,10 +106,10 @@ def select(conversations, drop_duplicates, report):
 
 
 def split_rows(conversations, val_fraction, seed, report):
-    """Return {"train": [...], "val": [...]}. The same share of every category is held out, at least
-    one row of each unless there are too many. Rows with the same question share a split."""
+    """Return {"train": [...], "val": [...]}. Hold out the same share of each category's rows, at
+    least one unless there are too many categories. Rows with the same question share a split."""
     total = len(conversations)
-    questions, categories = defaultdict(list), defaultdict(list)  # of row numbers; of such lists
+    questions, categories = defaultdict(list), defaultdict(list)  # of row numbers; of lists of them
     for number, (messages, _) in enumerate(conversations):
         questions[messages[0]["content"]].append(number)
     for numbers in questions.values():
@@ -126,23 +126,23 @@ def split_rows(conversations, val_fraction, seed, report):
             if len(numbers) <= quota:
                 held_out.update(numbers)
                 quota -= len(numbers)
-    if total and not held_out:  # every question has more rows than that: split one
+    if total and not held_out:  # every question has more rows than the quota: split one
         held_out.update(rng.sample(range(total), max(round(total * val_fraction), 1)))
     return {"train": [c for number, c in enumerate(conversations) if number not in held_out],
             "val": [c for number, c in enumerate(conversations) if number in held_out]}
 
 
-def join_rows(conversations, most, rng):
-    """Join conversations, in random order, into chats of most / 2 to `most` turns, so that a model
-    learns to answer after earlier turns. A chat has its last row's category, since its last answer
-    is the one that is scored."""
+def join_rows(conversations, max_turns, rng):
+    """Join conversations, in random order, into chats of max_turns / 2 to max_turns turns, so a
+    model learns to answer after earlier turns. A chat has its last row's category, since its last
+    answer is the one that is scored."""
     joined, max_messages = [], 0
     for messages, category in rng.sample(conversations, len(conversations)):
         if joined and len(joined[-1][0]) + len(messages) <= max_messages:
             joined[-1] = joined[-1][0] + messages, category
         else:
             joined.append((messages, category))
-            max_messages = 2 * rng.randint((most + 1) // 2, most)
+            max_messages = 2 * rng.randint((max_turns + 1) // 2, max_turns)
     return joined
 
 
@@ -162,7 +162,7 @@ def encode_split(conversations, enc, cfg, report):
             messages = chats.decode_conversation(ids, enc)
         targets = int(chats.supervised(ids, enc).sum())
         if targets < 2:  # <|end|> alone teaches nothing
-            report["dropped: nothing of the answer fits"] += 1
+            report["dropped: no part of the answer fits"] += 1
             continue
         report["supervised tokens"] += targets
         rows.append((np.array(ids, np.uint16), messages, category))
@@ -174,7 +174,7 @@ def encode_split(conversations, enc, cfg, report):
 
 def cut_answer(ids, enc, max_tokens):
     """Cut a conversation to at most max_tokens ids, inside the last answer that keeps a token of
-    text before <|end|>, hence - 2. What comes after that answer is left out."""
+    text before <|end|>, hence - 2. Everything after it is left out."""
     _, _, assistant, end = chats.special_ids(enc)
     last = max((i for i, token in enumerate(ids[:max_tokens - 2]) if token == assistant), default=0)
     turn_end = ids.index(end, last)  # the question's if no answer fits

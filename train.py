@@ -8,7 +8,7 @@
 
     torchrun --nproc_per_node=8 train.py config/train_gpt2.py    # many GPUs: the same steps, faster
 
-It writes out_dir/best.pt, which chat.py talks to, out_dir/last.pt, which --resume continues from,
+It writes out_dir/best.pt, which chat.py loads, out_dir/last.pt, which --resume continues from,
 log.csv and (if matplotlib is installed) loss.png.
 """
 import math
@@ -38,7 +38,7 @@ class LoopSettings:
     resume: bool = False  # continue from out_dir/last.pt, if there is one
     eval_only: bool = False  # only evaluate init_from's model: loss, perplexity, bits per byte
     # one step
-    batch_size: int = 8  # windows of block_size tokens per micro-batch; for chats, as many tokens
+    batch_size: int = 8  # windows per micro-batch; chats fill batch_size * block_size tokens
     gradient_accumulation: int = 1  # micro-batches per step: a multiple of the world size
     max_iters: int = 2000  # steps
     prompt_loss_iters: int = 0  # for this many initial steps, the loss covers prompts too
@@ -58,25 +58,25 @@ class LoopSettings:
     # logging, evaluating, saving
     log_interval: int = 50  # steps between progress lines
     eval_interval: int = 250  # steps between evaluations
-    save_interval: int | str = "5m"  # between saves of last.pt: 500 means steps, 10m minutes
+    save_interval: int | str = "5m"  # how often to save last.pt: 500 means steps, 10m minutes
     sample_interval: int = 500  # steps between generated samples; 0: none
-    sample_prompt: str | None = None  # their prompt; None: a held-out one
-    eval_tokens: int = 20_000  # tokens per evaluation, of each split; with eval_only: all
-    best_by: str = "val"  # best.pt has the lowest loss on val; or on train, to memorize
+    sample_prompt: str | None = None  # prompt of the samples; None: a held-out one
+    eval_tokens: int = 20_000  # tokens per evaluation, from each split; with eval_only: all
+    best_by: str = "val"  # split whose lowest loss selects best.pt: val, or train to memorize
     patience: int = 0  # early stopping: evaluations without a lower val loss; 0: never
     # the machine
     seed: int = 1337  # of the initial weights, the batches and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (weights stay float32)
-    fused: bool = True  # attention in one fused kernel; False: the readable one in model.py
+    fused: bool = True  # attention in one fused kernel; False: the readable code in model.py
     compile: bool = False  # torch.compile: faster on a GPU; needs Triton and a C compiler
 
 
 @dataclass
 class Settings(LoopSettings):
     """The loop's settings, and the sizes of a new model."""
-    init_from: str = "scratch"  # or gpt2, gpt2-medium, ..., a folder, a .pt: its weights and sizes
-    block_size: int = 0  # context length, in tokens; 0: 128, or all that init_from has
+    init_from: str = "scratch"  # or take weights and sizes from gpt2, ..., a folder or a .pt
+    block_size: int = 0  # context length, in tokens; 0: 128, or that of init_from
     n_layer: int = 4  # blocks
     n_head: int = 4  # attention heads in each block
     n_embd: int = 256  # channels: the width of the model
@@ -86,8 +86,8 @@ class Settings(LoopSettings):
 def train(cfg, model, dataset, device, dtype, resumed=None):
     """Train until max_iters, early stopping, or a signal.
 
-    cfg: LoopSettings. model: a GPT on `device`. dataset: see data/datasets.py. resumed: the dict of
-    a last.pt, to continue. Returns the signal that stopped it, or 0. Raises UserError, OSError."""
+    cfg: LoopSettings. model: a GPT on `device`. dataset: see data/datasets.py. resumed: what a
+    last.pt contains. Returns the signal that stopped it, or 0. Raises UserError or OSError."""
     optimizers = configure_optimizers(model, cfg, dtype)
     state = resume.restore(resumed, optimizers)
     autocast = mixed_precision(device, dtype)  # matrix products in bfloat16 on a GPU
@@ -146,7 +146,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
 
 
 def train_step(model, optimizers, dataset, step, cfg, device, autocast):
-    """Take step number `step`, from 0. With one micro-batch and one rank this is just
+    """Take step `step`, counted from 0. With one micro-batch and one rank this is just
     (model(idx, targets, loss_positions) / n_targets).backward(), and a step of each optimizer.
 
     Returns this rank's share of the mean loss, the gradient norm, and counts (targets of all ranks;
@@ -154,7 +154,7 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
     targets, however they are spread over micro-batches and ranks. Raises UserError for a loss or
     gradient that is not finite, before any weight changes.
     """
-    # A micro-batch and its dropout depend on its number alone, so a resumed run computes the same.
+    # A micro-batch and its dropout depend only on its number, so a resumed run repeats them.
     # With gradient accumulation a step has several of them, which the ranks take round-robin.
     rank, world_size = rank_and_world_size()
     first = step * cfg.gradient_accumulation

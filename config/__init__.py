@@ -19,7 +19,8 @@ import typing
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-RENAMED = {"read_iters": "prompt_loss_iters", "bpe_bytes": "bpe_chars"}  # since version 1.0
+RENAMED = {"read_iters": "prompt_loss_iters", "bpe_bytes": "bpe_chars",
+           "space_behind": "trailing_space"}  # since version 1.0
 
 
 class UserError(Exception):
@@ -28,8 +29,8 @@ class UserError(Exception):
 
 def load(settings_class, argv, doc="", start=None, typed="the command line"):
     """Build settings_class from its defaults, or from `start`, an instance of it, then from the
-    config files and flags in argv, in order. Relative paths are relative to the repository, in
-    flags to the current folder. `typed` names the source of argv in messages. Raises UserError."""
+    config files and flags in argv, in order. Relative paths start from the repository; in flags,
+    from the current folder. `typed` names the source of argv in messages. Raises UserError."""
     if "--help" in argv or "-h" in argv:
         print(describe(settings_class, doc))
         raise SystemExit(0)
@@ -71,7 +72,7 @@ def is_file(text):
 
 
 def read_config(arg):
-    """Run the config file that arg names, return {name: value}. Its errors keep their traceback."""
+    """Run the config file that arg names. Return {name: value}. Its errors keep their traceback."""
     path = local_path(arg)
     if path.suffix != ".py" or not path.is_file():
         raise UserError(f"{arg}: not a config file; see config/, or write "
@@ -116,8 +117,8 @@ def describe(settings_class, doc=""):
 
 
 def check(cfg, **allowed):
-    """Raise UserError for the first setting outside its range: (low, high), where None is no limit,
-    or a tuple of the allowed strings. Skip settings that are None or that cfg does not have."""
+    """Raise UserError for the first setting outside its range: (low, high), where None means no
+    limit, or a tuple of the allowed strings. Skip settings that are None or not in cfg."""
     for name, values in allowed.items():
         value, low, high = getattr(cfg, name, None), values[0], values[-1]
         if value is None:
@@ -144,7 +145,7 @@ def run(main):
     try:
         main(argv)
         print(end="", flush=True)
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (UserError, OSError) as error:

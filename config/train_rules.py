@@ -3,16 +3,16 @@
 # Learns the rules of synthetic data. config/finetune_chat.py continues from here.
 data_dir = "data/rules"
 out_dir = "out/rules"
-block_size = 256  # six turns and more
+block_size = 256  # fits six turns or more
 n_layer, n_head, n_embd = 3, 8, 128
 batch_size = 8  # about 20 chats
 max_iters = 1620
-prompt_loss_iters = 500  # with a loss on prompts too, copying from them is learned 3x sooner
+prompt_loss_iters = 500  # with a loss on prompts too, the model learns to copy 3x sooner
 learning_rate = 1.4e-2
 embedding_learning_rate = 7e-3
 final_lr = 0.3
 weight_decay = 0.1
-best_by = "train"  # val is hand-written rows, of which many cannot be predicted
+best_by = "train"  # val is hand-written rows, many of which cannot be predicted
 eval_interval = 400
 eval_tokens = 10_000
 sample_interval = 400

@@ -7,7 +7,7 @@ the user first. As token ids it is
 
 where each `<|...|>` is a single id. A model is trained on the ids after `<|assistant|>`, up to and
 including `<|end|>`: it learns to answer and to stop, not to ask. Text is always encoded as ordinary
-text: typing "<|end|>" makes harmless tokens, never the one that ends a turn.
+text: typing "<|end|>" produces harmless tokens, never the one that ends a turn.
 """
 import numpy as np
 
@@ -28,7 +28,7 @@ def encode_conversation(messages, enc):
 
 
 def encode_conversations(conversations, enc):
-    """Yield the ids of each conversation. In batches, several times faster than one by one."""
+    """Yield the ids of each conversation. Batches are several times faster than one by one."""
     for start in range(0, len(conversations), 2000):
         batch = conversations[start:start + 2000]
         texts = iter(enc.encode_ordinary_batch([m["content"] for chat in batch for m in chat]))
@@ -51,7 +51,7 @@ def prompt_ids(messages, enc):
 
 
 def encode_prompt(messages, enc):
-    """Encode messages that end with the user's, plus <|assistant|>: the model's turn."""
+    """Encode messages that end with the user's, plus <|assistant|> to start the model's turn."""
     return [*encode_conversation(messages, enc), special_ids(enc)[2]]
 
 

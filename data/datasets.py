@@ -1,4 +1,4 @@
-"""Token files and the batches made of them.
+"""Token files and the batches made from them.
 
 A prepared folder has train.bin and val.bin (token ids as raw uint16) and meta.json. TextDataset
 cuts plain text into windows, ChatDataset keeps conversations whole. batch(split, index) is a pure
@@ -86,7 +86,7 @@ def open_split(folder, split, meta):
     except ValueError as error:  # an empty file, or half an id
         raise UserError(f"{whole}: {error}; prepare the folder again") from error
     found = sum(map(len, shards))
-    largest = max((shard[:10_000_000].max() for shard in shards), default=0)  # all take too long
+    largest = max((shard[:10_000_000].max() for shard in shards), default=0)  # all would be slow
     if not found or found != meta.get(f"{split}_tokens", found) or largest >= meta["vocab_size"]:
         raise UserError(f"{whole}: {found} tokens with ids up to {largest} do not match meta.json; "
                         "prepare the folder again")
@@ -124,7 +124,7 @@ class Dataset:
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
         meta = read_meta(folder)
         self.tokenizer, self.vocab_size = folder_tokenizer(folder), meta["vocab_size"]
-        self.fingerprint = [str(meta.get(name)) for name in  # a resumed run needs the same
+        self.fingerprint = [str(meta.get(name)) for name in  # a resumed run must match
                             ("kind", "sha256", "seed", "train_tokens", "val_tokens")]
         self.tokens = {split: open_split(folder, split, meta) for split in SPLITS}
 
@@ -164,7 +164,7 @@ class TextDataset(Dataset):
         return index * self.batch_size * self.block_size / self.n_tokens(split)
 
     def eval_batches(self, split, max_tokens):
-        """Yield fixed windows, evenly spread, not overlapping, together at most max_tokens (at
+        """Yield fixed windows, evenly spread, not overlapping, at most max_tokens in total (at
         least one window), in batches like those of batch(). max_tokens None: all windows and the
         shorter tail of each shard, so every token but a shard's first is a target once."""
         first = np.append(0, self.ends[split][:-1])  # the number of each shard's first window
@@ -181,7 +181,7 @@ class TextDataset(Dataset):
                 yield tail[None, :-1], tail[1:], None
 
     def windows(self, split, numbers):
-        """The batch of the windows with these numbers, counted through all shards."""
+        """The batch of the windows with these numbers, counted across all shards."""
         ids = np.empty((len(numbers), self.block_size + 1), np.int64)
         for row, number in zip(ids, numbers):
             shard = int(np.searchsorted(self.ends[split], number, side="right"))
@@ -213,7 +213,7 @@ class ChatDataset(Dataset):
     Every epoch sorts by length, ties in random order, cuts at a random offset and shuffles the
     batches. Only the assistant's tokens are targets; in the first `prompt_loss_batches` of training
     the questions' tokens are too. A conversation longer than block_size + 1 is cut there, and left
-    out if it has no target then (`dropped` counts them by split).
+    out if no target remains (`dropped` counts these by split).
     """
 
     kind = "chat"
@@ -288,7 +288,7 @@ class ChatDataset(Dataset):
         return int(self.row_targets[split][rows].sum())
 
     def eval_batches(self, split, max_tokens):
-        """Yield fixed conversations, evenly spread, together at most about max_tokens, in batches
+        """Yield fixed conversations, evenly spread, at most about max_tokens in total, in batches
         like those of batch(). max_tokens None: all of them."""
         lengths = self.lengths[split]
         count = len(lengths)
@@ -308,12 +308,12 @@ class ChatDataset(Dataset):
         return ids[:, :-1], ids[:, 1:][is_target], np.flatnonzero(is_target)
 
     def conversation(self, split, row):
-        """The ids of one conversation, whole, counted in the order of the file."""
+        """The ids of one whole conversation; `row` is its number in the file."""
         start, end = self.bounds[split][row:row + 2]
         return self.tokens[split][0][start:end].tolist()
 
     def conversations(self, split):
-        """The ids of every conversation, whole, in the order of the file."""
+        """The ids of every whole conversation, in the order of the file."""
         return [self.conversation(split, row) for row in range(len(self.bounds[split]) - 1)]
 
 

@@ -1,4 +1,4 @@
-"""Download files: model weights, data sets. A file gets its name only when it is complete."""
+"""Download files: model weights, data sets. A file gets its final name only when it is complete."""
 import hashlib
 import os
 import sys
@@ -49,8 +49,8 @@ def fetch(source, folder):
 
 
 def download(url, path, sha256=None, size=None):
-    """Download `url` to `path`, unless that exists, and return the path. An interrupted download
-    resumes from `path.part`. Raises OSError, also if its SHA-256 or size differs."""
+    """Download `url` to `path`, unless it exists, and return the path. An interrupted download
+    resumes from `path.part`. Raises OSError, including if the SHA-256 or size differs."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     if path.exists():
@@ -80,7 +80,7 @@ def download(url, path, sha256=None, size=None):
 
 
 def fetch_rest(url, part):
-    """Append to `part` the bytes that it lacks. Raises requests.RequestException or OSError."""
+    """Append the missing bytes to `part`. Raises requests.RequestException or OSError."""
     import requests
     etag, headers = part.with_suffix(".etag"), {"Accept-Encoding": "identity"}
     if part.exists() and etag.exists():  # If-Range: the rest of the same version, or the whole file

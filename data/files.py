@@ -10,7 +10,7 @@ from config import UserError
 
 def write_atomically(path, write):
     """Call write(f) on a new binary file, then rename it over `path`: an error, such as a full
-    disk, leaves the earlier file as it was. Links and modes are kept. Raises OSError."""
+    disk, leaves the earlier file as it was. Symlinks and file modes are kept. Raises OSError."""
     path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def write_atomically(path, write):
 
 @contextlib.contextmanager
 def name_in_errors(path):
-    """Context manager: an OSError that names no file, such as that of a full disk, names `path`."""
+    """Context manager: add `path` to an OSError without a file name, such as for a full disk."""
     try:
         yield
     except OSError as error:
@@ -55,8 +55,8 @@ def write_json(path, value):
 
 @contextlib.contextmanager
 def lock_folder(folder):
-    """Context manager: make a folder, and lock other processes out of it; not on Windows. A process
-    that ends loses its lock. Raises UserError if it is taken."""
+    """Context manager: make a folder and lock other processes out of it (not on Windows). The lock
+    ends with the process. Raises UserError if the folder is already locked."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         if os.name == "posix":
@@ -66,26 +66,26 @@ def lock_folder(folder):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if isinstance(error, BlockingIOError):  # not a network file system without locks
+                if isinstance(error, BlockingIOError):  # others: a file system without locks
                     raise UserError(f"{folder}: another process is writing there; wait until it "
                                     "ends, or use another folder") from None
         yield
 
 
 @contextlib.contextmanager
-def new_files(folder, deciding="meta.json"):
+def new_files(folder, marker="meta.json"):
     """Context manager: yield a temporary folder, whose files are moved into `folder` at the end, or
-    deleted after an error. `deciding`, without which nothing opens the folder, is moved last, so a
-    mixture of old and new files never opens. Raises UserError or OSError."""
+    deleted after an error. `marker`, a file required for opening the folder, is moved last, so a
+    mixture of old and new files cannot be opened. Raises UserError or OSError."""
     folder = Path(folder)
     part = folder / ".part"
     with lock_folder(folder), name_in_errors(folder):
-        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
         part.mkdir()
         try:
             yield part
-            (folder / deciding).unlink(missing_ok=True)
-            for path in sorted(part.iterdir(), key=lambda path: path.name == deciding):
+            (folder / marker).unlink(missing_ok=True)
+            for path in sorted(part.iterdir(), key=lambda path: path.name == marker):
                 os.replace(path, folder / path.name)
         finally:
             shutil.rmtree(part, ignore_errors=True)

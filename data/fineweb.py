@@ -32,8 +32,8 @@ class Settings:
 
 
 def unpack(raw, path):
-    """Turn a downloaded shard into plain uint16 ids at `path`, and delete it. Raises UserError for
-    a file of another format."""
+    """Turn a downloaded shard into plain uint16 ids at `path`, then delete the download. Raises
+    UserError for a file in a different format."""
     with open(raw, "rb") as f:
         header = np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
         size = HEADER_BYTES + 2 * int(header[2])

@@ -15,8 +15,8 @@ from data.conversation import read_conversations
 
 FOLDER = Path(__file__).parent
 
-# Invented words are an onset and a rime of data/words.txt, perhaps after a syllable, or onset,
-# vowel, middle and end. These were chosen so that no combination is or contains a rude word.
+# An invented word is an onset and a rime from data/words.txt, sometimes after a syllable, or an
+# onset, vowel, middle and end. These were chosen so that no combination is or contains a rude word.
 SYLLABLES = ("ac al ar bam bor com dan em en ex fan gar ger ham in ker kin lan mar nor o per ral "
              "re sam ser tam un ven win").split()
 ONSETS = "bl br cl dr fl fr gl gr l m pl qu r sm spl st t th thr v".split()
@@ -51,12 +51,12 @@ def read_words(path):
 
 
 def operand(*numbers):
-    """Return numbers as one operand, in which 3 and 5 are the same as 5 and 3: "3 5"."""
+    """Return numbers as one operand, in sorted order: "3 5" for 3 and 5, or for 5 and 3."""
     return " ".join(map(str, sorted(numbers)))
 
 
 def operands_in(text):
-    """Return the operands in a text that people wrote: words, numbers, "3 5", "3 kilometers"."""
+    """Return the operands in a hand-written text: words, numbers, "3 5", "3 kilometers"."""
     numbers = re.findall("[0-9]+", text)
     return {*re.findall("[a-z]+", text.lower()), *re.findall("[0-9]+ [a-z]+s", text), *numbers,
             operand(*map(int, numbers))}
@@ -127,9 +127,9 @@ class Draw:
         return words
 
     def numbers(self, low, *highs, operand=operand):
-        """Return a number from low to each of `highs`; operand(*numbers) is on this side of the
-        split. Where that is true of none, larger ones are drawn. 0 and 1 make most questions
-        trivial: tests have none."""
+        """Return a number from low to each of `highs`, with operand(*numbers) on this side of the
+        split. If none qualify, draw larger ones. 0 and 1 make most questions trivial, so tests
+        have neither."""
         low = max(low, 2) if self.held_out else low
         while True:
             numbers = [self.rng.randint(low, int(high)) for high in highs]

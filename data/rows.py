@@ -1,4 +1,4 @@
-"""Rows of other people's files -> conversations.
+"""Rows from other people's files -> conversations.
 
 A file is a JSON list, JSON lines, a JSON object that contains one list of rows, or a CSV file with
 a header, gzipped or not. A row has a list of messages, or a question and an answer. FIELDS lists
@@ -25,7 +25,7 @@ FIELDS = {"messages": ("messages", "conversations", "conversation", "dialog", "d
           "answer": ("output", "response", "answer", "completion")}
 SYSTEM = ("system", "system_prompt")  # put before the first question
 ROLE, CONTENT = ("role", "from", "speaker"), ("content", "value", "text")  # of a message
-WEIGHT = ("train", "weight", "loss_weight")  # of a message: 0 or False if it must not be learned
+WEIGHT = ("train", "weight", "loss_weight")  # of a message: 0 or False excludes it from training
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system",
          "developer": "system", **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard",
                                                  "bot", "chatbot", "model", "ai"), "assistant")}
@@ -49,9 +49,9 @@ class BadRow(UserError):
 
 def to_messages(row, where, report):
     """Return (messages, category) of one row of a file. Messages alternate, the user's first:
-    several by one side are joined by newlines, as are a question and its context. A first message
-    by the assistant and a last one by the user are left out. System texts are put before the first
-    question. `report`, a Counter, counts these, and unused fields. Raises BadRow."""
+    consecutive ones by one role are joined by newlines, as are a question and its context. A first
+    message by the assistant and a last one by the user are left out. System texts are put before
+    the first question. `report`, a Counter, counts these, and unused fields. Raises BadRow."""
     if not isinstance(row, dict):
         raise BadRow("not an object", where, "must have a question and an answer", row)
     row = without_nulls(row)
@@ -126,7 +126,7 @@ def read_message(message, where, report):
                      role)
     role = ROLES[role.lower()]
     if role == "assistant" and any(message.get(name) == 0 for name in WEIGHT):  # or False
-        raise BadRow("not to be learned from", where, "must not have 'weight' 0", message)
+        raise BadRow("excluded from training", where, "must not have 'weight' 0", message)
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text"
                                       for part in text):
         text = "\n".join(check_text(part, first_of(CONTENT, part), where) for part in text)
@@ -157,12 +157,12 @@ def check_characters(texts, where):
     try:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise BadRow("half a character", where, "must not contain a lone surrogate",
+        raise BadRow("lone surrogate", where, "must not contain a lone surrogate",
                      error.object[error.start]) from error
 
 
 def count_unused(row, used, whose, report):
-    """Count in `report` the fields of a row that contain something and are not used."""
+    """Count in `report` the non-empty fields of a row that are not used."""
     report.update(f"not used: {whose}{short(name)}" for name in row.keys() - used
                   if row[name] not in ("", [], {}))
 
@@ -173,14 +173,14 @@ def read_sources(sources, folder, drop, report):
     names = [sources] if config.is_file(sources) else sources.split(",")
     paths, conversations = [fetch(name.strip(), folder) for name in names], []
     if len(set(paths)) < len(paths):
-        raise UserError(f"source={sources}: two sources have the same file name; name each once")
+        raise UserError(f"source={sources}: two sources have the same file name; list each once")
     for path in paths:
         try:
             found = read_conversations(path, report, drop)
         except BadRow as error:
             raise UserError(f"{error} (--bad_rows=drop leaves such rows out)") from error
         if not found:
-            raise UserError(f"{path}: contains no rows that make a chat: {dict(report)}")
+            raise UserError(f"{path}: contains no rows that can become a chat: {dict(report)}")
         conversations += found
     return conversations, paths
 

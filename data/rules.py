@@ -4,8 +4,8 @@
     python -m data.rules --rows=2500 --operands=held_out --out=data/rules/held_out.json
     python -m data.rules --rows=1200 --operands=made_up --out=data/rules/made_up.json
 
-Test questions use only words and numbers that no training row has (data/operands.py). All are
-worded as in data/wordings.txt, and none is a hand-written row's, word for word.
+Test questions use only words and numbers that no training row has (data/operands.py). All use
+wordings from data/wordings.txt, and none repeats a hand-written row's question word for word.
 
 Where one step is too hard for a small model, the answer shows its work (Nye et al. 2021), in steps
 that use only one-digit facts: "4+7=11, 5+9=14, 14+1=15, 151" for 54 plus 97.
@@ -26,8 +26,8 @@ from data.operands import Draw, operand
 class Settings:
     rows: int = 90_000  # number of rows
     seed: int = 1  # chooses the held-out operands and the rows
-    operands: str = "train"  # train; held_out: none of training's; made_up: words of no language
-    work: bool = True  # False: answers alone, without the steps that lead to them
+    operands: str = "train"  # train; held_out: none from training; made_up: invented words only
+    work: bool = True  # False: only the answers, without the steps that lead to them
     out: Path = Path("data/rules/rules.json")  # prepare_alpaca.py reads it
 
 
@@ -54,7 +54,7 @@ def subtract_in_steps(a, b):
 
 def compare_letters(a, b):
     """Return the comparisons of letters or digits, up to the first that differ: ["4=4", "7>2"].
-    "-" is behind the end of a word."""
+    "-" marks the end of a word."""
     steps = []
     for x, y in zip_longest(a, b, fillvalue="-"):  # "-" is smaller than all letters
         steps.append(f"{x}{'<' if x < y else '>' if x > y else '='}{y}")
@@ -105,7 +105,8 @@ def past_of(d, verb):
     return d.irregular.get(("verbs", verb), usual)
 
 
-# The category of such a question: the section of its words, its answer, and the usual ending.
+# Category of a question about a word: (section of words.txt, function that returns the answer,
+# usual ending).
 WORD_RULES = {"plural": ("nouns", plural_of, "s"), "past tense": ("verbs", past_of, "ed")}
 
 
@@ -208,7 +209,7 @@ def sentence(d):
 
 
 def repeat(d):
-    """Ask to repeat words, numbers or a sentence, half of them in lower case, without a mark."""
+    """Ask to repeat words, numbers or a sentence, which may lack its capital and period."""
     what = d.rng.choice("words words words sentence sentence sentence word number numbers".split())
     if d.made_up:
         what = what.replace("number", "word")
@@ -263,7 +264,7 @@ def between_turn(d):
 
 
 def more(d):
-    """Ask for a sum, then to add more to it."""
+    """Ask for a sum, then ask to add more to it."""
     turns = [add(d)]
     for _ in range(d.rng.choice((1, 1, 2))):
         total = int(turns[-1][1].split(", ")[-1])
@@ -298,7 +299,7 @@ other_sum = followed(add, arithmetic("other sum"), arithmetic("other subtraction
 
 
 def other_letter(d):
-    """Ask for the first letter of a word, then for the last, or the other way round."""
+    """Ask for the first letter of a word, then for the last, or the other way around."""
     word, (which, verb, place) = d.word(), d.rng.choice(ENDS)
     other = "last" if which == "first" else "first"
     return [(d.ask("letters", w=word, which=which, verb=verb), word[place]),
@@ -307,7 +308,7 @@ def other_letter(d):
 
 # ---- all of them ----
 
-# The category of a row: (what makes it, its relative frequency). Made-up words get the first kind.
+# The category of a row: (what makes it, its relative frequency). For made-up words: only these.
 # Answers of a category that ends in "(work)" show their work.
 ABOUT_WORDS = {
     "rule/plural": (about_word("plural"), 8), "rule/past tense": (about_word("past tense"), 12),
@@ -327,9 +328,9 @@ RULES = ABOUT_WORDS | {
 
 
 def make_rows(count, seed, operands, work=True):
-    """Return `count` rows, as dicts that data/conversation.py reads: for training of random
-    categories, for tests as many of each, all different. The same arguments give the same rows.
-    operands, work: see Settings."""
+    """Return `count` rows, as dicts that data/conversation.py reads. Training rows have random
+    categories; test rows are spread evenly over them and all different. The same arguments give the
+    same rows. operands, work: see Settings."""
     draw, rows, asked, repeated = Draw(seed, operands), [], set(), 0
     rules = ABOUT_WORDS if draw.made_up else RULES
     frequencies = [frequency for _, frequency in rules.values()]

@@ -1,6 +1,6 @@
 """The safetensors format: read it memory-mapped, write it as float32.
 
-8 bytes, the length of the header; the header; then the bytes of the tensors. The header is JSON:
+A file has the header's length in 8 bytes, the header, then the tensors' bytes. The header is JSON:
 {name: {"dtype": "F32", "shape": [...], "data_offsets": [start, stop]}}.
 """
 import json

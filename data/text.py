@@ -1,4 +1,4 @@
-"""Prepare plain text, which may be larger than memory: it becomes token files.
+"""Turn plain text, which may be larger than memory, into token files.
 
     python -m data.text config/prepare_shakespeare.py    # downloads tiny Shakespeare
     python -m data.text --source=my.txt --out_dir=data/mine --tokenizer=bpe
@@ -28,11 +28,11 @@ IN_FOLDERS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")  # which files of a fold
 
 @dataclass
 class Settings:
-    source: str = ""  # a .txt, .jsonl, .txt.gz or .jsonl.gz, its http(s) URL, or a folder of such
+    source: str = ""  # a .txt, .jsonl, .txt.gz or .jsonl.gz, its http(s) URL, or a folder of them
     out_dir: Path = Path("data/text")  # where train.bin, val.bin and meta.json go
     tokenizer: str = "bytes"  # bytes, gpt2, bpe (trained on this text) or a tokenizer.json
-    vocab_size: int = 4096  # of bpe
-    bpe_chars: int = 100_000_000  # bpe is trained on the first characters of the text, at most
+    vocab_size: int = 4096  # size of a bpe vocabulary, without the four special tokens
+    bpe_chars: int = 100_000_000  # train bpe on at most this many characters, from the start
     val_fraction: float = 0.1  # fraction held out for validation, from the end of the text
 
 
@@ -58,7 +58,7 @@ def read_file(path):
         raise UserError(f"{path}: not UTF-8 text: {error.object[:error.end][-20:]}; save it as "
                         "UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: cannot be unpacked: {error}; download it again") from error
+        raise UserError(f"{path}: cannot be decompressed: {error}; download it again") from error
 
 
 def read_json_lines(path, lines):
@@ -68,7 +68,7 @@ def read_json_lines(path, lines):
         if line.strip():
             try:
                 text = json.loads(line)["text"].replace("\r\n", "\n")
-                text.encode("utf-8")  # raises a ValueError for half a character
+                text.encode("utf-8")  # raises a ValueError for a lone surrogate
             except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: must be a row of JSON lines, {{\"text\": "
                                 "\"...\"}; if the JSON itself is the text, name it .txt") from error

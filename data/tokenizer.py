@@ -25,7 +25,7 @@ from config import UserError
 END_OF_TEXT = "<|endoftext|>"
 ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>")
 SPECIAL_TOKENS = (END_OF_TEXT, *ROLE_TOKENS)
-MAX_VOCAB_SIZE = 2**16 - len(SPECIAL_TOKENS)  # ordinary ids in token files of 16 bits
+MAX_VOCAB_SIZE = 2**16 - len(SPECIAL_TOKENS)  # ordinary ids in 16-bit token files
 GPT2_VOCAB_SIZE = 50257  # ids in GPT-2's own files, which have no role tokens
 
 # How text is split before bytes are paired (no pair crosses a split): words, single digits (so that
@@ -34,13 +34,13 @@ GPT2_VOCAB_SIZE = 50257  # ids in GPT-2's own files, which have no role tokens
 # in emoji (U+200C, U+200D) are letters: here they are not.
 SPLIT_PATTERN = "[^\\W\\d_\u200c\u200d]+|\\d|(?:[^\\s\\w]|[_\u200c\u200d])+|\\s+"
 # The same with a space joined to the word or punctuation before it: a fifth fewer tokens.
-SPACE_BEHIND_PATTERN = "[^\\W\\d_\u200c\u200d]+ ?|\\d|(?:[^\\s\\w]|[_\u200c\u200d])+ ?|\\s+"
+TRAILING_SPACE_PATTERN = "[^\\W\\d_\u200c\u200d]+ ?|\\d|(?:[^\\s\\w]|[_\u200c\u200d])+ ?|\\s+"
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_MERGES = ("https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
                "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5")  # SHA-256
 # GPT-2's files spell each byte as one character: printable ones as themselves, the others as the
-# characters from U+0100 on. In the order of their ids.
+# characters from U+0100 on. This dict is in the order of GPT-2's ids.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 GPT2_CHARACTERS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(OTHERS)}
@@ -102,7 +102,7 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
     next. Raises UserError for a vocab_size out of range."""
     if not 256 <= vocab_size <= MAX_VOCAB_SIZE:
         raise UserError(f"vocab_size={vocab_size}: must be from 256, the bytes, to "
-                        f"{MAX_VOCAB_SIZE}: token files have 16-bit ids, four of special tokens")
+                        f"{MAX_VOCAB_SIZE}: token files have 16-bit ids, four of them special")
     word_counts = Counter(word for text in note_if_slow(texts, "counting words: {} texts so far")
                           for word in re.findall(pattern, text))
     # All distinct words as one doubly linked list of ids. -1 separates words, and also marks the
@@ -126,7 +126,7 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
     for i in range(len(ids) - 1):
         count(i, i + 1, 1)
     for new_id in note_if_slow(range(256, vocab_size), "learning byte pairs: {} merges of at most "
-                               f"{vocab_size - 256} so far, later ones are faster"):
+                               f"{vocab_size - 256} so far; later ones are faster"):
         # A heap finds the most frequent pair. Entries with an outdated count are skipped.
         for pair in changed:
             if pair_counts[pair] > 1:
@@ -142,8 +142,8 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
             j = after[i]
             if (ids[i], ids[j]) == pair:  # not changed since
                 left, right = before[i], after[j]
-                for neighbours in ((left, i), (i, j), (j, right)):
-                    count(*neighbours, -1)
+                for neighbors in ((left, i), (i, j), (j, right)):
+                    count(*neighbors, -1)
                 ids[i], ids[j], after[i], before[right] = new_id, -1, right, i
                 count(left, i, 1)
                 count(i, right, 1)
@@ -161,8 +161,8 @@ def note_if_slow(items, note, seconds=2):
 
 
 def make_tokenizer(name, folder, texts, vocab_size, pattern=SPLIT_PATTERN):
-    """Return (tokenizer, its name in meta.json) of a script's setting `tokenizer`. "bpe" is trained
-    on `texts`; one that is trained is written to folder/tokenizer.json. Raises UserError."""
+    """Return (tokenizer, its name in meta.json) for a script's setting `tokenizer`. "bpe" is
+    trained on `texts`; a trained one is written to folder/tokenizer.json. Raises UserError."""
     spec = train_bpe(texts, vocab_size, pattern) if name == "bpe" else read_spec(name)
     if isinstance(spec, dict):
         name = "tokenizer.json"
@@ -171,8 +171,8 @@ def make_tokenizer(name, folder, texts, vocab_size, pattern=SPLIT_PATTERN):
 
 
 def get_tokenizer(spec):
-    """Return the tokenizer of a spec or of the path of a tokenizer.json. Raises UserError, also for
-    merges or a pattern that cannot encode a sample text."""
+    """Return the tokenizer for a spec or the path of a tokenizer.json. Raises UserError, including
+    for merges or a pattern that cannot encode a sample text."""
     spec = read_spec(spec)
     if spec == "gpt2":
         return load_gpt2_tokenizer()
@@ -189,8 +189,8 @@ def get_tokenizer(spec):
             raise ValueError  # tiktoken would panic
         return build("bpe", spec["pattern"], tokens)
     except (TypeError, LookupError, ValueError, OverflowError, RecursionError, re.error) as error:
-        raise UserError("its pattern must split every text, and its merges join two earlier ids, "
-                        "each pair to a new token") from error
+        raise UserError("its pattern must split every text, and its merges must each join two "
+                        "earlier ids into a new token") from error
 
 
 def load_gpt2_tokenizer():
@@ -216,7 +216,7 @@ def build(name, pattern, tokens):
 
 
 def read_spec(spec):
-    """Return what a checkpoint stores of a tokenizer: "gpt2", "bytes", or the dict {"pattern",
+    """Return what a checkpoint stores as its tokenizer: "gpt2", "bytes", or the dict {"pattern",
     "merges"} of the tokenizer.json at the path `spec`. Raises UserError."""
     if isinstance(spec, dict) or spec in ("gpt2", "bytes"):
         return spec
@@ -267,7 +267,7 @@ def main(argv):
             ("3. Characters", "None is unknown, but there are 150,000.", r"[\s\S]"),
             ("4. Bytes", "256 ids cover everything, but texts get long.", "bytes"),
             ("5. Byte pairs, learned here", f"{len(learned['merges'])} merges of frequent "
-             f"neighbours in {source.name}: common words are one piece, nothing is unknown.",
+             f"neighbors in {source.name}: common words are one piece, nothing is unknown.",
              learned),
             ("6. GPT-2's byte pairs", "The same method with 50,000 merges, learned on 40 GB of web "
              "pages.", "gpt2")):

@@ -1,4 +1,4 @@
-"""GPT-2's weights as files: fetch them, read them, refuse what is not a plain GPT-2.
+"""GPT-2's weights as files: fetch them, read them, reject what is not a plain GPT-2.
 
 A name such as gpt2-medium is downloaded once into GPT2_CACHE_DIR, or ~/.cache/gpt2. A folder has
 model.safetensors or pytorch_model.bin, usually with a config.json, or nanoGPT's ckpt.pt.
@@ -28,7 +28,7 @@ NANOGPT_ARGS = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size
 def read_gpt2(name_or_path):
     """Return ({GPT-2's name, without "transformer.": float32 tensor}, {field of GPTConfig: value}).
 
-    Matrices have GPT-2's layout, (in, out), also those of nanoGPT (its exact GELU and
+    Matrices have GPT-2's layout, (in, out), including those of nanoGPT (its exact GELU and
     ours differ by about 0.001 in a logit). Rows of wte for added tokens or padding are left out
     with a note. Raises OSError, and UserError for what model.py would not compute correctly.
     """
@@ -70,10 +70,10 @@ def parse(file):
 
 
 def fetch_gpt2(name):
-    """Return the local model.safetensors of one of GPT2_NAMES, downloaded at first use."""
+    """Return the local model.safetensors of one of GPT2_NAMES, downloaded on first use."""
     path = gpt2_folder() / name / "model.safetensors"
     if not path.exists():  # whichever mirror it came from
-        print(f"downloading {name} into {path.parent} (HF_ENDPOINT names a mirror)",
+        print(f"downloading {name} into {path.parent} (set HF_ENDPOINT to use a mirror)",
               file=sys.stderr)
         download(GPT2_URL.format(hub=hub(), name=name), path)
     return path
@@ -119,7 +119,7 @@ def read_sizes(config, weights):
 
 
 def check_vocabulary(file, rows):
-    """Raise ValueError if a vocab.json or tokenizer.json beside the weights is not GPT-2's."""
+    """Raise ValueError if a vocab.json or tokenizer.json next to the weights is not GPT-2's."""
     vocab = (read_json(file.with_name("vocab.json")) or
              read_json(file.with_name("tokenizer.json")).get("model", {}).get("vocab"))
     if vocab and rows >= GPT2_VOCAB_SIZE:  # smaller ones are never treated as GPT-2's

@@ -64,7 +64,7 @@ def gpt2_weights(model):
 def write_hf_folder(folder, model, spec):
     """Write a GPT and its tokenizer as transformers saves them. Raises UserError or OSError."""
     weights, enc = transpose_conv1d(gpt2_weights(model)), get_tokenizer(spec)
-    with new_files(folder, deciding="config.json") as part:
+    with new_files(folder, marker="config.json") as part:
         write_safetensors(part / "model.safetensors",
                           {f"transformer.{name}": tensor for name, tensor in weights.items()})
         write_hf_config(part, model.config, enc)

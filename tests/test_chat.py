@@ -375,7 +375,7 @@ def test_each_piped_line_is_answered_before_the_next_is_sent(tmp_path):
     (["--max_new_tokens=0"], "max_new_tokens=0.*at least 1"), (["--turns=-1"], "turns=-1.*at least 0"),
     (["--repetition_penalty=0.9"], "repetition_penalty=0.9.*at least 1"), (["--seed=-1"], "seed=-1.*at least 0"),
     (["--score_rows=-1"], "score_rows=-1"), (["--dtype=float16"], "float16"), (["--device=toaster"], "toaster"),
-    (["--look=x.html"], "look=x.html: needs a --prompt=TEXT.*/look")])
+    (["--look=x.html"], "look=x.html: needs --prompt=TEXT.*/look")])
 def test_a_wrong_setting_is_a_user_error(flags, message):
     with pytest.raises(UserError, match=message):
         chat.main(["--prompt=Hi"] * (flags != ["--look=x.html"]) + flags)

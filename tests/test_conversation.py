@@ -158,10 +158,10 @@ def test_messages_without_a_partner_are_left_out_and_counted(texts, left, report
     ({"input": {"messages": []}, "preferred_output": [], "non_preferred_output": [1]}, "preference data", "preference"),
     ({**GOOD, "images": ["a.png"]}, "multimodal data", "one answer in text, not multimodal data, found 'images'"),
     ({"question": "a", "choices": ["b", "c"], "answer": "B"}, "multiple choice", "'choices'"),
-    ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "weight": 0}]}, "not to be learned from", "message 2: .*'weight'"),
-    ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "loss_weight": 0.0}]}, "not to be learned from", "message 2"),
-    ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "train": False}]}, "not to be learned from", "message 2: .*'train'"),
-    ({**GOOD, "output": "cut \ud83d"}, "half a character", "surrogate"),
+    ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "weight": 0}]}, "excluded from training", "message 2: .*'weight'"),
+    ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "loss_weight": 0.0}]}, "excluded from training", "message 2"),
+    ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "train": False}]}, "excluded from training", "message 2: .*'train'"),
+    ({**GOOD, "output": "cut \ud83d"}, "lone surrogate", "surrogate"),
 ])
 def test_a_bad_row_gives_a_one_line_error_with_file_row_and_reason(tmp_path, row, reason, part):
     path, report = write_rows(tmp_path / "rows.json", [GOOD, row]), Counter()

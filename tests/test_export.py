@@ -12,8 +12,8 @@ from data.conversation import encode_conversation, encode_prompt
 from data.tokenizer import (
     END_OF_TEXT,
     ROLE_TOKENS,
-    SPACE_BEHIND_PATTERN,
     SPLIT_PATTERN,
+    TRAILING_SPACE_PATTERN,
     get_tokenizer,
     train_bpe,
 )
@@ -26,7 +26,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: these 
 transformers = pytest.importorskip("transformers")
 
 FAMILY = "👨\u200d👩\u200d👧\u200d👦"  # one emoji, four joined by zero-width joiners
-SHAPES = {"gpt2": dict(n_head=4, n_embd=16), "bpe": dict(bias=False), "space behind": {}, "bytes": dict(n_head=3, n_embd=48)}
+SHAPES = {"gpt2": dict(n_head=4, n_embd=16), "bpe": dict(bias=False), "trailing space": {}, "bytes": dict(n_head=3, n_embd=48)}
 PROPERTY = settings(max_examples=40, deadline=None, database=None, derandomize=True,
                     suppress_health_check=list(HealthCheck))
 
@@ -35,7 +35,7 @@ PROPERTY = settings(max_examples=40, deadline=None, database=None, derandomize=T
 def exported(request, tmp_path_factory):
     """Export a checkpoint with one of the four kinds of tokenizer, on the command line."""
     name, folder = request.param, tmp_path_factory.mktemp("export")
-    patterns = {"bpe": SPLIT_PATTERN, "space behind": SPACE_BEHIND_PATTERN}
+    patterns = {"bpe": SPLIT_PATTERN, "trailing space": TRAILING_SPACE_PATTERN}
     spec = train_bpe([PARAGRAPH] * 3, 420, patterns[name]) if name in patterns else name
     enc = request.getfixturevalue("gpt2_vocabulary") if spec == "gpt2" else get_tokenizer(spec)
     gpt = random_model(spec, **SHAPES[name])

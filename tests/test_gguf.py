@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from config import UserError
 from data.conversation import encode_conversation, encode_prompt, special_ids
-from data.tokenizer import SPACE_BEHIND_PATTERN, SPLIT_PATTERN, get_tokenizer, train_bpe
+from data.tokenizer import SPLIT_PATTERN, TRAILING_SPACE_PATTERN, get_tokenizer, train_bpe
 from model import GPT, GPTConfig
 from runtime import export
 from runtime.checkpoint import model_state, save_checkpoint
@@ -110,8 +110,8 @@ def some_texts():
 
 @pytest.mark.parametrize("name, learned_from, pattern", [
     ("gpt2", None, None), ("bytes", None, None), ("bpe", CHATS, SPLIT_PATTERN), ("bpe of code", [CODE], SPLIT_PATTERN),
-    ("bpe, space behind", CHATS, SPACE_BEHIND_PATTERN), ("separate accents", [HINDI] * 3, SPLIT_PATTERN),
-    ("separate accents, space behind", [HINDI] * 3, SPACE_BEHIND_PATTERN)])
+    ("bpe, trailing space", CHATS, TRAILING_SPACE_PATTERN), ("separate accents", [HINDI] * 3, SPLIT_PATTERN),
+    ("separate accents, trailing space", [HINDI] * 3, TRAILING_SPACE_PATTERN)])
 def test_llama_gives_the_same_ids_text_and_logits(name, learned_from, pattern, request, tmp_path, capsys):
     if name == "gpt2":
         request.getfixturevalue("gpt2_vocabulary")
@@ -133,7 +133,7 @@ def test_llama_gives_the_same_ids_text_and_logits(name, learned_from, pattern, r
 @pytest.mark.parametrize("spec, pieces, least, most", [
     # Merges that cross from half a character into punctuation.
     (train_bpe([JAPANESE] * 2, 400), random.Random(1).choices(JAPANESE, k=2000), 0.01, 1),
-    (train_bpe([CODE], 600, SPACE_BEHIND_PATTERN), list(CODE), 0, 0.02)], ids=["half characters", "spaces"])
+    (train_bpe([CODE], 600, TRAILING_SPACE_PATTERN), list(CODE), 0, 0.02)], ids=["half characters", "spaces"])
 def test_the_export_warns_if_ids_may_differ(spec, pieces, least, most, tmp_path, capsys):
     llama, enc = Server(exported_to(tmp_path, random_model(spec), spec)), get_tokenizer(spec)
     assert "llama.cpp may split texts with several spaces, or with punctuation" in capsys.readouterr().out
@@ -157,7 +157,7 @@ def to_messages(texts):
 def trained():
     """Return a model trained on chats of two turns until it repeats them, and its tokenizer."""
     torch.manual_seed(1)
-    spec = train_bpe([" ".join(talk) for talk in TALKS], 320, SPACE_BEHIND_PATTERN)
+    spec = train_bpe([" ".join(talk) for talk in TALKS], 320, TRAILING_SPACE_PATTERN)
     enc = get_tokenizer(spec)
     gpt = GPT(GPTConfig(vocab_size=enc.n_vocab, block_size=128, n_layer=2, n_head=2, n_embd=64))
     ids = [torch.tensor([encode_conversation(to_messages(talk), enc)]) for talk in TALKS]

@@ -155,7 +155,7 @@ def test_long_answers_are_cut_and_still_end(tmp_path, capsys):
             row("but for the answer's id", "yes")]
     folder = prepare(tmp_path, rows, "--max_tokens=28", "--val_fraction=0.4")
     found = report(capsys)
-    assert found["answer cut: longer than 28 tokens"] == 3 and found["dropped: nothing of the answer fits"] == 2
+    assert found["answer cut: longer than 28 tokens"] == 3 and found["dropped: no part of the answer fits"] == 2
     assert ["long", "abcdefghijklmnopqrs"] in all_chats(folder) and len(all_chats(folder)) == 10  # 28 - 4 - 5 letters
     corpus = (folder / "chat_corpus.txt").read_text(encoding="utf-8")  # the same as in training
     assert "\n<|assistant|>abcdefghijklmnopqrs<|end|>\n" in corpus and corpus.count("<|user|>") == 10
@@ -186,8 +186,8 @@ def test_a_trained_tokenizer_is_learned_from_the_training_rows_and_stored(tmp_pa
     train, val = read_chats(folder, "train", enc), read_chats(folder, "val", enc)
     assert sorted(train + val) == sorted([r["instruction"], r["output"]] for r in rows) and len(val) == 3
     assert spec == train_bpe([text for texts in train for text in texts], 280)
-    behind = prepare(tmp_path, rows, "--vocab_size=280", "--space_behind=True", tokenizer="bpe")
-    assert read_meta(behind)["train_tokens"] < 0.95 * meta["train_tokens"]
+    trailing = prepare(tmp_path, rows, "--vocab_size=280", "--trailing_space=True", tokenizer="bpe")
+    assert read_meta(trailing)["train_tokens"] < 0.95 * meta["train_tokens"]
     (tmp_path / "other.json").write_text(json.dumps(spec), encoding="utf-8")
     copied = prepare(tmp_path, rows, tokenizer=tmp_path / "other.json")
     assert json.loads((copied / "tokenizer.json").read_bytes()) == spec
@@ -213,7 +213,7 @@ def test_files_of_several_layouts_are_prepared_together(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, part", [
-    ("rows.json", "name each once"), ("none.json", "none.json"), ("", "is a folder"), ("empty.json", "empty.json: contains no rows")])
+    ("rows.json", "list each once"), ("none.json", "none.json"), ("", "is a folder"), ("empty.json", "empty.json: contains no rows")])
 def test_a_second_source_that_cannot_be_read_is_named(tmp_path, name, part):
     (tmp_path / "empty.json").write_text("[]", encoding="utf-8")
     with pytest.raises((UserError, OSError), match=part):
@@ -238,8 +238,8 @@ def test_bad_rows_are_dropped_from_the_source_and_the_extra_rows_on_request(tmp_
     (rows_of(6), "--extra=nowhere.json", "nowhere.json"), (rows_of(6), "--tokenizer=none.json", "none.json"),
     (rows_of(6), "--vocab=3", "'vocab'.*'vocab_size'"), (rows_of(1), "--seed=1", "validation split is empty.*'rows read': 1"),
     ([row("a", "")] * 3, "--seed=1", "validation split is empty.*'rows read': 3, 'dropped: empty output': 3"), ([{"bad": 1}], "--seed=1", "row 1"),
-    (rows_of(6), "--max_tokens=8", "validation split is empty.*'rows read': 6, .*'dropped: nothing of the answer fits': 5.*max_tokens=8"),
-    ([{"bad": 1}] * 2, "--bad_rows=drop", "rows.json: contains no rows that make a chat: .*'dropped: unknown layout': 2")])
+    (rows_of(6), "--max_tokens=8", "validation split is empty.*'rows read': 6, .*'dropped: no part of the answer fits': 5.*max_tokens=8"),
+    ([{"bad": 1}] * 2, "--bad_rows=drop", "rows.json: contains no rows that can become a chat: .*'dropped: unknown layout': 2")])
 def test_a_failing_run_gives_a_one_line_error_and_leaves_the_earlier_files_as_they_were(tmp_path, rows, flag, part):
     before = files(prepare(tmp_path, rows_of(6)))
     assert set(before) == {"train.bin", "val.bin", "meta.json", "chat_corpus.txt"}

@@ -114,8 +114,8 @@ def test_documents_are_separated_by_the_token_and_the_split_never_cuts_it(tmp_pa
 @pytest.mark.parametrize("name, content, message", [
     ("a.jsonl", b'{"text": "one"}\n{"txt": "two"}', "a.jsonl, line 2: must be a row of JSON lines"), ("a.jsonl", b'["a"]', "line 1"),
     ("a.json", b'[\n{"text": "a"}]', "a.json, line 1: .*name it .txt"), ("a.jsonl", b'{"text": null}', "line 1"),
-    ("a.jsonl", b'{"text": "\\ud83d"}', "line 1"), ("a.jsonl", b"7", "line 1"), ("a.txt.gz", b"text", "a.txt.gz: cannot be unpacked"),
-    ("a.txt.gz", gzip.compress(bytes(range(128)) * 9)[:-20], "a.txt.gz: cannot be unpacked"), ("a.jsonl.gz", b"\x1f\x8b\x08\0" + b"x" * 20, "unpacked"),
+    ("a.jsonl", b'{"text": "\\ud83d"}', "line 1"), ("a.jsonl", b"7", "line 1"), ("a.txt.gz", b"text", "a.txt.gz: cannot be decompressed"),
+    ("a.txt.gz", gzip.compress(bytes(range(128)) * 9)[:-20], "a.txt.gz: cannot be decompressed"), ("a.jsonl.gz", b"\x1f\x8b\x08\0" + b"x" * 20, "decompressed"),
     ("none", None, "none: 0 characters in 0 files cannot be split"), ("a.jsonl", b"", "a.jsonl: 0 characters in 1 files")], ids=range(11))
 def test_a_source_that_cannot_be_read_gives_a_one_line_error(tmp_path, name, content, message):
     (tmp_path / name).mkdir() if content is None else (tmp_path / name).write_bytes(content)
