@@ -105,20 +105,15 @@ def past_of(d, verb):
     return d.irregular.get(("verbs", verb), usual)
 
 
-# Category of a question about a word: (section of words.txt, function that returns the answer,
-# usual ending).
-WORD_RULES = {"plural": ("nouns", plural_of, "s"), "past tense": ("verbs", past_of, "ed")}
+# Category of a question about a word: (section of words.txt, function that returns the answer).
+WORD_RULES = {"plural": ("nouns", plural_of), "past tense": ("verbs", past_of)}
 
 
 def about_word(rule, section=None):
-    """Return a rule for questions about a word, half of those with the usual ending left out."""
     def ask(d):
-        words, answer_of, usual = WORD_RULES[rule]
-        word = d.invented() if d.rng.random() < 0.3 else d.word(words)
-        answer = answer_of(d, word)
-        if answer == word + usual and d.rng.random() < 0.5:
-            return ask(d)
-        return d.ask(section or rule, w=word), answer
+        words, answer = WORD_RULES[rule]
+        word = d.invented() if d.rng.random() < 0.5 else d.word(words)
+        return d.ask(section or rule, w=word), answer(d, word)
     return ask
 
 
@@ -313,15 +308,15 @@ def other_letter(d):
 ABOUT_WORDS = {
     "rule/plural": (about_word("plural"), 8), "rule/past tense": (about_word("past tense"), 12),
     "rule/sorting (work)": (sort_words, 16),
-    "rule/letters": (letter, 5), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
+    "rule/letters": (letter, 9), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
     "rule/word picking": (pick_word, 7), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
 RULES = ABOUT_WORDS | {
-    "rule/sum (work)": (add, 7), "rule/subtraction (work)": (subtract, 10),
-    "rule/unit conversion": (convert, 4), "rule/comparison (work)": (compare, 9),
-    "rule/counting": (count, 7), "chat/more (work)": (more, 1),
+    "rule/sum (work)": (add, 7), "rule/subtraction (work)": (subtract, 9),
+    "rule/unit conversion": (convert, 4), "rule/comparison (work)": (compare, 8),
+    "rule/counting": (count, 6), "chat/more (work)": (more, 1),
     "chat/other sum (work)": (other_sum, 2), "chat/other comparison (work)": (other_comparison, 2),
-    "chat/told 1 turn ago": (remember(1), 2),
+    "chat/told 1 turn ago": (remember(1), 4),
     "chat/told 2 turns ago": (remember(1, 1), 1), "chat/told 3 turns ago": (remember(1, 2), 1),
     "chat/told 4 turns ago": (remember(1, 3), 1), "chat/told 5 turns ago": (remember(1, 4), 1),
     "chat/two told": (remember(2), 1)}
