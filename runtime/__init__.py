@@ -1,1 +1,1 @@
-"""Infrastructure of the scripts: checkpoints, logging, processes, terminal, scoring, export."""
+"""Infrastructure for the scripts: checkpoints, logging, processes, terminal, scoring, export."""

@@ -1,6 +1,6 @@
 """Checkpoint files: a model's config, weights and tokenizer, and how it was trained. best.pt has
-what chat.py needs, last.pt also what an exact resume needs (runtime/resume.py). Loading one never
-executes anything (weights_only=True)."""
+what chat.py needs; last.pt also has what an exact resume needs (runtime/resume.py). Loading one
+never executes code (weights_only=True)."""
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ SCHEMA = {"config": dict, "model": dict, "tokenizer": (str, dict), "kind": str, 
 
 
 def model_state(model, tokenizer_spec, kind, **extra):
-    """Return a dict for save_checkpoint: what chat.py needs, and extra. kind: "chat" or "text"."""
+    """Return a dict for save_checkpoint: what chat.py needs, plus extra. kind: "chat" or "text"."""
     return {"config": asdict(model.config), "model": model.state_dict(),
             "tokenizer": tokenizer_spec, "kind": kind, **extra}
 
@@ -28,7 +28,7 @@ def save_checkpoint(path, checkpoint):
     write_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
-def load_checkpoint(path, hint="Run make chat, or train with the config file for its out_dir."):
+def load_checkpoint(path, hint="Run make chat, or train with the config file that writes it."):
     """Return the dict that save_checkpoint wrote. Raises UserError for a file that is missing
     (`hint` says how to make it), damaged, or not a checkpoint."""
     path = Path(path)
@@ -44,7 +44,7 @@ def load_checkpoint(path, hint="Run make chat, or train with the config file for
         ids, wanted = count_ids(checkpoint["tokenizer"]), checkpoint["config"]["vocab_size"]
         if ids != wanted:
             raise ValueError(f"its tokenizer has {ids} ids, its model {wanted}")
-    except Exception as error:  # torch.load raises many types for a damaged file
+    except Exception as error:  # torch.load raises many types of error for a damaged file
         reason = str(error).split("\n")[0][:100]
         raise UserError(f"{path}: not a checkpoint, or damaged ({type(error).__name__}: {reason}); "
                         "use a different one, or train again") from error

@@ -6,7 +6,7 @@ import torch
 
 from config import UserError
 
-ADVICE = {  # by a pattern in PyTorch's error
+ADVICE = {  # keyed by a pattern in PyTorch's error message
     "MemoryError|out of memory|allocate memory":
         "out of memory; the last checkpoint is kept; use a smaller --batch_size with more "
         "--gradient_accumulation, a smaller --block_size or a smaller model",
@@ -42,7 +42,7 @@ def pick_device(device="auto", dtype="auto"):
 
 
 def mixed_precision(device, dtype):
-    """Context manager: matrix products in `dtype`; weights and losses stay float32."""
+    """Context manager: compute matrix products in `dtype`; weights and losses stay float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

@@ -56,8 +56,8 @@ def gpt2_weights(model):
     expected |= {name: tuple(bias.shape) for name, bias in biases.items() if cfg.bias}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(dict(found.items() ^ expected.items())):
-        raise UserError(f"{name} has the shape {found.get(name)}, in GPT-2 {expected.get(name)}; "
-                        "exports need GPT-2's parameters, so undo your edit of model.py")
+        raise UserError(f"{name} has the shape {found.get(name)}, GPT-2's {expected.get(name)}; "
+                        "exports need GPT-2's parameters, so undo your edit to model.py")
     return biases | weights | {"wte.weight": weights["wte.weight"][:cfg.vocab_size]}
 
 

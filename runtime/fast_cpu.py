@@ -1,4 +1,4 @@
-"""Generate faster on a CPU. Prefill uses oneDNN, which is 10 % faster than PyTorch's BLAS. Decoding
+"""Generate faster on a CPU. Prefill uses oneDNN, which is 10% faster than PyTorch's BLAS. Decoding
 is memory-bound: it uses NumPy, whose BLAS reads the weights with all cores instead of one."""
 import math
 import sys
@@ -33,7 +33,7 @@ class FastLinear(nn.Module):
 
 class Int8Linear(nn.Module):
     """nn.Linear in int8: weights with a scale per output, activations with a scale per token. CPUs
-    without VNNI add two products in 16 bits, so the weights, which suffer less, have 7 bits."""
+    without VNNI add two products in 16 bits, so weights, which need less precision, have 7 bits."""
 
     def __init__(self, weight, bias=None):
         super().__init__()
@@ -99,14 +99,14 @@ def build(model, linear):
 @torch.no_grad()
 def computes_the_same(config):
     """Whether a FastGPT and model.py's GPT agree on a short prefill and a full context's last
-    token. Both have the same random weights, in which every part matters, and are narrow."""
+    token. Both are narrow, with the same random weights, large enough for every part to matter."""
     model = empty_model(replace(config, vocab_size=64, n_embd=4 * config.n_head)).eval()
     for seed, p in enumerate(model.parameters()):
         p.normal_(std=0.5, generator=seeded_generator(seed))
     logits, last = [], config.block_size - 1  # an edited attention window may be long
     for gpt in (model, build(model, FastLinear)):
         cache = KVCache(gpt)
-        cache.layers = [cache.layers[0]] * len(cache.layers)  # one for all: quick to fill
+        cache.layers = [cache.layers[0]] * len(cache.layers)  # shared by all layers: quick to fill
         cache.layers[0].k.normal_(generator=seeded_generator(0))
         cache.layers[0].v.normal_(std=10, generator=seeded_generator(1))
         xs = [gpt.hidden(torch.tensor([ids]), cache, start)[0]

@@ -59,8 +59,8 @@ def export_gguf(path, model, spec, dtype, turns):
     write_atomically(path, write)
     write_modelfile(path.with_suffix(".Modelfile"), path.name, cfg.block_size, turns)
     if spec not in ("gpt2", "bytes"):
-        print("note: llama.cpp may split texts with several spaces, or with punctuation next to "
-              "multi-byte letters, into different tokens than chat.py")
+        print("note: llama.cpp may split texts with consecutive spaces, or with punctuation next "
+              "to multi-byte letters, into different tokens than chat.py")
 
 
 def add_tokenizer(writer, spec):

@@ -12,7 +12,7 @@ import torch
 from data.files import write_text
 from runtime.distributed import is_rank_0, rank_and_world_size
 
-# Peak dense bfloat16 FLOP/s by a part of the device's name (data sheets); the first match.
+# Peak dense bfloat16 FLOP/s by a part of the device's name (data sheets); the first match is used.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12,
               "L40S": 362e12, "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 

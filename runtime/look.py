@@ -30,12 +30,12 @@ def look(model, enc, ids, start=None, longest=256):
     chosen: the position where the page opens, the first token of the reply.
     next_ids (T, 10), logits (T, kept): the most likely first, minus the largest logit.
     rest (T, temperatures): the sum of exp(logit / temperature) over the logits not kept.
-    target_logit, target_p, target_rank (T,): of the actual next token; ranks are from 1.
-    lens_ids, lens_p (L + 1, T, 3), lens_target_p (L + 1, T): lens, before the blocks, after each.
+    target_logit, target_p, target_rank (T,): of the actual next token; ranks start at 1.
+    lens_ids, lens_p (L + 1, T, 3), lens_target_p (L + 1, T): `lens` at the embeddings and blocks.
     weights (L, 1 + nh, T, T): attention weights, the mean over the heads, then each head's.
 
     start: where in ids the model's own text begins; None: after the last <|assistant|>, or at 0.
-    Raises UserError if ids are empty or a block has no attention weights.
+    Raises UserError if ids is empty or a block has no attention weights.
     """
     if not ids:
         raise UserError("look: there are no tokens; write something first")
@@ -113,7 +113,7 @@ def next_tokens(logits, target):
 
 def head_patterns(weights, ids):
     """Return lines of text that name the heads with the largest mean weights on the previous token,
-    on the first, and on earlier occurrences of the same token, over all of ids but the first.
+    on the first, and on earlier occurrences of the same token, averaged over all ids but the first.
     weights: (L, 1 + nh, T, T); for T = 1, there are no lines."""
     if len(ids) == 1:
         return []
@@ -134,7 +134,7 @@ def head_patterns(weights, ids):
 
 
 def write_page(path, page):
-    """Write what look returns as one HTML file, attention weights in 1 / 255. Raises OSError."""
+    """Write what look returns as one HTML file, with 8-bit attention weights. Raises OSError."""
     page = {**page, "weights": (page["weights"] * 255).round().int()}
     arrays = {name: (x.double().round(decimals=6) if x.is_floating_point() else x).tolist()
               for name, x in page.items() if torch.is_tensor(x)}

@@ -6,7 +6,7 @@
 A row of HellaSwag has a context and four endings, one written by a person and three by a model
 (Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?"). A base model reads
 `ctx`, a space, and an ending, as in Karpathy's build-nanogpt, which reports for OpenAI's weights:
-28.59 % (gpt2) and 38.42 % (gpt2-xl) by the sum, 29.55 % and 48.93 % by the mean over tokens.
+28.59% (gpt2) and 38.42% (gpt2-xl) by the sum, 29.55% and 48.93% by the mean over tokens.
 """
 import math
 from reprlib import repr as short
@@ -33,7 +33,7 @@ BATCH_TOKENS = 4096  # of a batch, padding included
 def score(session, cfg):
     """Score cfg.score, multiple choice or chats: print a summary, write all answers to a JSON file.
     Choices are compared by the sum of their tokens' log-probabilities, and by the mean, which does
-    not favour short choices. Raises UserError or OSError."""
+    not favor short choices. Raises UserError or OSError."""
     rows = [] if cfg.score.is_dir() else read_rows(cfg.score)
     if not any(isinstance(row, dict) and {"endings", "choices"} & row.keys() for row in rows):
         return score_chats(session, cfg)
@@ -42,7 +42,7 @@ def score(session, cfg):
     for number, question, choices, answer in rows:
         context, endings = encode_choices(question, choices, session)
         lengths = [len(ending) for ending in endings]
-        if len(context) + max(lengths) <= session.model.config.block_size + 1:  # the last: not read
+        if len(context) + max(lengths) <= session.model.config.block_size + 1:  # last: not read
             pairs += [(context + ending, len(ending)) for ending in endings]
             answers.append({"row": number, "question": question, "choices": choices,
                             "answer": answer, "tokens": lengths})

@@ -1,11 +1,11 @@
-"""The Muon optimizer (Jordan et al. 2024), for the matrices of the blocks. It reaches a loss in far
-fewer steps than AdamW; its matrix products take about a fifth of each step of make chat's model."""
+"""The Muon optimizer (Jordan et al. 2024), for the matrices of the blocks. It needs far fewer
+steps than AdamW for a given loss; its matrix products take about a fifth of a step in make chat."""
 import math
 
 import torch
 
 # (a, b, c) of each round of newton_schulz (Amsel et al. 2025, "The Polar Express"; their
-# coefficients with the 1 % safety margin that they recommend).
+# coefficients with the 1% safety margin that they recommend).
 NEWTON_SCHULZ_ROUNDS = ((8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184),
                         (3.9096, -2.8234, 0.5250), (3.2856, -2.4153, 0.4853))
 

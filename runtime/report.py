@@ -15,7 +15,7 @@ from runtime.terminal import show_progress
 
 
 def log_row(cfg, dataset, state):
-    """Return the log row entries known before its step: step, epoch, losses if just evaluated."""
+    """Return the log row entries known before the step: step, epoch, losses if just evaluated."""
     epoch = dataset.epochs("train", state.step * cfg.gradient_accumulation)
     row = {"step": state.step, "epoch": epoch}
     if state.history and state.history[-1][0] == state.step:
@@ -41,8 +41,8 @@ def report_evaluation(cfg, dataset, state):
 
 
 def is_overfitting(history):
-    """Whether training loss falls, and the last two validation losses are 1 % above the lowest, and
-    rising. history: (step, train loss, val loss) of each evaluation."""
+    """Whether training loss falls, and the last two validation losses are rising and over 1% above
+    the lowest. history: (step, train loss, val loss) of each evaluation."""
     if len(history) < 3:
         return False
     _, train_at_lowest, val_lowest = lowest(history)

@@ -41,8 +41,8 @@ def score_chats(session, cfg):
     for x in summary:
         exact = f"{x['exact']} of {x['n']} {x['exact'] / x['n']:>5.0%}"
         print(f"{x['category']:<24}{x['rows']:<12}{exact:>18}{x['f1']:>8.2f}{x['loss']:>8.3f}")
-    note("exact match: the same words, of (work) the same result; F1: overlap of the words; loss: "
-         "of the expected answer")
+    note("exact match: the same words, or for (work) the same result; F1: word overlap; loss: mean "
+         "over the expected answer's tokens")
 
 
 def rows_to_score(source, wanted):

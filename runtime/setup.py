@@ -45,14 +45,14 @@ def set_up(cfg, device, make_model):
     """Return (model, dataset, the dict of last.pt or None). make_model(cfg) returns the model if
     the run does not resume. Raises UserError or OSError."""
     world_size = rank_and_world_size()[1]
-    torch.manual_seed(cfg.seed)  # of the initial weights
+    torch.manual_seed(cfg.seed)  # for the initial weights
     resumed = resume.load_last(cfg) if cfg.resume else None
     with rank_0_first():  # it may have to download the model
         model = (load_model(resumed, cfg.dropout, cfg.out_dir / "last.pt") if resumed
                  else make_model(cfg))
     if cfg.gradient_accumulation % world_size and not cfg.eval_only:
         raise UserError(f"gradient_accumulation={cfg.gradient_accumulation}: must be divisible by "
-                        f"the {world_size} processes, which share the micro-batches of a step")
+                        f"{world_size}, since {world_size} processes share a step's micro-batches")
     model.to(device)
     if not cfg.fused:
         model.config.fused = False
@@ -113,4 +113,4 @@ def print_setup(cfg, model, dataset, device, resumed):
     if resumed:
         print(f"resumed at step {resumed['step']} of {cfg.max_iters}", flush=True)
     elif best.exists() and not cfg.eval_only:
-        print(f"{best} of an earlier run will be replaced; change --out_dir to keep it", flush=True)
+        print(f"{best} from an older run will be replaced; change --out_dir to keep it", flush=True)

@@ -38,7 +38,7 @@ def stop_signals():
 
 @contextlib.contextmanager
 def stop_on_broken_pipe(signals):
-    """Context manager for printing: if the reader has left (`| head`, a closed terminal), add
+    """Context manager for printing: if the reader has exited (`| head`, a closed terminal), add
     SIGPIPE to the list of stop_signals, and discard all later output."""
     try:
         yield

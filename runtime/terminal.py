@@ -24,7 +24,7 @@ HELP = f"""/help              show this list
 /save FILE         write the chat as a line of JSON that prepare_alpaca.py reads
 /load FILE         continue a chat from such a file
 /tokens            show the token ids of the chat as the model sees them
-/look [FILE]       write a page about the inside of the model: out/look.html or FILE
+/look [FILE]       write a page that shows the inside of the model: out/look.html or FILE
 /quit              exit, like {EXIT_KEY}; Ctrl-C stops a reply"""
 COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
 COMMAND_LINE = re.compile(r"/\w*(\s|$)|(exit|quit)$")  # exit and quit as in other programs
@@ -32,11 +32,11 @@ COMMAND_LINE = re.compile(r"/\w*(\s|$)|(exit|quit)$")  # exit and quit as in oth
 # Control characters, which a terminal would act on, as visible symbols.
 CONTROL_PICTURES = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"}
 CONTROL_PICTURES |= dict.fromkeys(range(127, 160), 0x2426)
-GREEN, MAGENTA, CYAN, GREY = 32, 35, 36, 90
+GREEN, MAGENTA, CYAN, GRAY = 32, 35, 36, 90
 
 
 def use_utf8():
-    """Make the standard streams UTF-8 and, on Windows, let the console show colours."""
+    """Make the standard streams UTF-8 and, on Windows, let the console show colors."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's streams do not have it
             encoding = "utf-8-sig" if stream is sys.stdin else "utf-8"  # sig: ignore a BOM
@@ -45,15 +45,15 @@ def use_utf8():
         os.system("")
 
 
-def coloured(code, text):
-    """Return text for standard error, in an ANSI colour if that is a terminal with colours."""
+def colored(code, text):
+    """Return text for standard error, in an ANSI color if that is a terminal that supports it."""
     plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb"
     return text if plain or not sys.stderr.isatty() else f"\x1b[{code}m{text}\x1b[0m"
 
 
 def note(text):
-    """Print a line for the user, not for the next program: grey, on standard error."""
-    print(coloured(GREY, text), file=sys.stderr, flush=True)
+    """Print a line for the user, not for the next program: gray, on standard error."""
+    print(colored(GRAY, text), file=sys.stderr, flush=True)
 
 
 def show_progress(name, done, total):
@@ -173,16 +173,16 @@ def seen_ids(session):
 
 
 def show_tokens(session):
-    """Print the ids that the model saw: a line for each message, roles in different colours."""
+    """Print the ids that the model saw: a line for each message, roles in different colors."""
     ids, enc = seen_ids(session), session.enc
     special = chats.special_ids(enc)
     for i, piece, is_answer in zip(ids, token_pieces(enc, ids), chats.supervised(ids, enc)):
         if i in special[1:3]:  # <|user|>, <|assistant|>
             print(file=sys.stderr)
-        colour = GREEN if is_answer else CYAN
+        color = GREEN if is_answer else CYAN
         text = show_spaces(piece).translate(CONTROL_PICTURES)
-        text = coloured(MAGENTA if i in special else colour, text)
-        print(text + coloured(GREY, f"[{i}]"), end=" ", file=sys.stderr)
+        text = colored(MAGENTA if i in special else color, text)
+        print(text + colored(GRAY, f"[{i}]"), end=" ", file=sys.stderr)
     print(file=sys.stderr, flush=True)
 
 
@@ -193,6 +193,6 @@ def show_look(session, path):
     if not session.trained_turns:
         ids = ids[-size:]
         start = max(len(ids) - len(session.history[-1][1]), 0)  # of the model's own text
-    page = look(session.model, session.enc, ids[:size], start)  # a full context's last is unread
+    page = look(session.model, session.enc, ids[:size], start)  # ids past size were not read
     write_page(path, page)
     note("\n".join([*page["head_patterns"], f"{path}: open it in a browser"]))

@@ -1,6 +1,6 @@
 """Benchmarks: this code and what a user would run instead, measured in turn on this machine.
 
-    make bench                                     # all parts, an hour, and first what they need
+    make bench                                     # prepare what the parts need, then run all: an hour
     python -m tests.bench finetune decode          # some parts
     python -m tests.bench decode --json=bench.json
 
@@ -122,7 +122,7 @@ def large_product():
 
 
 def mfu(flops, seconds, product):
-    """Return the MFU: the share of the large product's FLOP/s. seconds: those of `flops`; product: of large_product."""
+    """Return the MFU: the share of the large product's FLOP/s. seconds: those of `flops`; product: large_product's."""
     return flops / statistics.median(seconds) / (PRODUCTS * 2 * SIDE**3 / statistics.median(product))
 
 
@@ -159,7 +159,7 @@ def as_transformers(model):
 # ---- training steps ----
 
 def forward_backward(cfg):
-    """Forward and backward of GPT-2 124M on 4 x 256 tokens, with a loss at every position."""
+    """Forward and backward pass of GPT-2 124M on 4 x 256 tokens, with a loss at every position."""
     T = min(256, GPT2.block_size)
     model = gpt2_shape(T)
     peer = as_transformers(model).train()
@@ -220,7 +220,7 @@ def prepare_shakespeare(cfg, folder):
 
 
 def shakespeare_step(cfg):
-    """A training step at the Shakespeare shape: ours with AdamW against nanoGPT's code; and Muon's part of a step."""
+    """A training step of the Shakespeare model: ours with AdamW against nanoGPT's code; and Muon's part of a step."""
     with temporary_folder() as folder:
         prepare_shakespeare(cfg, folder)
         for batch_size in (12, 48):
@@ -228,7 +228,7 @@ def shakespeare_step(cfg):
 
 
 def alternate_steps(folder, batch_size, runs, count=20, T=64):
-    """The rows of `step` for one batch size, `count` steps at a time."""
+    """Yield the rows of `step` for one batch size, `count` steps at a time."""
     dataset, autocast = open_dataset(folder, T, batch_size), contextlib.nullcontext()
     loop = train.Settings(optimizer="adamw", batch_size=batch_size, learning_rate=1e-3)
     model, peer, muon_model = (GPT(GPTConfig(dataset.vocab_size, T, 4, 4, 128)) for _ in range(3))
@@ -265,9 +265,9 @@ def alternate_steps(folder, batch_size, runs, count=20, T=64):
 # ---- generating ----
 
 def llama(model, dtype):
-    """Start llama.cpp with our GGUF file of a model and as many threads, in a process of its own, since its threads and
-    PyTorch's slow each other down in one. Returns a function (ids, number of new tokens, name of a timing) -> seconds,
-    by its own measurement; None if it is not installed."""
+    """Start llama.cpp with our GGUF file of a model and the same number of threads, in a separate process, since in one
+    process its threads and PyTorch's slow each other down. Returns a function (ids, number of new tokens, name of a
+    timing) -> seconds, by its own measurement; None if it is not installed."""
     if not find_spec("xllamacpp"):
         print("llama.cpp is not compared: pip install xllamacpp", flush=True)
         return None
@@ -457,8 +457,8 @@ NANOGPT = ("--optimizer=adamw", "--batch_size=12", "--max_iters=2000", "--learni
 
 
 def shakespeare(cfg):
-    """Time to a validation loss: Muon, with settings tuned for this and with the recipe's, against AdamW with nanoGPT's
-    published recipe for a CPU; the same model, each run with a different seed."""
+    """Training time and validation loss: Muon, with settings tuned for this part and with the recipe's, against AdamW
+    with nanoGPT's published recipe for a CPU; the same model, each run with a different seed."""
     results = {"Muon, tuned": [], "Muon": [], "AdamW": []}  # of each run (seconds of training, validation loss)
     with temporary_folder() as folder:
         prepare_shakespeare(cfg, folder)
@@ -499,7 +499,7 @@ VARIED = {  # a name, and what differs from config/train_recite.py with 400 step
 
 def vary(cfg):
     """The effect of batch, learning rate, depth, width and context on the small instruction data: time, losses, and
-    exact matches of held-out rows and of as many that were trained on."""
+    exact matches on held-out rows and on as many training rows."""
     print(f"{'config/train_recite.py, 400 steps':<36}{'parameters':>11}{'seconds':>9}{'training':>10}{'lowest val':>12}"
           f"{'exact: trained on':>19}{'held out':>10}")
     with temporary_folder() as folder:
@@ -521,8 +521,8 @@ RULES = {"90,000 rows": [], "without the work": ["--work=False"], "9,000 rows": 
 
 
 def rules(cfg):
-    """Memorizing, generalizing, showing the work: make chat's first stage on different rows. Exact matches of rows that
-    were trained on, and of held-out words and numbers."""
+    """Memorizing, generalizing, showing the work: make chat's first stage on different rows. Exact matches on
+    training rows, and on held-out words and numbers."""
     print(f"{'config/train_rules.py':<24}{'epochs':>8}{'training loss':>15}{'exact: trained on':>19}{'held out':>10}"
           f"{'held-out sums':>15}{'differences':>13}")
     with temporary_folder() as folder:

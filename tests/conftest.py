@@ -8,7 +8,7 @@ import pytest
 
 from config import UserError
 
-# Faster for toy tensors. torch reads it when it is imported, so it is set before.
+# One thread is faster for toy tensors. torch reads this on import, so it is set before that.
 os.environ["OMP_NUM_THREADS"] = "1"
 if os.name == "posix":  # ranks connect on this machine only
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
@@ -18,7 +18,7 @@ POSIX = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, pipes, links,
 
 @pytest.fixture(scope="session")
 def gpt2_vocabulary():
-    """Return tiktoken's GPT-2; skip the test if it is not on this computer."""
+    """Return tiktoken's GPT-2 encoding; skip the test if it is not on this computer."""
     from data.tokenizer import get_tokenizer
     try:
         return get_tokenizer("gpt2")

@@ -1,11 +1,11 @@
 """An exam for the model of `make chat`: plain questions about words and numbers that are in no training row.
 
     python -m tests.exam                                  # 420 questions, each asked alone
-    python -m tests.exam --sessions=True                  # in 120 chats of ten, names told and asked for among them
-    python -m tests.exam --checkpoint=out/rules/best.pt --show=True    # another model, with its wrong answers
+    python -m tests.exam --sessions=True                  # in 120 chats of ten, with names to remember
+    python -m tests.exam --checkpoint=out/rules/best.pt --show=True    # a different model; show its wrong answers
 
-No word is in a list of this repository, and pairs of numbers are held out by data/rules.py. An answer that shows its
-work counts by its last term. The greedy answer is scored.
+No word is in a list in this repository, and pairs of numbers are held out by data/rules.py. An answer that shows its
+work is judged by its last term. The greedy answer is scored.
 """
 import random
 from collections import defaultdict
@@ -41,7 +41,7 @@ class Examiner:
         self.rng, self.draw = random.Random(f"exam {seed}"), rules.Draw(seed, "held_out")
 
     def pair(self, low, high):
-        """Two different numbers that are held out."""
+        """Return two different numbers that are held out."""
         while True:
             a, b = (self.rng.randint(low, high) for _ in range(2))
             if a != b and self.draw.is_held_out(rules.operand(a, b)):
@@ -94,7 +94,7 @@ KINDS = {"sums to 20": (40, lambda e: e.sum(20)), "sums to 60": (80, lambda e: e
 
 
 def alone(examiner):
-    """[[(kind, question, answer)], ...]: each question in a chat of its own, no question twice."""
+    """Return [[(kind, question, answer)], ...]: each question in a chat of its own, no question twice."""
     chats = []
     for kind, (count, draw) in KINDS.items():
         answers = dict(draw(examiner) for _ in range(10 * count))  # for some seeds there are fewer sums to 20
@@ -103,7 +103,7 @@ def alone(examiner):
 
 
 def sessions(examiner, count=120):
-    """Chats of ten questions of mixed kinds; each states a name, and asks for it up to five turns later."""
+    """Return chats of ten questions of mixed kinds; each states a name, and asks for it up to five turns later."""
     chats = []
     for _ in range(count):
         kinds = examiner.rng.choices(list(KINDS), k=10)
@@ -116,7 +116,7 @@ def sessions(examiner, count=120):
 
 
 def main(argv):
-    """Ask, and print the share of right answers by kind, and by turn. Raises UserError or OSError."""
+    """Ask, and print the share of correct answers by kind, and by turn. Raises UserError or OSError."""
     cfg = config.load(Settings, argv, __doc__)
     settings = chat.Settings(checkpoint=cfg.checkpoint, temperature=0, turns=cfg.turns, device="cpu")
     session, examiner, answers = chat.load_session(settings)[0], Examiner(cfg.seed), []

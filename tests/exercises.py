@@ -5,7 +5,7 @@
 
 A check runs the edited code on toy inputs and compares results, not code, so every correct solution passes.
 Undo an edit (`git checkout model.py`) before the next step, or your numbers will differ from the README's. One
-solution of each is in tests/solutions.md.
+solution to each is in tests/solutions.md.
 """
 import contextlib
 import inspect
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import config
 from config import UserError
 
-# Each check imports the files that it is about: a syntax error in one of them fails no other check.
+# Each check imports the files that it is about: a syntax error in one of them does not fail other checks.
 
 
 class NotYet(Exception):
@@ -112,7 +112,7 @@ def endless():
            "<|end|> is the last id of special_ids(enc). The last line of `supervised` must exclude it, too.")
     wanted = [part in ("Hello", "Salut") for part in parts for _ in enc.encode(part, allowed_special="all")]
     expect(learned == wanted, f"{seen}; it should be 'HelloSalut'.",
-           "keep all of the assistant's text, and nothing else: only <|end|> leaves the loss.")
+           "keep all of the assistant's text, and nothing else: only <|end|> is dropped from the loss.")
     return ("the loss covers the text of a reply but not its end. See what the model does now, in half a minute:\n"
             "  python train.py config/train_recite.py --out_dir=out/endless --max_iters=400\n"
             '  python chat.py --checkpoint=out/endless/best.pt --prompt="What is the plural of box?"')
@@ -156,7 +156,7 @@ def compare(seen, wanted, case, hint):
     """Raise NotYet for the first head, and its newest token, that attends to the wrong tokens."""
     for head, i in ((head, i) for head in range(HEADS) for i in reversed(range(wanted.shape[1]))):
         found, right = ((row[head, i].nonzero()[:, 0] + 1).tolist() for row in (seen, wanted))
-        expect(found == right, f"{case}: head {head + 1} of token {i + 1} attends to tokens {found}, expected "
+        expect(found == right, f"{case}: head {head + 1} at token {i + 1} attends to tokens {found}, expected "
                f"{right}.", f"{hint} (The fused kernel is not checked: train with --fused=False.)")
 
 
@@ -208,9 +208,9 @@ def product():
         expect(result_of(answer) == str(numbers[0] * numbers[1]), f"{question!r} has the answer {answer!r}.",
                "the last term is the product, separated by a comma: 28 is the tens, 2 the last digit of 42.")
         expect(max(numbers) <= 9 or answer.count("=") > 1, f"{question!r} has the answer {answer!r}, without steps.",
-               "each digit times the factor, then the carry; see add_in_steps.")
+               "multiply each digit by the factor, then add the carry; see add_in_steps.")
     pairs, unseen = ({tuple(sorted(re.findall(r"\d+", question))) for question, _ in rows} for rows in (trained, held_out))
-    expect(not pairs & unseen, f"{' and '.join(min(pairs & unseen, default=''))} are in a training and in a held-out row.",
+    expect(not pairs & unseen, f"{' and '.join(min(pairs & unseen, default=''))} are in both a training and a held-out row.",
            "draw operands with d.numbers, which knows what is held out.")
     return f"for example, {trained[0][0]!r} -> {trained[0][1]!r}."
 
@@ -267,13 +267,13 @@ def rms():
         y = norm(x)
         seen = f"1 2 3 4 becomes {show(y[0, 0])}; RMSNorm gives {show(wanted[0, 0])}"
         expect(y.sum(-1).abs().max() > 0.1, f"{seen}. The mean was subtracted first.",
-               "nn.LayerNorm does that, with or without a bias. RMSNorm only divides by the root of the mean square.")
+               "nn.LayerNorm does that, with or without a bias. RMSNorm only divides by the root mean square.")
         expect(torch.allclose(y, wanted, atol=1e-3), f"{seen}. 0 0 6 0 becomes {show(y[0, 1])}; RMSNorm gives "
                f"{show(wanted[0, 1])}.",
                "divide by the root of the mean (not the sum) of the squares, for each token separately: over the last "
                "dimension, with keepdim=True.")
         expect(norm(torch.zeros(1, 1, 4)).isfinite().all(), "0 0 0 0 becomes nan.",
-               "add a small number, such as 1e-5, under the root.")
+               "add a small number, such as 1e-5, inside the square root.")
         shapes = [tuple(p.shape) for p in norm.parameters()]
         expect(shapes == [(4,)], f"its parameters have the shapes {shapes}; RMSNorm has one of (4,).",
                "it has a learned scale per channel, an nn.Parameter that starts as ones, and no shift.")
@@ -306,12 +306,12 @@ def rotary():
                "position p by p times an angle.")
         change = (y - layer(x, None, 7)).abs().max()
         expect(change < 1e-3, f"the outputs of the same 10 tokens, 7 positions later, differ by up to {change:.2f}.",
-               "scores depend on distances alone if q and k, both, but not v, are rotated by the same angles. Rotating "
+               "scores depend on distances alone if both q and k, but not v, are rotated by the same angles. Rotating "
                "(a, b) gives (a cos - b sin, a sin + b cos).")
         cache = KVCache(model)
         parts = [model.head(model.hidden(ids[:, a:b], cache, a))[0, :, :32] for a, b in ((0, 1), (1, 6), (6, 10))]
         differ = (torch.cat(parts) - logits).abs().amax(1) > 1e-3
-        expect(not differ.any(), f"from token {differ.int().argmax() + 1} on the logits differ with the cache.",
+        expect(not differ.any(), f"from token {differ.int().argmax() + 1} on, the logits differ with the cache.",
                "with a cache the new tokens start at position `start`, not at 0, and cached keys are rotated already.")
     return ("only distances matter, and only q and k are rotated. GPT-2's own weights no longer fit, so train:\n"
             "  python train.py config/train_recite.py --out_dir=out/rotary --max_iters=400\n"
@@ -380,11 +380,11 @@ def result(number):
     check = EXERCISES[number - 1]
     try:
         files = " ".join(re.findall(r"[\w/]+\.(?:py|txt)", task_of(check)[1]))
-        return True, f"{number} is right: {check()}\nThen undo your edit: git checkout {files}"
+        return True, f"Exercise {number} is right: {check()}\nThen undo your edit: git checkout {files}"
     except NotYet as error:
-        return False, f"{number} is not right yet: {error}"
+        return False, f"Exercise {number} is not right yet: {error}"
     except Exception as error:  # edited code may raise anything
-        return False, f"{number} is not right yet: {describe(error)}"
+        return False, f"Exercise {number} is not right yet: {describe(error)}"
 
 
 def task_of(check):

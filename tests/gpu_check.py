@@ -4,8 +4,8 @@
     python -m tests.gpu_check --batch_size=4      # with 16 GB
 
 It downloads nothing, since weights and data are random. Its temporary files take 4 GB. A training speed is that of
-the second half of the steps in log.csv. MFU is a share of the data sheet's peak, as in train.py's log. A row that
-fails has its error; the traceback goes to standard error, and the exit code is 1.
+the second half of the steps in log.csv. MFU is relative to the data sheet's peak, as in train.py's log. A row that
+fails shows its error; the traceback goes to standard error, and the exit code is 1.
 """
 import csv
 import gc
@@ -36,7 +36,7 @@ from runtime.checkpoint import model_state, save_checkpoint
 from runtime.devices import mixed_precision, pick_device
 from tests.bench import nanogpt_batch, nanogpt_loss, quiet, temporary_folder
 
-TESTS = ["-k", "gpu or bfloat16 or compiled or muon", "--ignore=tests/test_gpu_check.py"]  # it runs this file
+TESTS = ["-k", "gpu or bfloat16 or compiled or muon", "--ignore=tests/test_gpu_check.py"]  # which runs this file
 ACCUMULATION = 4  # micro-batches per step of GPT-2
 SIDE = 8192  # of the matrices whose product is timed
 
@@ -51,8 +51,8 @@ class Settings:
     n_embd: int = 768
     merges: int = 50_000  # of the tokenizer
     rows: int = 5_000  # chats to finetune on
-    steps: int = 20  # of training to measure, after as many to warm up
-    new_tokens: int = 200  # of a reply of chat.py
+    steps: int = 20  # training steps to measure, after as many warmup steps
+    new_tokens: int = 200  # in each reply from chat.py
 
 
 class Check:
@@ -118,7 +118,7 @@ def python(*argv):
 
 
 def compare(steps, others):
-    """Return how close the losses of two runs are. Raises RuntimeError for a difference of 1 %."""
+    """Return how close the losses of two runs are. Raises RuntimeError for a difference of 1% or more."""
     largest = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(steps, others, strict=True))
     if not largest < 0.01:
         raise RuntimeError(f"the losses differ by {largest:.1%}")
@@ -138,7 +138,7 @@ def generate_data(check):
             write_tokens(folder / name / f"{split}.bin", [rng.integers(0, high, 200_000)])
         write_meta(folder / name, meta | more)
 
-    # About Alpaca's lengths: a mean of 80 tokens, and a few of 500 and more.
+    # Lengths like Alpaca's: a mean of 80 tokens, and a few of 500 and more.
     lengths = zip(*(rng.lognormal(np.log(median), spread, 2 * count).astype(int) + 1
                     for median, spread in ((13, 0.6), (36, 0.95))))
     enc = get_tokenizer(spec)
@@ -161,8 +161,8 @@ def gpt2(check, compiled):
 
 
 def nanogpt(check, compiled):
-    """Train it as nanoGPT's train.py does: forward pass and loss compiled together, the next batch copied from pinned
-    memory during the backward pass, fused AdamW."""
+    """Train GPT-2 as nanoGPT's train.py does: forward pass and loss compiled together, the next batch copied from
+    pinned memory during the backward pass, fused AdamW."""
     check.start()
     model, sizes = GPT(check.shape).to(check.device), (check.cfg.block_size, check.cfg.batch_size)
     loss = torch.compile(nanogpt_loss(model)) if compiled else nanogpt_loss(model)
@@ -192,7 +192,7 @@ def nanogpt(check, compiled):
 
 
 def describe(check, tokens_per_second):
-    """Return a speed of training GPT-2, the MFU and the peak memory as text."""
+    """Return a training speed of GPT-2, its MFU and the peak memory, as text."""
     T, n = check.cfg.block_size, check.cfg.block_size * check.cfg.batch_size
     flops = GPT(check.shape).flops(n, n, n * T) / n * tokens_per_second
     return (f"{tokens_per_second:,.0f} tokens/s, MFU {flops / check.sheet:.1%} ({flops / check.measured:.1%} of the "

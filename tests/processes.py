@@ -1,4 +1,4 @@
-"""Run scripts in child processes, forked from one that has already imported torch, so that they start at once."""
+"""Run scripts in child processes, forked from one that has already imported torch, so that they start quickly."""
 import importlib
 import multiprocessing
 import os

@@ -221,7 +221,7 @@ MESSAGES = ["", "a" * 100_000, " \t\r\n\0\x1b" * 20, "👩\u200d💻é\u0301" * 
 
 
 @pytest.mark.parametrize("block_size, turns, enc", [(32, 50, BYTES), (64, 3, PAIRS), (48, 1, BYTES)])
-def test_random_messages_forge_no_role_token_and_overflow_nothing(block_size, turns, enc, capsys):
+def test_random_messages_never_forge_a_role_token_or_overflow_the_context(block_size, turns, enc, capsys):
     session = new_session(block_size, turns, enc=enc)
     start, user, assistant, end = special(enc)
     for n, text in enumerate(RNG.sample(3 * MESSAGES, 3 * len(MESSAGES))):
@@ -393,7 +393,7 @@ def test_errors_for_a_missing_default_checkpoint_and_int8_on_a_gpu_name_a_remedy
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_weights_that_overflow_are_a_user_error(run, tmp_path, dtype):
     model = noise().float()
-    model.h[0].mlp.c_proj.weight.data[3, 3] = 1e38  # finite, as load_model demands
+    model.h[0].mlp.c_proj.weight.data[3, 3] = 1e38  # finite, as load_model requires
     model.h[0].mlp.c_fc.bias.data[3] = 1e38
     save_checkpoint(tmp_path / "best.pt", model_state(model, "bytes", "chat", step=1, max_iters=1, turns=1))
     with pytest.raises(UserError, match="the logits contain NaN or inf.*use a different checkpoint"):

@@ -129,13 +129,13 @@ def test_a_batch_of_text_is_windows_of_the_file_with_the_next_tokens_as_targets(
     assert dataset.epochs("train", 15) == 15 * 40 / 300
 
 
-def test_windows_of_shards_are_drawn_evenly_and_do_not_cross_files(tmp_path):
+def test_windows_of_shards_are_drawn_uniformly_and_do_not_cross_files(tmp_path):
     dataset = TextDataset(sharded(tmp_path, *SHARDS), block_size=8, batch_size=50)
     assert dataset.n_tokens("train") == 70 and dataset.n_tokens("val") == 20
     seen = Counter(windows([dataset.batch("train", i) for i in range(80)], 8))
     wanted = {tuple(ids[i:i + 9]) for ids in SHARDS for i in range(len(ids) - 8)}
     assert seen.keys() == wanted and len(wanted) == 12 + 1 + 23 + 2
-    expected = 80 * 50 / len(wanted)  # if drawn evenly; 7 standard deviations are far more than chance
+    expected = 80 * 50 / len(wanted)  # if drawn uniformly; 7 standard deviations are far more than chance
     assert all(abs(count - expected) < 7 * expected**0.5 for count in seen.values())
 
 
@@ -151,7 +151,7 @@ def test_evaluation_windows_are_fixed_and_do_not_overlap(tmp_path):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
-def test_a_full_evaluation_has_each_token_but_a_shards_first_as_a_target_once(tmp_path, batch_size):
+def test_a_full_evaluation_has_every_token_except_a_shards_first_as_a_target_once(tmp_path, batch_size):
     lengths = (20, 9, 17, 10, 16, 25)  # windows of 8 leave tails of 3, 0, 0, 1, 7 and 0 targets
     ends = np.cumsum(lengths).tolist()
     shards = [list(range(end - length, end)) for end, length in zip(ends, lengths, strict=True)]

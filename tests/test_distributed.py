@@ -51,7 +51,7 @@ def assert_close_runs(out_dir, alone):
 
 
 @pytest.mark.parametrize("script, optimizer, count", [("train", "muon", 3), ("finetune", "adamw", 2)])
-def test_several_ranks_take_the_steps_of_one_and_only_rank_0_writes(toys, tmp_path, script, optimizer, count):
+def test_several_ranks_take_the_same_steps_as_one_and_only_rank_0_writes(toys, tmp_path, script, optimizer, count):
     module = {"train": train, "finetune": finetune}[script]
     settings = dict(gradient_accumulation=6, optimizer=optimizer, sample_interval=6)
     ranks = start_ranks(script, flags(toys, module, tmp_path / "many", **settings), tmp_path, make_quick, count)
@@ -172,7 +172,7 @@ def test_an_unused_parameter_is_explained(toys, tmp_path):
 
 
 def worker(deaths, argv):
-    """Run as one of torchrun's processes; at each (restart, rank, step) in deaths, kill itself."""
+    """Run as one of torchrun's processes, which kills itself at each (restart, rank, step) in deaths."""
     make_quick()
     for restart, rank, step in deaths:
         if (restart, rank) == (int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])):

@@ -1,4 +1,4 @@
-"""data.download against a local server that breaks connections, refuses, and sends wrong files."""
+"""data.download against a local server that breaks connections, refuses requests, and sends wrong files."""
 import contextlib
 import functools
 import hashlib
@@ -170,7 +170,7 @@ def test_a_wrong_file_is_not_kept(tmp_path, serve, wanted):
     assert names(tmp_path) == []
 
 
-def test_a_login_page_is_not_the_file(tmp_path, serve):
+def test_a_login_page_is_not_accepted_as_the_file(tmp_path, serve):
     page = b"<!doctype html><title>Log in</title>"
     server = serve(functools.partial(whole, body=page, **{"Content-Type": "text/html; charset=utf-8"}))
     with pytest.raises(OSError, match=f"^{re.escape(server.url)}: a web page, .*file.bin$"):

@@ -74,7 +74,7 @@ def test_every_solution_is_short():
 def test_an_unsolved_exercise_shows_what_was_seen_and_a_hint(number):
     solved, text = exercises.result(number)
     assert not solved
-    assert re.fullmatch(rf"{number} is not right yet: .+\nHint: .+", text)
+    assert re.fullmatch(rf"Exercise {number} is not right yet: .+\nHint: .+", text)
 
 
 @pytest.mark.parametrize("numbers", TOGETHER, ids=str)
@@ -111,8 +111,8 @@ NEAR_MISSES = [
     (2, True, "data/conversation.py", "(ids != end)", "(ids == end)", "in the loss: '<|end|><|end|>'"),
     (2, True, "data/conversation.py", "(ids[last] == assistant) & ", "", "it should be 'HelloSalut'"),
     (3, False, "model.py", "is_causal=start == 0", "is_causal=False", "The fused kernel is not checked"),
-    (4, True, "model.py", "triu(S - T - 7)", "triu(-7)", "(T = 1): head 1 of token 20 attends to tokens [1, 2"),
-    (4, True, "model.py", "mask[0] = mask[0].triu", "mask = mask.triu", "head 2 of token 20 attends to tokens [13"),
+    (4, True, "model.py", "triu(S - T - 7)", "triu(-7)", "(T = 1): head 1 at token 20 attends to tokens [1, 2"),
+    (4, True, "model.py", "mask[0] = mask[0].triu", "mask = mask.triu", "head 2 at token 20 attends to tokens [13"),
     (5, True, "data/wordings.txt", "[product]", "[times]", "a rule asks for 'product'"),
     (5, True, "data/rules.py", "str(a * b)", "str(a + b)", "has the answer"),
     (5, True, "data/rules.py", "[*steps, str(a * b)]", "[str(a * b)]", "without steps"),

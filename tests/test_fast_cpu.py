@@ -89,7 +89,7 @@ def test_it_shares_the_weights_and_generates_from_its_logits(int8, capsys):
 
 
 def attention(mask=code.causal_mask, rotate=lambda z, start: z, gain=1):
-    """Return an edit of CausalSelfAttention.forward that a reader may make."""
+    """Return a CausalSelfAttention.forward that a reader may have edited."""
     def forward(self, x, cache=None, start=0):
         q, k, v = (z.view(*x.shape[:2], self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(x.shape[2], dim=2))
         k, v = cache.store(rotate(k, start), v, start)

@@ -136,7 +136,7 @@ def test_llama_gives_the_same_ids_text_and_logits(name, learned_from, pattern, r
     (train_bpe([CODE], 600, TRAILING_SPACE_PATTERN), list(CODE), 0, 0.02)], ids=["half characters", "spaces"])
 def test_the_export_warns_if_ids_may_differ(spec, pieces, least, most, tmp_path, capsys):
     llama, enc = Server(exported_to(tmp_path, random_model(spec), spec)), get_tokenizer(spec)
-    assert "llama.cpp may split texts with several spaces, or with punctuation" in capsys.readouterr().out
+    assert "llama.cpp may split texts with consecutive spaces, or with punctuation" in capsys.readouterr().out
     texts = ["".join(pieces[i:i + 20]) for i in range(0, len(pieces), 20)]
     assert least * len(texts) <= sum(llama.ids(text) != enc.encode_ordinary(text) for text in texts) <= most * len(texts)
 

@@ -12,7 +12,7 @@ __all__ = ["quick"]  # a fixture
 
 
 def table(capsys, monkeypatch):
-    """Run the check at toy size; return {what: result} of the table that it prints, without its head."""
+    """Run the check at toy size; return {what: result} of the table that it prints."""
     monkeypatch.setattr(gpu_check, "SIDE", 64)
     try:
         gpu_check.main(["--device=cpu", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=64", "--merges=300",

@@ -30,7 +30,7 @@ IS_SO = {"<": operator.lt, ">": operator.gt, "=": operator.eq, "+": operator.add
 
 
 def without_work(category, answer):
-    """The last term of an answer that shows its work, every step of which is checked."""
+    """Return the last term of an answer that shows its work; check every step."""
     if "sorting" in category:
         work, answer = answer.split(": ")
         for a, b in itertools.combinations(answer.split(", "), 2):  # some step shows that a comes before b

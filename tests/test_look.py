@@ -135,7 +135,7 @@ def test_roles_and_where_the_page_opens():
     assert bytes(text[11:page["chosen"] + 1]) == b" "
     assert bytes(text[:look(tiny(), BYTES, text)["chosen"] + 1]) == b"o"
     assert look(tiny(), BYTES, [65])["chosen"] == 0
-    assert look(tiny(), BYTES, text[:5], start=5)["chosen"] == 4  # the model said nothing
+    assert look(tiny(), BYTES, text[:5], start=5)["chosen"] == 4  # the model wrote nothing
     with pytest.raises(UserError, match="no tokens"):
         look(tiny(), BYTES, [])
 
@@ -237,7 +237,7 @@ def test_the_page_computes_the_probabilities_of_sample(oracle, tmp_path, monkeyp
     monkeypatch.setattr(look_module, "KEPT", kept)
     positions, beyond = (0, 7, 12, 19), 0
     found = in_browser(tmp_path, look(tiny(), BYTES, CHAT), f"""
-        return {list(positions)}.map(t => {json.dumps(SETTINGS)}.map(s => odds(t, ...s)))""")
+        return {list(positions)}.map(t => {json.dumps(SETTINGS)}.map(s => probs(t, ...s)))""")
     for t, pages in zip(positions, found):
         logits = oracle[1][-1, t]
         order = logits.argsort(descending=True)
@@ -307,7 +307,7 @@ def test_clicks_and_sliders_show_the_models_numbers(oracle, tmp_path):
     assert (got["masked"], got["hovering"], got["selected"]) == (len(CHAT) - 15, len(CHAT) - 4, 14)
     for i, row in enumerate(got["pixels"]):
         for j, (red, _, blue, alpha) in enumerate(row):
-            if j > i:  # masked: grey
+            if j > i:  # masked: gray
                 assert abs(red - blue) < 8 and alpha == 0x33
             else:
                 assert abs((alpha / 255)**2 - float(attentions[0, 0, i, j])) < 0.01
@@ -345,7 +345,7 @@ def test_text_is_shown_and_never_run(tmp_path):
 
 
 @needs_chromium
-@pytest.mark.parametrize("width", [1200, 500])  # Chromium's windows are not narrower
+@pytest.mark.parametrize("width", [1200, 500])  # Chromium's windows cannot be narrower
 def test_all_heads_of_gpt2_fit_on_the_screen(tmp_path, width):
     ids = torch.randint(256, (100,), generator=torch.Generator().manual_seed(1)).tolist()
     page = look(tiny(block_size=256, n_layer=12, n_head=12, n_embd=48), BYTES, ids, start=50)

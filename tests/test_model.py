@@ -41,7 +41,7 @@ def close(ours, oracle, atol=1e-5):
     np.testing.assert_allclose(ours.detach().double().numpy(), oracle, rtol=0, atol=atol)
 
 
-# The lesson: one part after the other, each in NumPy first. There x is (T, C): one text, no batch.
+# The lesson: one part after another, each in NumPy first. Here x is (T, C): one text, no batch.
 
 # Embeddings: a vector for each token, plus one for its position.
 
@@ -253,7 +253,7 @@ def test_the_loss_is_the_sum_of_minus_log_probabilities():
     assert gpt(ids, targets.flatten()).item() == pytest.approx(by_hand, abs=1e-3)
 
 
-def test_loss_positions_select_what_counts_towards_the_loss():
+def test_loss_positions_select_what_counts_toward_the_loss():
     gpt, ids = toy(), random_ids(2, 6)
     picked = [(0, 2), (0, 5), (1, 0), (1, 4)]  # row, position
     wanted = [11, 5, 69, 0]

@@ -69,7 +69,7 @@ def random_rows(count):
 @pytest.mark.parametrize("batch_tokens", [1, 300, 4096])
 def test_every_log_likelihood_is_that_of_transformers(
         gpt, double, score, tmp_path, monkeypatch, kind, batch_tokens):  # noqa: F811
-    monkeypatch.setattr(multiple_choice, "BATCH_TOKENS", batch_tokens)  # single rows, some, all of a length
+    monkeypatch.setattr(multiple_choice, "BATCH_TOKENS", batch_tokens)  # single rows, a few, all of similar length
     rows = random_rows(30)
     wanted = {number: sums for number, row in enumerate(rows, 1) if (sums := by_hand(double, kind, row))}
     out, saved, err = score(gpt, write(tmp_path / "rows.jsonl", rows), kind=kind)
@@ -157,7 +157,7 @@ def test_a_row_of_a_different_layout_is_a_user_error_that_names_it(score, tmp_pa
     assert str(error.value).startswith(f"{path}, row 3: ") and "\n" not in str(error.value)
 
 
-def test_the_command_downloads_the_authors_file_of_known_checksum(tmp_path, monkeypatch, capsys):
+def test_the_command_downloads_the_authors_file_and_verifies_its_checksum(tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(multiple_choice, "download", lambda *args: asked.append(args) or args[1])
     multiple_choice.main([])

@@ -123,7 +123,7 @@ def test_rates_and_lengths_may_change_on_resume_and_momenta_stay(toys, tmp_path,
 
 @pytest.mark.parametrize("change", ["n_embd=32", "n_layer=2", "block_size=32", "batch_size=3", "gradient_accumulation=2",
                                     "seed=5", "optimizer=adamw", "bias=False", "best_by=train", "init_from=gpt2"])
-def test_resuming_with_a_different_model_or_batch_is_refused_by_name(toys, tmp_path_factory, change):
+def test_resuming_with_a_different_model_or_batch_gives_an_error_that_names_it(toys, tmp_path_factory, change):
     out_dir = tmp_path_factory.getbasetemp() / "resume_me"
     if not out_dir.exists():
         run(toys, train, out_dir, max_iters=1)
@@ -224,7 +224,7 @@ def test_a_closed_terminal_stops_a_run_but_not_under_nohup(before, caught):
 
 
 class BrokenAfter:
-    """A stdout whose reader leaves once it has seen `text`."""
+    """A stdout whose reader exits once it has seen `text`."""
 
     def __init__(self, text):
         self.text, self.broken = text, False

@@ -37,7 +37,7 @@ QUESTIONS = {messages[0]["content"] for messages, _ in read_conversations(WRITTE
 
 @cache
 def chats_of(seed, operands, count=2000):
-    """[(category, [(question, answer), ...]), ...] of generated rows, as read_conversations gives them."""
+    """Return [(category, [(question, answer), ...]), ...] of generated rows, as read_conversations gives them."""
     with tempfile.TemporaryDirectory() as folder:
         rules.main([f"--rows={count}", f"--seed={seed}", f"--operands={operands}", f"--out={folder}/rows.json"])
         return [(category, [(q["content"], a["content"]) for q, a in zip(messages[::2], messages[1::2])])
@@ -46,7 +46,7 @@ def chats_of(seed, operands, count=2000):
 
 @cache
 def patterns():
-    """[(section, pattern of a wording), ...], those with the most fixed text first."""
+    """Return [(section, pattern of a wording), ...], those with the most fixed text first."""
     found = []
     for section, lines in drawing.read_sections(drawing.FOLDER / "wordings.txt").items():
         for line in lines if section not in ("sentence", "units", "facts") else ():
@@ -61,14 +61,14 @@ def patterns():
 
 @cache
 def parse(question):
-    """(section, slots) of the wording that a question was made from."""
+    """Return (section, slots) of the wording that a question was made from."""
     for section, pattern in patterns():
         if match := pattern.fullmatch(question):
             return section, match.groupdict()
     raise AssertionError(f"no wording for {question!r}")
 
 
-# Shorter questions after one of the same kind, which they are answered like; None: like the one before.
+# Short follow-up questions, each with the section whose rule answers it; None: the previous question's.
 FOLLOWING = {"other word": None, "other letter": "letters", "other comparison": "comparison"}
 WITH_WORK = ("sum", "more", "subtraction", "other sum", "other subtraction", "comparison", "sorting")
 
@@ -116,7 +116,7 @@ def test_every_answer_is_correct(operands):
             last, (section, slots) = (section, slots), parse(question)
             asked.add(section)
             assert question not in QUESTIONS
-            if section in FOLLOWING:  # about the word, or by the rule, of the turn before
+            if section in FOLLOWING:  # with the previous turn's word or rule
                 section, slots = FOLLOWING[section] or last[0], {**last[1], "verb": None, **slots}
             kind = section.partition(" ")[2]
             if section.startswith("tell "):
@@ -139,7 +139,7 @@ def test_every_answer_is_correct(operands):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_nothing_held_out_is_trained_on(seed):
-    """Held out is what the hash picks and the hand-written rows do not have; computed here independently."""
+    """An operand is held out if the hash picks it and no hand-written row has it; computed here independently."""
     text = WRITTEN.read_text(encoding="utf-8") + (drawing.FOLDER / "wordings.txt").read_text(encoding="utf-8")
     numbers = [re.findall(r"\d+", m["content"]) for messages, _ in read_conversations(WRITTEN) for m in messages]
     known = {*words_in(text), *(" ".join(sorted(two, key=int)) for two in numbers if len(two) == 2)}
@@ -181,7 +181,7 @@ def test_no_invented_word_is_rude_or_irregular():
     assert not drawn & {"bled", "breed", "ground", "swear", *IRREGULAR["verbs"].values(), *IRREGULAR["nouns"].values()}
 
 
-def test_the_exam_is_about_words_and_numbers_of_no_training_row():
+def test_the_exam_is_about_words_and_numbers_that_are_in_no_training_row():
     lists = set(words_in(WORDS + WRITTEN.read_text(encoding="utf-8") + (drawing.FOLDER / "wordings.txt").read_text(encoding="utf-8")))
     assert not {*exam.WORDS, *map(str.lower, exam.NAMES)} & {*lists, *INVENTED}
     trained = {" ".join(re.findall(r"\d+", question)) for _, turns in chats_of(1, "train") for question, _ in turns}

@@ -52,7 +52,7 @@ def echo(monkeypatch):
     monkeypatch.setattr(GPT, "generate", lambda self, ids, *_, **__: iter(ids[2:-2]))
 
 
-def test_of_an_answer_that_shows_its_work_only_the_result_counts(score, echo, tmp_path):
+def test_only_the_result_of_an_answer_that_shows_its_work_counts(score, echo, tmp_path):
     rows = [{"question": "3+2=6, 5", "answer": "3+2=5, 5", "category": category} for category in ("sum", "sum (work)")]
     _, saved, _ = score(unigram(), write(tmp_path / "rows.jsonl", rows))
     assert [answer["exact"] for answer in saved["answers"]] == [False, True]

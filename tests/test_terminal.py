@@ -1,4 +1,4 @@
-"""runtime/terminal.py: commands, lines, colours and errors; and chat.py in a real pseudo-terminal."""
+"""runtime/terminal.py: commands, lines, colors and errors; and chat.py in a real pseudo-terminal."""
 import builtins
 import copy
 import dataclasses
@@ -131,13 +131,13 @@ def test_tokens_shows_the_ids_that_were_read_and_generated(block_size, turns, en
         said = ask(session, text)
         prompt = lib.prompt_by_hand(lib.flat(session.history, enc)[:-1], enc, turns, block_size, 12)
         assert shown() == [*prompt, *said, lib.special(enc)[3]]
-    command(session, "/undo")  # the message that left out all earlier turns
+    command(session, "/undo")  # the message that displaced all earlier turns
     assert shown() == lib.framed(lib.flat(session.history[-turns:], enc), enc)[:-1]
 
 
 @pytest.mark.parametrize("tty, term, variables", [
     (True, "xterm", {}), (True, "xterm", {"NO_COLOR": "1"}), (True, "dumb", {}), (False, "xterm", {})])
-def test_tokens_are_coloured_by_role_and_control_characters_visible(tty, term, variables, monkeypatch, capsys):
+def test_tokens_are_colored_by_role_and_control_characters_visible(tty, term, variables, monkeypatch, capsys):
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in {"TERM": term, **variables}.items():
         monkeypatch.setenv(name, value)
@@ -146,8 +146,8 @@ def test_tokens_are_coloured_by_role_and_control_characters_visible(tty, term, v
     session.history = [([*b"\x1ba"], [*b"\x07b"])]
     command(session, "/tokens")
     err = capsys.readouterr().err
-    coloured = tty and term == "xterm" and not variables
-    assert re.findall(r"\x1b\[(\d\d)m", err) == coloured * "35 90 35 90 36 90 36 90 35 90 35 90 32 90 32 90 35 90".split()
+    colored = tty and term == "xterm" and not variables
+    assert re.findall(r"\x1b\[(\d\d)m", err) == colored * "35 90 35 90 36 90 36 90 35 90 35 90 32 90 32 90 35 90".split()
     assert re.sub(r"\x1b\[\d+m", "", err) == (
         "<|endoftext|>[256] \n<|user|>[257] ␛[27] a[97] <|end|>[259] \n<|assistant|>[258] ␇[7] b[98] <|end|>[259] \n")
 
@@ -223,7 +223,7 @@ class PseudoTerminal:
         ready, _, _ = select.select([self.end], [], [], seconds)
         try:
             said = os.read(self.end, 4096) if ready else b""
-        except OSError:  # how it ends on Linux
+        except OSError:  # how the output ends on Linux
             said = b""
         self.output += said
         return bool(said)

@@ -1,4 +1,4 @@
-"""Preparing plain text: encodings, line ends, the split, blocks, tokenizers, mistakes."""
+"""Preparing plain text: encodings, line endings, the split, blocks, tokenizers, mistakes."""
 import gzip
 import hashlib
 import json

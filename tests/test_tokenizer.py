@@ -181,7 +181,7 @@ def test_a_pattern_that_splits_every_text_is_accepted(tmp_path, pattern):
 
 BAD_PATTERNS = ["x*", "", r"\b|[\s\S]", "a", "(", "(" * 1000, "a{4294967296}|.", "(?:[\\s\\S]{1000}){1000}{1000}|[\\s\\S]", 7, None]
 BAD_MERGES = [3, [[1]], [[1, "x"]], [[97, 256]], [[97, 98.5]], {"97": 98}, [[97, 98], [97, 98]],
-              [[97, 98], [256, 99], [98, 99], [97, 258]],  # the last two make one token twice
+              [[97, 98], [256, 99], [98, 99], [97, 258]],  # the last two form the same token
               [[97, i] for i in range(97, 70_000)]]  # too many for 16 bits
 
 

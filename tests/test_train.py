@@ -75,7 +75,7 @@ def test_the_decay_falls_from_the_peak_to_final_lr(decay, final_lr, quarter, mid
     "grad_clip=-1.0", "warmup_iters=-1", "seed=-1", "dropout=1.0", "beta1=1.0", "beta2=2.0", "final_lr=1.5",
     "optimizer=sgd", "decay=step", "best_by=luck", "save_interval=0", "save_interval=10s",
     "save_interval=-1m", "save_interval=often", "n_head=3"])
-def test_a_setting_out_of_range_is_refused_by_name_and_value(toys, tmp_path, setting):
+def test_a_setting_out_of_range_gives_an_error_with_its_name_and_value(toys, tmp_path, setting):
     name, _, value = setting.partition("=")
     with pytest.raises(UserError, match=f"^{re.escape(setting)}:"):
         train.main(flags(toys, train, tmp_path, **{name: value}))
@@ -272,7 +272,7 @@ def test_a_run_without_resume_prints_that_it_replaces_the_earlier_one(toys, tmp_
     first = run(toys, train, tmp_path)
     assert "will be replaced" not in capsys.readouterr().out
     rows, second = curve(tmp_path), run(toys, train, tmp_path)
-    assert f"{tmp_path / 'best.pt'} of an earlier run will be replaced" in capsys.readouterr().out
+    assert f"{tmp_path / 'best.pt'} from an older run will be replaced" in capsys.readouterr().out
     assert first["history"] == second["history"] and curve(tmp_path) == rows
 
 
@@ -294,7 +294,7 @@ def test_samples_are_printed_every_sample_interval_and_do_not_change_training(to
     ([(1, 2.0, 2.0), (2, 1.5, 2.1), (3, 1.0, 2.2)], True),
     ([(1, 3.0, 3.0), (2, 2.0, 2.0), (3, 1.5, 1.9), (4, 1.0, 1.8)], False),  # still improving
     ([(1, 3.0, 3.0), (2, 2.0, 2.0), (3, 1.5, 2.1), (4, 1.0, 2.05)], False),  # up once, then down
-    ([(1, 3.0, 3.0), (2, 2.0, 2.0), (3, 1.5, 2.01), (4, 1.0, 2.015)], False),  # within 1 %: noise
+    ([(1, 3.0, 3.0), (2, 2.0, 2.0), (3, 1.5, 2.01), (4, 1.0, 2.015)], False),  # within 1%: noise
     ([(1, 3.0, 3.0), (2, 2.0, 2.0), (3, 2.1, 2.1), (4, 2.2, 2.2)], False)])  # training loss rises too
 def test_overfitting_is_validation_loss_rising_twice_while_training_loss_falls(history, expected):
     assert report.is_overfitting(history) is expected

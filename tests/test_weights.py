@@ -197,7 +197,7 @@ def test_a_different_tokenizer_is_refused(name, wide, tmp_path, gpt2_vocabulary)
 # ---- nanoGPT ----
 
 def nanogpt_checkpoint(hf, padded_rows, bias=True, compiled=True):
-    """Return what nanoGPT's train.py saves of a model with these weights."""
+    """Return what nanoGPT's train.py saves for a model with these weights."""
     model = {name: t.t().contiguous() if name.endswith(LINEAR) else t for name, t in hf.state_dict().items()
              if bias or not name.endswith(".bias")}
     wte, cfg = model["transformer.wte.weight"], hf.config
@@ -260,7 +260,7 @@ def test_a_file_cut_anywhere_is_refused(whole, tmp_path):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "ckpt.pt"])
-def test_a_cut_file_of_torch_is_refused_and_no_pickle_is_executed(name, zipped, tiny, tmp_path):
+def test_a_truncated_torch_file_is_refused_and_no_pickle_is_executed(name, zipped, tiny, tmp_path):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
@@ -338,7 +338,7 @@ def test_a_model_by_name_is_downloaded_once(tiny, tiny_folder, tmp_path, monkeyp
 
 def test_without_a_home_directory_the_error_names_the_variable_to_set(monkeypatch):
     monkeypatch.delenv("GPT2_CACHE_DIR", raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME and a passwd entry
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME or a passwd entry
     assert "no home directory; set the environment variable GPT2_CACHE_DIR" in error_of_script(monkeypatch, chat, ["--init_from=gpt2"])
 
 

@@ -58,7 +58,7 @@ def quick(monkeypatch):
 
 
 def make_quick():
-    """The same in a child process."""
+    """Do the same in a child process."""
     import runtime.log
     import runtime.report
     runtime.report.plot_losses = lambda *args: None
@@ -122,7 +122,7 @@ def crash():
 
 
 def before_step(wanted, act):
-    """Wrap train.train_step: call act() before step `wanted`, from 0, is computed."""
+    """Wrap train.train_step: call act() before step `wanted`, counted from 0, is computed."""
     real = train.train_step
 
     def step(model, optimizers, dataset, number, *args):
