@@ -243,6 +243,7 @@ def remember(count, between=0):
         for kind, section, reply, answer in d.rng.sample(d.facts, count):
             x = d.numbers(1, 999)[0] if section == "numbers" else d.word(section)
             if section in ("names", "places"):
+                x = d.rng.choice((x, d.invented()))
                 x = x[0].upper() + x[1:]
             told.append((d.ask(f"tell {kind}", x=x), reply.format(x=x)))
             asked.append((d.ask(f"ask {kind}"), answer.format(x=x)))
@@ -306,13 +307,13 @@ def other_letter(d):
 # The category of a row: (what makes it, its relative frequency). For made-up words: only these.
 # Answers of a category that ends in "(work)" show their work.
 ABOUT_WORDS = {
-    "rule/plural": (about_word("plural"), 8), "rule/past tense": (about_word("past tense"), 12),
+    "rule/plural": (about_word("plural"), 8), "rule/past tense": (about_word("past tense"), 18),
     "rule/sorting (work)": (sort_words, 16),
-    "rule/letters": (letter, 9), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
+    "rule/letters": (letter, 9), "rule/negation": (negate, 4), "rule/repeat": (repeat, 12),
     "rule/word picking": (pick_word, 7), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
 RULES = ABOUT_WORDS | {
-    "rule/sum (work)": (add, 7), "rule/subtraction (work)": (subtract, 9),
+    "rule/sum (work)": (add, 7), "rule/subtraction (work)": (subtract, 8),
     "rule/unit conversion": (convert, 4), "rule/comparison (work)": (compare, 8),
     "rule/counting": (count, 6), "chat/more (work)": (more, 1),
     "chat/other sum (work)": (other_sum, 2), "chat/other comparison (work)": (other_comparison, 2),
