@@ -307,17 +307,17 @@ def other_letter(d):
 # The category of a row: (what makes it, its relative frequency). For made-up words: only these.
 # Answers of a category that ends in "(work)" show their work.
 ABOUT_WORDS = {
-    "rule/plural": (about_word("plural"), 8), "rule/past tense": (about_word("past tense"), 18),
+    "rule/plural": (about_word("plural"), 8), "rule/past tense": (about_word("past tense"), 12),
     "rule/sorting (work)": (sort_words, 16),
-    "rule/letters": (letter, 9), "rule/negation": (negate, 4), "rule/repeat": (repeat, 12),
+    "rule/letters": (letter, 6), "rule/negation": (negate, 4), "rule/repeat": (repeat, 13),
     "rule/word picking": (pick_word, 7), "chat/other word": (other_word, 3),
     "chat/other letter": (other_letter, 1)}
 RULES = ABOUT_WORDS | {
-    "rule/sum (work)": (add, 7), "rule/subtraction (work)": (subtract, 8),
-    "rule/unit conversion": (convert, 4), "rule/comparison (work)": (compare, 8),
-    "rule/counting": (count, 6), "chat/more (work)": (more, 1),
+    "rule/sum (work)": (add, 7), "rule/subtraction (work)": (subtract, 10),
+    "rule/unit conversion": (convert, 4), "rule/comparison (work)": (compare, 9),
+    "rule/counting": (count, 7), "chat/more (work)": (more, 1),
     "chat/other sum (work)": (other_sum, 2), "chat/other comparison (work)": (other_comparison, 2),
-    "chat/told 1 turn ago": (remember(1), 4),
+    "chat/told 1 turn ago": (remember(1), 3),
     "chat/told 2 turns ago": (remember(1, 1), 1), "chat/told 3 turns ago": (remember(1, 2), 1),
     "chat/told 4 turns ago": (remember(1, 3), 1), "chat/told 5 turns ago": (remember(1, 4), 1),
     "chat/two told": (remember(2), 1)}
