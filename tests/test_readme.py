@@ -28,7 +28,7 @@ def commands():
         text = path.read_text(encoding="utf-8")
         lines = re.findall(r"^(?:    |# )((?:python|torchrun) .+)", text, re.MULTILINE)
         lines += re.findall(r"`((?:python|torchrun) [^`\n]+)`", text)
-        for line in (part for whole in lines for part in whole.split(" && ")):
+        for line in (part for whole in lines for part in re.split(" && |; (?=python )", whole)):
             words = shlex.split(line, comments=True)
             if words[0] == "make":
                 continue
