@@ -40,7 +40,7 @@ class Settings:
     prompt: str | None = None  # one message: print the reply and exit
     look: Path | None = None  # with prompt: write a page that shows the inside of the model
     json: bool = False  # each reply as a line of JSON: text, tokens, seconds, stop, ...
-    turns: int = 0  # number of your last messages in the prompt; 0: as in training
+    turns: int = 0  # how many of your last messages the model sees; 0: as in training
     max_new_tokens: int = 200  # longest reply, in tokens
     temperature: float = 0.5  # 0: always the most likely token; 1: the model's own distribution
     top_k: int = 50  # sample from the k most likely tokens; 0: all

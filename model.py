@@ -97,7 +97,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Process each token by itself: widen to 4 C channels, apply a nonlinearity (GELU, Hendrycks &
-    Gimpel 2016, in GPT-2's tanh form; SwiGLU would replace it), project back to C."""
+    Gimpel 2016, with GPT-2's tanh approximation; SwiGLU would replace it), project back to C."""
 
     def __init__(self, config):
         super().__init__()
@@ -269,7 +269,7 @@ class KVCache:
         """Keep the prefix that the cache shares with `ids`, and return its length: at most
         len(ids) - 1, since the hidden state of the last token is needed to sample the next."""
         n = min(common_prefix(self.ids, ids), len(ids) - 1)
-        del self.ids[n:]  # now: an interrupted forward may overwrite their keys
+        del self.ids[n:]  # before the forward: if interrupted, it may have overwritten their keys
         return n
 
 
@@ -284,7 +284,7 @@ def common_prefix(a, b):
 def window_start(length, block_size):
     """Where the context of a text of `length` tokens starts: 0 while it fits. After that the window
     slides by half of block_size, not by one token, since each slide changes all positions and costs
-    a new prefill. With a block_size of 8, texts of up to 8 tokens start at 0, of 9 to 12 at 4."""
+    a new prefill. With block_size 8, texts of up to 8 tokens start at 0, those of 9 to 12 at 4."""
     if length <= block_size:
         return 0
     slide = max(block_size // 2, 1)

@@ -174,7 +174,7 @@ def encode_split(conversations, enc, cfg, report):
 
 def cut_answer(ids, enc, max_tokens):
     """Cut a conversation to at most max_tokens ids, inside the last answer that keeps a token of
-    text before <|end|>, hence - 2. Everything after it is left out."""
+    text before <|end|> (thus the - 2). Everything after it is left out."""
     _, _, assistant, end = chats.special_ids(enc)
     last = max((i for i, token in enumerate(ids[:max_tokens - 2]) if token == assistant), default=0)
     turn_end = ids.index(end, last)  # the question's if no answer fits

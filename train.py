@@ -58,7 +58,7 @@ class LoopSettings:
     # logging, evaluating, saving
     log_interval: int = 50  # steps between progress lines
     eval_interval: int = 250  # steps between evaluations
-    save_interval: int | str = "5m"  # how often to save last.pt: 500 means steps, 10m minutes
+    save_interval: int | str = "5m"  # how often to save last.pt: in steps (500) or minutes (10m)
     sample_interval: int = 500  # steps between generated samples; 0: none
     sample_prompt: str | None = None  # prompt of the samples; None: a held-out one
     eval_tokens: int = 20_000  # tokens per evaluation, from each split; with eval_only: all
@@ -169,7 +169,7 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
             model.require_backward_grad_sync = i == mine[-1]
         with autocast:
             loss_sum = model(idx, targets, loss_positions)
-        # backward adds to p.grad. DDP takes the mean over ranks, so the sum needs world_size.
+        # backward adds to p.grad. DDP takes the mean over ranks: times world_size, it is the sum.
         (loss_sum * (world_size / n_targets)).backward()
         step_loss += loss_sum.detach()
         n_tokens += idx.numel()
@@ -194,8 +194,8 @@ DECAYS = {"linear": lambda done: 1 - done,  # done goes from 0 to 1
 
 
 def lr_factor(step, cfg):
-    """The learning rate schedule, as a factor of the peak: linear warmup from near 0 to 1, then the
-    decay to final_lr."""
+    """The learning rate schedule, as a fraction of the peak: linear warmup from near 0 to 1, then
+    the decay to final_lr."""
     if step < cfg.warmup_iters:
         return (step + 1) / (cfg.warmup_iters + 1)
     done = (step - cfg.warmup_iters) / max(cfg.max_iters - cfg.warmup_iters, 1)

@@ -141,7 +141,7 @@ def run(main):
     """Call main(argv). UserError and OSError end it with one line and exit code 1, Ctrl-C 130."""
     argv = sys.argv[1:[*sys.argv, "#"].index("#")]  # zsh and cmd pass comments on as arguments
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # files on Windows may have no encoding for emoji
+        stream.reconfigure(errors="replace")  # on Windows, a file's encoding may lack emoji
     try:
         main(argv)
         print(end="", flush=True)

@@ -116,7 +116,7 @@ class Draw:
         return self.entry(self.rng.choice(sections or ("nouns", "nouns", "verbs", "adjectives")))
 
     def words(self, count):
-        """Return different words. A fourth begin or end like an earlier one: to tell them apart, a
+        """Return different words. A quarter begin or end like an earlier one: to tell them apart, a
         model must copy them exactly."""
         words = []
         while len(words) < count:
@@ -127,9 +127,9 @@ class Draw:
         return words
 
     def numbers(self, low, *highs, operand=operand):
-        """Return a number from low to each of `highs`, with operand(*numbers) on this side of the
-        split. If none qualify, draw larger ones. 0 and 1 make most questions trivial, so tests
-        have neither."""
+        """Return a number for each of `highs`, from low to it, with operand(*numbers) on this side
+        of the split. If none qualify, draw larger ones. 0 and 1 make most questions trivial, so
+        tests have neither."""
         low = max(low, 2) if self.held_out else low
         while True:
             numbers = [self.rng.randint(low, int(high)) for high in highs]

@@ -25,7 +25,7 @@ def read_safetensors(path):
 
 
 def view_tensor(data, dtype, shape, data_offsets):
-    """Return a tensor of a header as a view of `data`, or a copy if that is not aligned."""
+    """Return the tensor that a header entry describes: a view of `data`, or a copy if unaligned."""
     import torch
     dtype, (start, stop) = getattr(torch, DTYPES[dtype]), data_offsets
     if not 0 <= start <= stop <= len(data) or min(shape, default=0) < 0:

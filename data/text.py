@@ -38,7 +38,7 @@ class Settings:
 
 def read_documents(files):
     """Yield the text of files in pieces of whole lines, about BLOCK characters each, and
-    END_OF_TEXT as a piece of its own. Windows line ends become "\\n". Raises UserError, OSError."""
+    END_OF_TEXT as its own piece. Windows line endings become "\\n". Raises UserError, OSError."""
     for number, path in enumerate(files):
         if number:
             yield END_OF_TEXT

@@ -39,8 +39,8 @@ def read_gpt2(name_or_path):
         raise
     except Exception as error:  # any type, for a damaged file
         reason = f"{type(error).__name__}: {error!s:.200}".split("\n")[0]
-        raise UserError(f"{file}: it or its config.json is damaged, or not a plain GPT-2's "
-                        f"({reason}); use GPT-2's, or --checkpoint for a best.pt") from error
+        raise UserError(f"{file}: it or its config.json is damaged, or not from a plain GPT-2 "
+                        f"({reason}); use GPT-2's files, or --checkpoint for a best.pt") from error
 
 
 def parse(file):
@@ -110,7 +110,7 @@ def read_sizes(config, weights):
     fixed = {key: (size,) for key, size in (sizes | {"n_inner": 4 * n_embd}).items()}
     for key, values in (SUPPORTED | fixed).items():
         if config.get(key) not in (None, *values):
-            raise ValueError(f"{key}={config[key]!r}, model.py computes {values[0]!r}")
+            raise ValueError(f"{key}={config[key]!r}, but model.py computes {values[0]!r}")
     n_head = config.get("n_head", max(n_embd // 64, 1))
     if type(n_head) is not int or n_head < 1 or n_embd % n_head:
         raise ValueError(f"n_head={n_head!r} does not divide n_embd={n_embd}")
