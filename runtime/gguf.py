@@ -66,7 +66,7 @@ def export_gguf(path, model, spec, dtype, turns):
 def add_tokenizer(writer, spec):
     """Add a tokenizer to a GGUFWriter. llama.cpp has GPT-2's pattern, "gpt-2". "superbpe" splits a
     text at numbers only and leaves the rest to the merges, which rarely cross one of our splits,
-    because they were learned between splits."""
+    because they were learned within the pieces between them."""
     enc = get_tokenizer(spec)
     end_of_text, user, assistant, end = special_ids(enc)
     ranks = enc._mergeable_ranks

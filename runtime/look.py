@@ -16,7 +16,7 @@ from data.conversation import special_ids, supervised
 from data.files import write_atomically
 from data.tokenizer import token_pieces
 
-KEPT = 256  # the page has the largest logits of each position, up to the largest top_k it offers
+KEPT = 256  # the page has this many of the largest logits of each position, enough for any top_k
 STOPS = {"temperature": [n / 20 for n in range(41)],  # the values of its sliders
          "top_k": [*range(1, 11), 15, 20, 30, 40, 50, 75, 100, 150, 200, 0],
          "top_p": [n / 20 for n in range(1, 20)] + [0.99, 1]}
@@ -28,7 +28,7 @@ def look(model, enc, ids, start=None, longest=256):
 
     ids, roles (T,): a role is "user", "assistant" or "special". texts: {id: text}.
     chosen: the position where the page opens, the first token of the reply.
-    next_ids (T, 10), logits (T, kept): the most likely first, minus the largest logit.
+    next_ids (T, 10), logits (T, kept): the most likely first; the largest logit is set to 0.
     rest (T, temperatures): the sum of exp(logit / temperature) over the logits not kept.
     target_logit, target_p, target_rank (T,): of the actual next token; ranks start at 1.
     lens_ids, lens_p (L + 1, T, 3), lens_target_p (L + 1, T): `lens` at the embeddings and blocks.

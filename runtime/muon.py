@@ -13,8 +13,8 @@ NEWTON_SCHULZ_ROUNDS = ((8.2052, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184),
 def newton_schulz(x, dtype=torch.float32):
     """Approximate the nearest semi-orthogonal matrices: (n, rows, cols), all singular values near
     1. Each round maps every singular value v to a v + b v^3 + c v^5, using only matrix products.
-    Four rounds bring each v above a thousandth of the norm to between 0.4 and 1.6, which is enough:
-    a fifth round does not lower the loss."""
+    Four rounds bring every v that is over a thousandth of the norm to between 0.4 and 1.6, which
+    is enough: a fifth round does not lower the loss."""
     is_tall = x.shape[1] > x.shape[2]
     x = (x.mT if is_tall else x).to(dtype)  # the smaller side first, so that x @ x.mT is small
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -77,7 +77,7 @@ def restore(resumed, optimizers):
         return TrainState()
     try:
         for optimizer, saved in zip(optimizers, resumed["optimizers"], strict=True):
-            # Momenta come from last.pt; peak learning rates, weight decay and so on from this run.
+            # The state is from last.pt; peak learning rates, weight decay and so on from this run.
             groups = [mine | {"params": theirs["params"], "lr": theirs["lr"]} for mine, theirs in
                       zip(optimizer.param_groups, saved["param_groups"], strict=True)]
             optimizer.load_state_dict(saved | {"param_groups": groups})

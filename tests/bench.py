@@ -449,7 +449,7 @@ def finetune_alpaca(cfg):
     yield line(f"finetune, {len(chats)} Alpaca rows, 124M; transformers", speed["ours"], speed["peer"], "targets/s")
 
 
-# A shorter run needs momenta that average over fewer steps.
+# A shorter run needs a momentum and betas that average over fewer steps.
 SHORT = ("--max_iters=210", "--learning_rate=2.5e-2", "--embedding_learning_rate=1.4e-2", "--momentum=0.85",
          "--beta1=0.7", "--beta2=0.95", "--warmup_iters=5", "--final_lr=0.05")
 NANOGPT = ("--optimizer=adamw", "--batch_size=12", "--max_iters=2000", "--learning_rate=1e-3", "--final_lr=0.1",

@@ -4,8 +4,8 @@
     python -m tests.exam --sessions=True                  # in 120 chats of ten, with names to remember
     python -m tests.exam --checkpoint=out/rules/best.pt --show=True    # a different model; show its wrong answers
 
-No word is in a list in this repository, and pairs of numbers are held out by data/rules.py. An answer that shows its
-work is judged by its last term. The greedy answer is scored.
+None of the words below are in data/words.txt, and the pairs of numbers are held out by data/rules.py. An answer that
+shows its work is judged by its last term. The greedy answer is scored.
 """
 import random
 from collections import defaultdict
@@ -28,7 +28,7 @@ WORDS = sorted({*NOUNS, *VERBS})
 @dataclass
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to examine
-    seed: int = 1  # of the data that it was trained on, which chose the held-out numbers
+    seed: int = 1  # of its training data; it determines which numbers are held out
     sessions: bool = False  # 120 chats of ten questions, not each question alone
     turns: int = 0  # how many of the last messages the model sees; 0: as in training
     show: bool = False  # print wrong answers

@@ -153,7 +153,7 @@ def attended(parts):
 
 
 def compare(seen, wanted, case, hint):
-    """Raise NotYet for the first head, and its newest token, that attends to the wrong tokens."""
+    """Raise NotYet for the first head that attends to the wrong tokens, at the newest token where it does."""
     for head, i in ((head, i) for head in range(HEADS) for i in reversed(range(wanted.shape[1]))):
         found, right = ((row[head, i].nonzero()[:, 0] + 1).tolist() for row in (seen, wanted))
         expect(found == right, f"{case}: head {head + 1} at token {i + 1} attends to tokens {found}, expected "
@@ -248,7 +248,7 @@ def train_on_products():
         output_of(chat.main, f"--checkpoint={folder}/best.pt", f"--score={folder}/held_out.json", "--device=cpu")
         answers = json.loads(Path(folder, "score.json").read_text(encoding="utf-8"))["answers"]
     example = max(answers, key=lambda answer: answer["exact"])
-    return (f"After a minute of training, a small model answers {sum(a['exact'] for a in answers)} of {len(answers)} "
+    return (f"Trained for a minute, a model correctly answers {sum(a['exact'] for a in answers)} of {len(answers)} "
             f"products that it has never seen, such as {example['question']!r}: {example['answer']!r}.")
 
 

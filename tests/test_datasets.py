@@ -1,4 +1,4 @@
-"""Token files and batches: every batch is recounted in plain Python from the ids of the file."""
+"""Token files and batches: every batch is recomputed in plain Python from the ids of the file."""
 import json
 from collections import Counter
 from types import SimpleNamespace

@@ -58,7 +58,7 @@ def server(monkeypatch):
 
 
 @pytest.mark.parametrize("cuts", [0, 3])
-def test_shards_become_a_dataset_of_exactly_their_ids_and_a_second_run_downloads_only_more(tmp_path, server, cuts):
+def test_shards_become_a_dataset_of_exactly_their_ids_and_a_second_run_downloads_only_new_ones(tmp_path, server, cuts):
     server.cuts = cuts
     main(["--shards=1", f"--out_dir={tmp_path}"])
     main(["--shards=3", f"--out_dir={tmp_path}"])

@@ -210,7 +210,7 @@ def test_the_chat_endpoint_sees_the_newest_turns_and_replies_the_same(turns, tra
 @pytest.mark.parametrize("kind, texts, prompt", [
     ("text", ["a is for"], "a is for"), ("text", [""], "<|endoftext|>"),  # a base model continues
     ("chat", ["Be brief.", "Hello!"], "<|endoftext|><|user|>Be brief.\nHello!<|end|><|assistant|>")])
-def test_templates_of_base_models_and_of_system_texts(kind, texts, prompt, trained, tmp_path):
+def test_templates_of_base_models_and_system_messages(kind, texts, prompt, trained, tmp_path):
     path = exported_to(tmp_path, trained.gpt, trained.spec, kind, turns=2)
     messages = [{"role": role, "content": text} for role, text in zip(("system", "user")[-len(texts):], texts)]
     assert Server(path).post("apply-template", messages=messages)["prompt"] == prompt

@@ -166,7 +166,7 @@ def test_long_answers_are_cut_and_still_end(tmp_path, capsys):
 
 @pytest.mark.parametrize("max_tokens", range(8, 30))
 def test_a_chat_of_two_turns_is_cut_within_an_answer_or_not_at_all(tmp_path, max_tokens):
-    texts = ["four", "answer", "then", "more"]  # with a start, and a role and an end of each: 27 ids
+    texts = ["four", "answer", "then", "more"]  # plus one start token, and a role and an end token for each: 27 ids
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     folder = prepare(tmp_path, [*(row(c, c) for c in "abcd"), {"messages": turns}], f"--max_tokens={max_tokens}", "--val_fraction=0.4")
     dataset = open_dataset(folder, 64, 2)

@@ -59,7 +59,7 @@ def test_every_script_has_a_command():
     assert len(commands()) > 40
 
 
-def test_everything_the_readme_recommends_to_read_exists():
+def test_everything_the_readme_recommends_reading_exists():
     code = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES)
     steps = re.findall(r"\*\*Read\*\*(.+?)\n- \*\*Exercise", README, re.DOTALL)
     assert len(steps) == 8, "one in each step"

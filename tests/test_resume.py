@@ -108,7 +108,7 @@ def test_resuming_a_finished_run_changes_nothing(toys, tmp_path, script):
     assert_same_run(tmp_path / "out", tmp_path / "before")
 
 
-def test_rates_and_lengths_may_change_on_resume_and_momenta_stay(toys, tmp_path, monkeypatch):
+def test_rates_and_lengths_may_change_on_resume_and_momentum_buffers_stay(toys, tmp_path, monkeypatch):
     before, seen = run(toys, train, tmp_path, max_iters=4), []
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(train, "train_step", lambda gpt, optimizers, *args: seen.append(
