@@ -10,7 +10,8 @@
     python chat.py --init_from=gpt2 --prompt="Once upon a time"    # GPT-2 itself continues text
 
 Only replies go to standard output, everything else to standard error. A base model, trained on
-plain text, continues your text instead of answering. If the context is full, old turns are dropped.
+plain text, continues your text instead of answering. If the context is full, old turns are dropped
+(`chat_prompt`), a reply stops (`reply`), and a base model's context slides (`window_start`).
 """
 import codecs
 import gc

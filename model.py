@@ -97,7 +97,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Process each token by itself: widen to 4 C channels, apply a nonlinearity (GELU, Hendrycks &
-    Gimpel 2016, with GPT-2's tanh approximation; SwiGLU would replace it), project back to C."""
+    Gimpel 2016, with GPT-2's tanh approximation), project back to C. SwiGLU would add a gate here."""
 
     def __init__(self, config):
         super().__init__()
@@ -113,7 +113,7 @@ class MLP(nn.Module):
 
 def layer_norm(config):
     """Layer norm (Ba et al. 2016): normalize each token's channels to mean 0 and variance 1, then
-    apply a learned scale and shift. The blocks and the GPT create theirs here."""
+    apply a learned scale and shift. The blocks and the GPT create theirs here; RMSNorm fits in."""
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
@@ -197,7 +197,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, ids, max_new_tokens, *, stop_ids=(), seed=None, cache=None, **sampling):
         """Continue `ids` (a non-empty list): yield new ids one by one, stopping before any of
-        stop_ids.
+        stop_ids. Beyond block_size, the oldest ids leave the context (see window_start).
 
         The same seed gives the same ids. cache: a KVCache from an earlier call; the prefix of `ids`
         that it already holds is not computed again. sampling: temperature, top_k, top_p and

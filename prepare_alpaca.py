@@ -106,8 +106,9 @@ def select(conversations, drop_duplicates, report):
 
 
 def split_rows(conversations, val_fraction, seed, report):
-    """Return {"train": [...], "val": [...]}. Hold out the same share of each category's rows, at
-    least one unless there are too many categories. Rows with the same question share a split."""
+    """Return {"train": [...], "val": [...]}. Hold out a random share of each category's rows, at
+    least one; if there are too many categories, of all rows. Rows with the same question share a
+    split, unless that would hold out none."""
     total = len(conversations)
     questions, categories = defaultdict(list), defaultdict(list)  # of row numbers; of lists of them
     for number, (messages, _) in enumerate(conversations):

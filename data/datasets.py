@@ -251,7 +251,8 @@ class ChatDataset(Dataset):
         self._epochs = {split: [0] for split in SPLITS}
 
     def batches_until(self, split, epoch):
-        """Number of batches in the epochs before `epoch`."""
+        """Decide which rows share a batch, for all epochs before `epoch`; return the number of
+        these batches."""
         batches, epochs = self._batches[split], self._epochs[split]
         while len(epochs) <= epoch:
             rng = np.random.default_rng([self.seed, SPLITS.index(split), len(epochs) - 1])

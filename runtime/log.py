@@ -33,7 +33,7 @@ def peak_flops(device, dtype):
 
 
 class Logger:
-    """Write log.csv and print progress lines, on rank 0. wandb takes the same rows."""
+    """Write log.csv and print progress lines, on rank 0. wandb could take the same rows."""
 
     COLUMNS = ("step", "epoch", "loss", "lr", "norm", "tokens", "seconds", "tokens_per_second",
                "mfu", "train_loss", "val_loss", "val_bits_per_byte")

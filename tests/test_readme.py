@@ -66,8 +66,7 @@ def test_everything_the_readme_recommends_reading_exists():
     for name in re.findall(r"`([\w./]+)`", " ".join(steps)):
         assert (REPO / name).is_file() or re.search(rf"(def|class) {name.split('.')[-1]}\b", code), name
     places = re.findall(r"^\| `(\S+?)` \|.*\|([^|]*)\|$", OVERVIEW, re.MULTILINE)
-    places += re.findall(r"`(\S+?)`[^`]*\(([^()]*`[^()]*)\)", OVERVIEW)
-    assert len(places) >= 8
+    assert len(places) >= 5
     for file, names in places:
         text = (REPO / file).read_text(encoding="utf-8")
         for name in re.findall(r"`([\w./]+)`", names):
@@ -89,7 +88,7 @@ def test_quoted_code_is_in_the_files():
 
 def test_the_table_lists_every_recipe():
     table = README[README.index("## Recipes"):README.index("## Your own data")]
-    named = set(re.findall(r"^\| `(\w+\.py)`", table, re.MULTILINE))
+    named = {name for cell in re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE) for name in re.findall(r"\w+\.py", cell)}
     assert named == {path.name for path in REPO.glob("config/*.py") if re.match("train|finetune", path.name)}
 
 
@@ -115,7 +114,8 @@ def test_the_sizes_of_gpt2_are_right():
 
 
 def test_the_readme_is_short_and_every_step_has_an_exercise():
-    assert README.count("\n") <= 300
+    lines = README.splitlines()
+    assert len(lines) <= 265 and not [line for line in lines if len(line) > 120 and not line.startswith("|")]
     steps = re.findall(r"^## (\d)\. ", README, re.MULTILINE)
     exercises = re.findall(r"^- \*\*Exercise (\d)\.\*\*", README, re.MULTILINE)
     assert steps == exercises == list("12345678")
