@@ -97,7 +97,7 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Process each token by itself: widen to 4 C channels, apply a nonlinearity (GELU, Hendrycks &
-    Gimpel 2016, with GPT-2's tanh approximation), project back to C. SwiGLU would add a gate here."""
+    Gimpel 2016, with GPT-2's tanh approximation), project back to C. SwiGLU would add a gate."""
 
     def __init__(self, config):
         super().__init__()

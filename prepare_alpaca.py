@@ -106,9 +106,8 @@ def select(conversations, drop_duplicates, report):
 
 
 def split_rows(conversations, val_fraction, seed, report):
-    """Return {"train": [...], "val": [...]}. Hold out a random share of each category's rows, at
-    least one; if there are too many categories, of all rows. Rows with the same question share a
-    split, unless that would hold out none."""
+    """Return {"train": [...], "val": [...]}. Hold out a random share of each category's rows, or
+    of all rows if there are many categories. Rows with the same question share a split."""
     total = len(conversations)
     questions, categories = defaultdict(list), defaultdict(list)  # of row numbers; of lists of them
     for number, (messages, _) in enumerate(conversations):
