@@ -8,7 +8,7 @@ Test questions use only words and numbers that no training row has (data/operand
 wordings from data/wordings.txt, and none repeats a hand-written row's question word for word.
 
 Where one step is too hard for a small model, the answer shows its work (Nye et al. 2021), in steps
-that use only one-digit facts: "4+7=11, 5+9=14, 14+1=15, 151" for 54 plus 97.
+of one digit or letter each: "4+7=11, 5+9=14, 14+1=15, 151" for 54 plus 97.
 """
 import json
 import re
@@ -53,7 +53,7 @@ def subtract_in_steps(a, b):
 
 
 def compare_letters(a, b):
-    """Return the comparisons of letters or digits, up to the first that differ: ["4=4", "7>2"].
+    """Return the comparisons of letters or digits, up to the first that differ: ["4=4", "2<7"].
     "-" marks the end of a word."""
     steps = []
     for x, y in zip_longest(a, b, fillvalue="-"):  # "-" is smaller than all letters
@@ -64,7 +64,7 @@ def compare_letters(a, b):
 
 
 def compare_in_steps(a, b, wanted):
-    """Return the comparisons of digits, the order of the numbers, and the wanted one: "4=4, 7>2,
+    """Return the comparisons of digits, the order of the numbers, and the wanted one: "4=4, 2<7,
     42<47, 47". A missing digit is a 0."""
     width = len(str(max(a, b)))
     steps = compare_letters(f"{a:0{width}}", f"{b:0{width}}")
@@ -110,6 +110,8 @@ WORD_RULES = {"plural": ("nouns", plural_of), "past tense": ("verbs", past_of)}
 
 
 def about_word(rule, section=None):
+    """Return a rule of WORD_RULES, in the wordings of `section`. Three of four words are invented:
+    the rule, not the list of irregular words, is to be learned."""
     def ask(d):
         words, answer = WORD_RULES[rule]
         word = d.invented() if d.rng.random() < 0.5 else d.word(words)
