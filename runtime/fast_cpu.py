@@ -116,7 +116,7 @@ def computes_the_same(config):
 
 
 def speed_up(model, int8=False):
-    """Return a faster model that shares the weights of a GPT in eval mode and generates the same.
+    """Return a faster model that shares an eval-mode GPT's weights and generates the same tokens.
     int8: quantize the linear layers and the head. Return the model itself if it is not on a CPU in
     float32, or if an edited model.py computes something different from this file."""
     if model.wte.weight.device.type != "cpu" or model.wte.weight.dtype != torch.float32:

@@ -5,7 +5,7 @@
 
 A row of HellaSwag has a context and four endings, one written by a person and three by a model
 (Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?"). A base model reads
-`ctx`, a space, and an ending, as in Karpathy's build-nanogpt, which reports for OpenAI's weights:
+`ctx`, a space, and an ending, as in Karpathy's build-nanogpt, which reports, for OpenAI's weights,
 28.59% (gpt2) and 38.42% (gpt2-xl) by the sum, 29.55% and 48.93% by the mean over tokens.
 """
 import math

@@ -6,8 +6,8 @@
 
 A row of the table: what is measured, ours and the peer as median (min to max), their ratio, above 1 if ours is
 better, and the share of the machine's limit that ours reaches: of the FLOP/s of a large matrix product, or of the
-memory bandwidth, measured in turn with the rest. These are not tests: speeds vary by a third from minute to minute,
-and only ratios are meaningful.
+memory bandwidth, measured in alternation with the rest. These are not tests: speeds vary by a third from minute to
+minute, and only ratios are meaningful.
 """
 import contextlib
 import functools

@@ -91,7 +91,7 @@ def same(a, b):
 
 
 def whole_epoch(dataset, conversations, start, split="train"):
-    """Read batches from `start` until each conversation occurred once; return the next index, and the batches."""
+    """Read batches from `start` until each conversation has occurred once; return the next index, and the batches."""
     seen, index, batches = [], start, []
     while len(seen) < len(conversations):
         batches.append(dataset.batch(split, index))

@@ -22,7 +22,7 @@ def shard(ids, magic=20240520, version=1, count=None):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Sends files, with Range; the first server.cuts answers for each file are cut off."""
+    """Sends files, honoring Range; the first server.cuts answers for each file are cut off."""
 
     def do_GET(self):
         self.server.asked.append(self.path.removeprefix(FOLDER))

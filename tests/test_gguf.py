@@ -86,7 +86,7 @@ def log_probabilities(gpt, ids):
 
 
 def assert_same_continuation(llama, gpt, prompt, count, ends=()):
-    """Assert that greedy decoding gives the same tokens, with the same log-probabilities of each step's five most likely."""
+    """Assert that greedy decoding gives the same tokens, with the same log-probabilities for each step's top five."""
     theirs = llama.post("completion", prompt=prompt, n_predict=count, temperature=0, n_probs=5, return_tokens=True)
     ours = list(gpt.generate(prompt, count, temperature=0, stop_ids=ends))
     assert [i for i in theirs["tokens"] if i not in ends] == ours

@@ -107,7 +107,7 @@ def test_save_only_replaces_an_earlier_state_of_the_same_chat_and_load_reads_any
     before = path.read_bytes(), rows.read_bytes()
     ask(other, "one")
     command(session, "/undo")
-    for changed, name in ((other, path), (session, path), (other, rows)):  # a different chat, less of this one
+    for changed, name in ((other, path), (session, path), (other, rows)):  # a different chat, fewer turns
         with pytest.raises(UserError, match="exists and is not an earlier state"):
             command(changed, f"/save {name}")
     command(session, f"/load {rows}")
