@@ -113,7 +113,7 @@ class MLP(nn.Module):
 
 def layer_norm(config):
     """Layer norm (Ba et al. 2016): normalize each token's channels to mean 0 and variance 1, then
-    apply a learned scale and shift. The blocks and the GPT create theirs here; RMSNorm fits in."""
+    apply a learned scale and shift. All norms are created here, where RMSNorm would go."""
     return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
@@ -406,7 +406,7 @@ def load_weights(model, weights, source):
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()  # the first line only names the class
         raise UserError(f"{source}: does not fit this model.py ({problem}); use weights of this "
-                        "architecture, or undo an edit of model.py") from error
+                        "architecture, or undo an edit to model.py") from error
 
 
 def crop_block_size(model, block_size):

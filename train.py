@@ -8,8 +8,8 @@
 
     torchrun --nproc_per_node=8 train.py config/train_gpt2.py    # many GPUs: the same steps, faster
 
-It writes out_dir/best.pt, which chat.py loads, out_dir/last.pt, which --resume continues from,
-log.csv and (if matplotlib is installed) loss.png.
+It writes out_dir/best.pt (which chat.py loads), out_dir/last.pt (which --resume continues from),
+log.csv and, if matplotlib is installed, loss.png.
 """
 import math
 import signal

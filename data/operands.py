@@ -127,9 +127,9 @@ class Draw:
         return words
 
     def numbers(self, low, *highs, operand=operand):
-        """Return a number for each of `highs`, from low to it, with operand(*numbers) on this side
-        of the split. If none qualify, draw larger ones. 0 and 1 make most questions trivial, so
-        tests have neither."""
+        """Return a number from low to high for each of `highs`, with operand(*numbers) on this
+        side of the split. If none qualify, draw larger ones. 0 and 1 make most questions trivial,
+        so tests have neither."""
         low = max(low, 2) if self.held_out else low
         while True:
             numbers = [self.rng.randint(low, int(high)) for high in highs]

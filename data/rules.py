@@ -79,8 +79,8 @@ def sort_in_steps(words):
 
 
 def result_of(answer):
-    """Return an answer without its work: "151" of "4+7=11, 5+9=14, 14+1=15, 151", and "dog, top" of
-    "t>d: dog, top"."""
+    """Return an answer without its work: "151" for "4+7=11, 5+9=14, 14+1=15, 151", and "dog, top"
+    for "t>d: dog, top"."""
     if not re.search("[=<>]", answer):
         return answer
     _, colon, result = answer.rpartition(": ")
@@ -110,8 +110,8 @@ WORD_RULES = {"plural": ("nouns", plural_of), "past tense": ("verbs", past_of)}
 
 
 def about_word(rule, section=None):
-    """Return a rule of WORD_RULES, in the wordings of `section`. Three of four words are invented:
-    the rule, not the list of irregular words, is to be learned."""
+    """Return a rule of WORD_RULES, in the wordings of `section`. Three in four words are invented:
+    what must be learned is the rule, not the list of irregular words."""
     def ask(d):
         words, answer = WORD_RULES[rule]
         word = d.invented() if d.rng.random() < 0.5 else d.word(words)

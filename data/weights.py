@@ -44,7 +44,7 @@ def read_gpt2(name_or_path):
 
 
 def parse(file):
-    """Return what read_gpt2 does. Raises an exception of any type for any other file."""
+    """Return what read_gpt2 returns. Raises an exception of any type for an unsuitable file."""
     content, config = read_file(file), read_json(file.with_name("config.json"))
     if "model_args" in content:  # nanoGPT's, whose matrices are (out, in)
         config = content["model_args"]
