@@ -243,9 +243,9 @@ def test_ten_messages_in_a_pseudo_terminal_get_the_replies_that_were_learned(tmp
     rows = [{"instruction": f"Which color is {word}?", "output": f"It is {color}."} for word, color in learned.items()]
     prepare_chats(tmp_path / "data", rows, f"--extra={tmp_path / 'data' / 'rows.json'}")
     train.main([f"--data_dir={tmp_path / 'data'}", f"--out_dir={tmp_path}", "--n_layer=1", "--n_head=2", "--n_embd=64",
-                "--block_size=64", "--batch_size=8", "--max_iters=100", "--best_by=train", "--eval_interval=100",
+                "--block_size=64", "--batch_size=8", "--max_iters=150", "--best_by=train", "--eval_interval=150",
                 "--sample_interval=0", "--device=cpu"])
-    terminal = PseudoTerminal(f"--checkpoint={tmp_path / 'best.pt'}", "--device=cpu", "--turns=1", TERM="xterm")
+    terminal = PseudoTerminal(f"--checkpoint={tmp_path / 'best.pt'}", "--device=cpu", "--turns=1", "--temperature=0", TERM="xterm")
     try:
         for word, color in learned.items():
             terminal.wait_for(b"> ")
