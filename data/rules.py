@@ -152,11 +152,11 @@ def sort_words(d):
     return d.ask("sorting", w=", ".join(words)), sort_in_steps(words)
 
 
-ENDS = (("first", "start", 0), ("first", "begin", 0), ("last", "end", -1), ("last", "end", -1))
+PLACES = (("first", "start", 0), ("first", "begin", 0), ("last", "end", -1), ("last", "end", -1))
 
 
 def letter(d):
-    word, (which, verb, place) = d.word(), d.rng.choice(ENDS)
+    word, (which, verb, place) = d.word(), d.rng.choice(PLACES)
     return d.ask("letters", w=word, which=which, verb=verb), word[place]
 
 
@@ -298,7 +298,7 @@ other_sum = followed(add, arithmetic("other sum"), arithmetic("other subtraction
 
 def other_letter(d):
     """Ask for the first letter of a word, then for the last, or the other way around."""
-    word, (which, verb, place) = d.word(), d.rng.choice(ENDS)
+    word, (which, verb, place) = d.word(), d.rng.choice(PLACES)
     other = "last" if which == "first" else "first"
     return [(d.ask("letters", w=word, which=which, verb=verb), word[place]),
             (d.ask("other letter", which=other), word[-1 - place])]
