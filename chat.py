@@ -190,10 +190,11 @@ def load_session(cfg):
         raise UserError(f"dtype=int8: only on a CPU, not on {device}; add --device=cpu")
     source = cfg.init_from or cfg.checkpoint
     model, tokenizer, trained_turns = load_pretrained(source)
-    about = f"{source}: {model.num_params():,} parameters\n{why}{', int8 weights' if int8 else ''}"
     torch.backends.cuda.enable_cudnn_sdp(False)  # slow: it makes a new plan for every length
-    model = speed_up(model.to(device, dtype).eval(), int8)  # unchanged on a GPU or in bfloat16
-    return ChatSession(model, get_tokenizer(tokenizer), trained_turns), about
+    fast = speed_up(model.to(device, dtype).eval(), int8)  # `model` on a GPU or in bfloat16
+    weights = ", int8 weights" if int8 and fast is not model else ""
+    about = f"{source}: {model.num_params():,} parameters\n{why}{weights}"
+    return ChatSession(fast, get_tokenizer(tokenizer), trained_turns), about
 
 
 def main(argv):
