@@ -37,7 +37,7 @@ from runtime.fast_cpu import speed_up
 @dataclass
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to chat with
-    init_from: str | None = None  # instead of checkpoint: gpt2, gpt2-medium, ... or their folder
+    init_from: str | None = None  # instead of checkpoint: gpt2, gpt2-medium, ... or a folder
     prompt: str | None = None  # one message: print the reply and exit
     look: Path | None = None  # with prompt: write a page that shows the inside of the model
     json: bool = False  # each reply as a line of JSON: text, tokens, seconds, stop, ...
@@ -49,7 +49,7 @@ class Settings:
     repetition_penalty: float = 1.0  # 1 to 10; above 1, tokens already used become less likely
     seed: int | None = None  # the same seed gives the same replies; None: a random one
     score: Path | None = None  # compute the score on a prepared folder or a file of rows
-    score_rows: int = 0  # rows to score per split; 0: all of a file, or as many as are held out
+    score_rows: int = 0  # rows per split; 0: whole file, or all held-out and as many training rows
     score_file: Path | None = None  # where all answers go; None: score.json next to the checkpoint
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32, bfloat16, or int8 (int8 weights, CPU only)
@@ -80,7 +80,7 @@ class ChatSession:
     def reply(self, question, cfg):
         """Answer a message, given as ids: yield the reply as text, never half a character. It ends
         at <|end|>, after max_new_tokens, or when the context is full: self.stop says which.
-        self.history has the turn from the start, even if the caller stops early. Raises UserError
+        The turn is in self.history from the start, even if the caller stops early. Raises UserError
         if the logits are not finite."""
         if self.trained_turns:
             self.prompt, question = self.chat_prompt(question, cfg)

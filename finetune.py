@@ -26,7 +26,7 @@ class Settings(train.LoopSettings):
     init_from: str = "gpt2"  # gpt2, gpt2-medium, ...; a best.pt; a Hugging Face model's folder
     data_dir: Path = Path("data/alpaca")  # a folder that prepare_alpaca.py made
     out_dir: Path = Path("out/alpaca")  # where best.pt and last.pt go
-    block_size: int = 0  # a shorter context than the model was trained with; 0: all of it
+    block_size: int = 0  # shorten the model's context to this many tokens; 0: do not
     epochs: int = 3  # passes over the conversations
     max_iters: int = 0  # steps; 0: computed from epochs
     eval_interval: int = 0  # steps between evaluations; 0: after each epoch, at most 20 times

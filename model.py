@@ -180,7 +180,7 @@ class GPT(nn.Module):
         """Return the logits (B, T, padded V), or with targets the loss.
 
         idx: token ids (B, T). targets: the next token ids (N,), one for each position that counts
-        towards the loss. loss_positions: the flat indices b * T + t (N,) of those positions; None:
+        toward the loss. loss_positions: the flat indices b * T + t (N,) of those positions; None:
         all B * T. The loss is a sum over targets, in nats.
         """
         x = self.hidden(idx)  # (B, T, C)
@@ -269,7 +269,7 @@ class KVCache:
         """Keep the prefix that the cache shares with `ids`, and return its length: at most
         len(ids) - 1, since the hidden state of the last token is needed to sample the next."""
         n = min(common_prefix(self.ids, ids), len(ids) - 1)
-        del self.ids[n:]  # before the forward: if interrupted, it may have overwritten their keys
+        del self.ids[n:]  # now, since an interrupted forward pass may overwrite their keys
         return n
 
 
@@ -406,7 +406,7 @@ def load_weights(model, weights, source):
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()  # the first line only names the class
         raise UserError(f"{source}: does not fit this model.py ({problem}); use weights of this "
-                        "architecture, or undo an edit to model.py") from error
+                        "architecture, or undo your edit to model.py") from error
 
 
 def crop_block_size(model, block_size):

@@ -41,7 +41,7 @@ class Settings:
     val_fraction: float = 0.05  # fraction of each category's rows held out for validation
     seed: int = 1337  # chooses the held-out rows
     max_tokens: int = 1024  # longest conversation, in tokens
-    too_long: str = "cut"  # longer ones: cut (inside an answer, then <|end|>) or drop
+    too_long: str = "cut"  # longer conversations: cut (inside an answer, then <|end|>) or drop
     drop_duplicates: bool = True  # keep only the first of identical rows
     extra: Path | None = None  # more training rows, not split or deduplicated (see data/rules.py)
     repeat: int = 1  # how many times to use each training row of the source
@@ -174,7 +174,7 @@ def encode_split(conversations, enc, cfg, report):
 
 def cut_answer(ids, enc, max_tokens):
     """Cut a conversation to at most max_tokens ids, inside the last answer that keeps a token of
-    text before <|end|> (thus the - 2). Everything after it is left out."""
+    text before <|end|> (hence the - 2). Everything after it is left out."""
     _, _, assistant, end = chats.special_ids(enc)
     last = max((i for i, token in enumerate(ids[:max_tokens - 2]) if token == assistant), default=0)
     turn_end = ids.index(end, last)  # the question's if no answer fits

@@ -49,8 +49,8 @@ class LoopSettings:
     embedding_learning_rate: float = 0.003  # peak rate of the AdamW used alongside Muon
     warmup_iters: int = 20  # steps from near 0 to the peak
     decay: str = "linear"  # after warmup: linear, cosine or constant
-    final_lr: float = 0.0  # where the decay ends, as a fraction of the peak
-    weight_decay: float = 0.0  # of matrices and embeddings, not of norms and biases
+    final_lr: float = 0.0  # the decay ends at this fraction of the peak
+    weight_decay: float = 0.0  # for matrices and embeddings, not for norms and biases
     momentum: float = 0.9  # for Muon
     beta1: float = 0.9  # for AdamW
     beta2: float = 0.99  # for AdamW
@@ -62,10 +62,10 @@ class LoopSettings:
     sample_interval: int = 500  # steps between generated samples; 0: none
     sample_prompt: str | None = None  # prompt of the samples; None: a held-out one
     eval_tokens: int = 20_000  # tokens per evaluation, from each split; with eval_only: all
-    best_by: str = "val"  # split whose lowest loss selects best.pt: val, or train to memorize
-    patience: int = 0  # early stopping: evaluations without a lower val loss; 0: never
+    best_by: str = "val"  # best.pt has the lowest loss on this split: val, or train (to memorize)
+    patience: int = 0  # early stopping after this many evaluations without a lower val loss; 0: off
     # the machine
-    seed: int = 1337  # of the initial weights, the batches and dropout
+    seed: int = 1337  # for the initial weights, the batches and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32 or bfloat16 (weights stay float32)
     fused: bool = True  # attention in one fused kernel; False: the readable code in model.py

@@ -86,7 +86,7 @@ def open_split(folder, split, meta):
     except ValueError as error:  # an empty file, or half an id
         raise UserError(f"{whole}: {error}; prepare the folder again") from error
     found = sum(map(len, shards))
-    largest = max((shard[:10_000_000].max() for shard in shards), default=0)  # all would be slow
+    largest = max((shard[:10_000_000].max() for shard in shards), default=0)  # checking all is slow
     if not found or found != meta.get(f"{split}_tokens", found) or largest >= meta["vocab_size"]:
         raise UserError(f"{whole}: {found} tokens with ids up to {largest} do not match meta.json; "
                         "prepare the folder again")

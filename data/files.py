@@ -68,7 +68,7 @@ def lock_folder(folder):
             except OSError as error:
                 if isinstance(error, BlockingIOError):  # others: a file system without locks
                     raise UserError(f"{folder}: another process is writing there; wait until it "
-                                    "ends, or use another folder") from None
+                                    "exits, or use a different folder") from None
         yield
 
 

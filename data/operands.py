@@ -1,9 +1,9 @@
 """Words, numbers and wordings that data/rules.py draws for synthetic questions.
 
 An operand is what a question is about: a word, a sentence, a pair of numbers. A tenth of them,
-chosen by a hash of the seed, are held out: they are in no training row, and test questions use only
-them, so that correct answers show that the rule was learned. Half of the words are invented, since
-the rules hold for "florp" too. Operands of the hand-written rows are never held out.
+chosen by a hash of the seed, are held out: no training row contains them, and test questions use
+only them, so that correct answers show that the rule was learned. Half of the words are invented,
+since the rules hold for "florp" too. Operands of the hand-written rows are never held out.
 """
 import random
 import re

@@ -173,7 +173,8 @@ def read_sources(sources, folder, drop, report):
     names = [sources] if config.is_file(sources) else sources.split(",")
     paths, conversations = [fetch(name.strip(), folder) for name in names], []
     if len(set(paths)) < len(paths):
-        raise UserError(f"source={sources}: two sources have the same file name; list each once")
+        raise UserError(f"source={sources}: two sources have the same file name; list each "
+                        "file once, or rename one")
     for path in paths:
         try:
             found = read_conversations(path, report, drop)

@@ -4,7 +4,7 @@
     python -m data.rules --rows=2500 --operands=held_out --out=data/rules/held_out.json
     python -m data.rules --rows=1200 --operands=made_up --out=data/rules/made_up.json
 
-Test questions use only words and numbers that no training row has (data/operands.py). All use
+Test questions use only words and numbers that no training row has (data/operands.py). All rows use
 wordings from data/wordings.txt, and none repeats a hand-written row's question word for word.
 
 Where one step is too hard for a small model, the answer shows its work (Nye et al. 2021), in steps

@@ -32,7 +32,7 @@ class Settings:
     out_dir: Path = Path("data/text")  # where train.bin, val.bin and meta.json go
     tokenizer: str = "bytes"  # bytes, gpt2, bpe (trained on this text) or a tokenizer.json
     vocab_size: int = 4096  # size of a bpe vocabulary, without the four special tokens
-    bpe_chars: int = 100_000_000  # train bpe on at most this many characters, from the start
+    bpe_chars: int = 100_000_000  # train bpe on at most this many characters: the first ones
     val_fraction: float = 0.1  # fraction held out for validation, from the end of the text
 
 

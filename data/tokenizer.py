@@ -101,8 +101,8 @@ def train_bpe(texts, vocab_size, pattern=SPLIT_PATTERN):
     {"pattern": ..., "merges": [[id, id], ...]}. texts: an iterable; no pair crosses from one to the
     next. Raises UserError for a vocab_size out of range."""
     if not 256 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f"vocab_size={vocab_size}: must be from 256, the bytes, to "
-                        f"{MAX_VOCAB_SIZE}: token files have 16-bit ids, four of them special")
+        raise UserError(f"vocab_size={vocab_size}: must be from 256 (the bytes) to "
+                        f"{MAX_VOCAB_SIZE}: token files have 16-bit ids, four of which are special")
     word_counts = Counter(word for text in note_if_slow(texts, "counting words: {} texts so far")
                           for word in re.findall(pattern, text))
     # All distinct words as one doubly linked list of ids. -1 separates words, and also marks the
@@ -253,7 +253,8 @@ def show_spaces(text):
 # ---- the lesson on the command line ----
 
 def main(argv):
-    """Print six ways to split the text on the command line. Raises UserError without GPT-2."""
+    """Print six ways to split the text on the command line. Raises UserError if
+    GPT-2's tokenizer cannot be loaded."""
     text = " ".join(argv).encode("utf-8", "replace").decode("utf-8")  # broken bytes become "?"
     if text.strip() in ("", "-h", "--help"):
         return print((__doc__ or "").strip())
@@ -266,10 +267,10 @@ def main(argv):
             ("2. And punctuation", "Better, but unseen words are unknown.", r"\w+|[^\w\s]"),
             ("3. Characters", "None is unknown, but there are 150,000.", r"[\s\S]"),
             ("4. Bytes", "256 ids cover everything, but texts get long.", "bytes"),
-            ("5. Byte pairs, learned here", f"{len(learned['merges'])} merges of frequent "
+            ("5. BPE, learned here", f"{len(learned['merges'])} merges of frequent "
              f"neighbors in {source.name}: common words are one piece, nothing is unknown.",
              learned),
-            ("6. GPT-2's byte pairs", "The same method with 50,000 merges, learned on 40 GB of web "
+            ("6. GPT-2's BPE", "The same method with 50,000 merges, learned on 40 GB of web "
              "pages.", "gpt2")):
         enc = None if title[0] in "123" else get_tokenizer(how)
         ids = enc.encode_ordinary(text) if enc else []

@@ -23,7 +23,7 @@ from runtime.checkpoint import load_checkpoint, load_model, max_turns
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # what to export
     out: Path = Path("out/chat/hf")  # a folder for transformers, or FILE.gguf for llama.cpp
-    dtype: str = "float32"  # of FILE.gguf's matrices: float32, float16, q8_0 (8.5 bits per weight)
+    dtype: str = "float32"  # type of FILE.gguf's matrices: float32, float16, q8_0 (8.5 bits each)
 
 
 def main(argv):
@@ -56,7 +56,7 @@ def gpt2_weights(model):
     expected |= {name: tuple(bias.shape) for name, bias in biases.items() if cfg.bias}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in sorted(dict(found.items() ^ expected.items())):
-        raise UserError(f"{name} has the shape {found.get(name)}, GPT-2's {expected.get(name)}; "
+        raise UserError(f"{name} has shape {found.get(name)}, but GPT-2's is {expected.get(name)}; "
                         "exports need GPT-2's parameters, so undo your edit to model.py")
     return biases | weights | {"wte.weight": weights["wte.weight"][:cfg.vocab_size]}
 

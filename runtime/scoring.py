@@ -108,7 +108,7 @@ def write_scores(cfg, n_rows, summary, answers):
     if not answers:
         raise UserError(f"score={cfg.score}: no rows fit into this model's context; shorten them")
     if n_rows > len(answers):
-        note(f"rows left out, longer than this model's context: {n_rows - len(answers)}")
+        note(f"rows left out because they exceed this model's context: {n_rows - len(answers)}")
     folder = (config.repo_folder() / "out" / Path(cfg.init_from).name if cfg.init_from else
               cfg.checkpoint.parent)
     path = cfg.score_file or folder / "score.json"

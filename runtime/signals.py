@@ -19,7 +19,7 @@ def stop_signals():
         if len(times) == 1:
             with contextlib.suppress(OSError):  # printing to a closed terminal fails
                 print(f"\n{signal.Signals(number).name}: finishing the step, then saving (press "
-                      "again to quit now)", file=sys.stderr, flush=True)
+                      "again to quit immediately)", file=sys.stderr, flush=True)
         elif times[-1] - times[0] >= 1:  # a shell and torchrun may both send the first
             raise KeyboardInterrupt
 

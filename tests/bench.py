@@ -6,7 +6,7 @@
 
 A row of the table: what is measured, ours and the peer as median (min to max), their ratio, above 1 if ours is
 better, and the share of the machine's limit that ours reaches: of the FLOP/s of a large matrix product, or of the
-memory bandwidth, measured in alternation with the rest. These are not tests: speeds vary by a third from minute to
+memory bandwidth, interleaved with the rest. These are not tests: speeds vary by a third from minute to
 minute, and only ratios are meaningful.
 """
 import contextlib
@@ -498,7 +498,7 @@ VARIED = {  # a name, and what differs from config/train_recite.py with 400 step
 
 
 def vary(cfg):
-    """The effect of batch, learning rate, depth, width and context on the small instruction data: time, losses, and
+    """The effect of batch size, learning rate, depth, width and context on the small instruction data: time, losses, and
     exact matches on held-out rows and on as many training rows."""
     print(f"{'config/train_recite.py, 400 steps':<36}{'parameters':>11}{'seconds':>9}{'training':>10}{'lowest val':>12}"
           f"{'exact: trained on':>19}{'held out':>10}")

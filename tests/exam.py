@@ -1,6 +1,6 @@
 """An exam for the model of `make chat`: plain questions about words and numbers that are in no training row.
 
-    python -m tests.exam                                  # 420 questions, each asked alone
+    python -m tests.exam                                  # up to 420 questions, each asked alone
     python -m tests.exam --sessions=True                  # in 120 chats of ten, with names to remember
     python -m tests.exam --checkpoint=out/rules/best.pt --show=True    # a different model; show its wrong answers
 
@@ -28,8 +28,8 @@ WORDS = sorted({*NOUNS, *VERBS})
 @dataclass
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # the model to examine
-    seed: int = 1  # of its training data; it determines which numbers are held out
-    sessions: bool = False  # 120 chats of ten questions, not each question alone
+    seed: int = 1  # seed of its training data, which determines the held-out numbers
+    sessions: bool = False  # 120 chats of ten questions, instead of each question alone
     turns: int = 0  # how many of the last messages the model sees; 0: as in training
     show: bool = False  # print wrong answers
 

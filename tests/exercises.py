@@ -248,7 +248,7 @@ def train_on_products():
         output_of(chat.main, f"--checkpoint={folder}/best.pt", f"--score={folder}/held_out.json", "--device=cpu")
         answers = json.loads(Path(folder, "score.json").read_text(encoding="utf-8"))["answers"]
     example = max(answers, key=lambda answer: answer["exact"])
-    return (f"Trained for a minute, a model correctly answers {sum(a['exact'] for a in answers)} of {len(answers)} "
+    return (f"Trained for a minute, a model correctly computes {sum(a['exact'] for a in answers)} of {len(answers)} "
             f"products that it has never seen, such as {example['question']!r}: {example['answer']!r}.")
 
 
@@ -297,7 +297,7 @@ def rotary():
         if hasattr(model, "wpe"):
             model.wpe.weight.normal_()
             change = (model(ids)[0, :, :32] - logits).abs().max()
-            expect(change < 1e-5, f"with other weights in wpe the logits change by up to {change:.2f}.",
+            expect(change < 1e-5, f"with different weights in wpe the logits change by up to {change:.2f}.",
                    "GPT.hidden still adds the position embeddings.")
         y, swapped = layer(x), layer(x[:, [1, 0, *range(2, 10)]])
         expect((y[0, -1] - swapped[0, -1]).abs().max() > 1e-5,
@@ -321,7 +321,7 @@ def rotary():
 # ---- 8. sampling ----
 
 def min_p():
-    """Add min_p sampling (Nguyen et al. 2024): drop tokens far less likely than the best one.
+    """Add min_p sampling (Nguyen et al. 2024): drop tokens far less likely than the most likely one.
 
     model.py: sample; chat.py: a setting, so that --min_p=0.1 works
     """
@@ -341,7 +341,7 @@ def min_p():
         try:
             replies.append(toy_reply(*flags))
         except UserError as error:
-            raise NotYet(f"sample is right, but chat.py --min_p=1 is not: {error}\nHint: add a line to its Settings, "
+            raise NotYet(f"sample is correct, but chat.py --min_p=1 fails: {error}\nHint: add a line to its Settings, "
                          "below top_p: name, type, default, and a comment, which --help shows.") from error
     expect(replies[0] == replies[1], "chat.py --min_p=1 does not give the same reply as --temperature=0.",
            "find where chat.py passes top_p to generate.")
@@ -380,11 +380,11 @@ def result(number):
     check = EXERCISES[number - 1]
     try:
         files = " ".join(re.findall(r"[\w/]+\.(?:py|txt)", task_of(check)[1]))
-        return True, f"Exercise {number} is right: {check()}\nThen undo your edit: git checkout {files}"
+        return True, f"Exercise {number} passes: {check()}\nThen undo your edit: git checkout {files}"
     except NotYet as error:
-        return False, f"Exercise {number} is not right yet: {error}"
+        return False, f"Exercise {number} does not pass yet: {error}"
     except Exception as error:  # edited code may raise anything
-        return False, f"Exercise {number} is not right yet: {describe(error)}"
+        return False, f"Exercise {number} does not pass yet: {describe(error)}"
 
 
 def task_of(check):
@@ -405,16 +405,16 @@ def describe(error):
 
 
 def main(argv):
-    """List the exercises, or check one, with exit code 1 if it is not right. Raises UserError for a wrong number."""
+    """List the exercises, or check one, with exit code 1 if it does not pass. Raises UserError for a wrong number."""
     torch.set_num_threads(1)
     numbers = range(1, len(EXERCISES) + 1)
     if not argv:
         print("Edit a file, then check it: python -m tests.exercises 1")
         for number in numbers:
             task, where = task_of(EXERCISES[number - 1])
-            mark = "right  " if result(number)[0] else "not yet"
+            mark = "passes " if result(number)[0] else "not yet"
             print(f"\n{number}  {mark}  {task}\n            {where}", flush=True)
-        print("\ngit diff shows your edits, git checkout model.py undoes them. Stuck? See tests/solutions.md")
+        print("\ngit diff shows your edits; git checkout model.py undoes them. Stuck? See tests/solutions.md")
         return
     if len(argv) > 1 or argv[0] not in map(str, numbers):
         raise UserError(f"{' '.join(argv)}: not an exercise; use a number from 1 to {len(EXERCISES)}")

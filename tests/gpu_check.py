@@ -236,7 +236,7 @@ def resumed(check):
 
 def two_processes(check):
     if check.on_gpu and torch.cuda.device_count() < 2:
-        return "one GPU: not run"
+        return "skipped: only one GPU"
     both = SimpleNamespace(main=lambda argv: python(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv))
     return compare(small_run(check, both, out="both"), small_run(check, out="alone"))
@@ -251,8 +251,8 @@ ROWS = {"tests of bfloat16, compile, Muon (CPU)": lambda check: python("-m", "py
         "train_shakespeare.py, random text": partial(shakespeare, compiled=False),
         "train_shakespeare.py, random text, compiled": partial(shakespeare, compiled=True),
         "chat.py, GPT-2, bfloat16": reply,
-        "a resumed and an uninterrupted run": resumed,
-        "two processes and one": two_processes}  # the last, since NCCL may hang
+        "resumed run, uninterrupted run": resumed,
+        "two processes, one process": two_processes}  # the last, since NCCL may hang
 
 
 def main(argv):

@@ -120,7 +120,7 @@ def test_contents_that_do_not_fit_give_a_one_line_error_that_names_them(tmp_path
 def test_a_checkpoint_that_does_not_fit_an_edited_model_py_is_refused(monkeypatch):
     checkpoint = model_state(toy(), "bytes", "text")
     monkeypatch.setattr(model, "layer_norm", lambda config: torch.nn.RMSNorm(config.n_embd))
-    with pytest.raises(UserError, match="^best.pt: does not fit this model.py.*ln_1.bias.*undo an edit"):
+    with pytest.raises(UserError, match="^best.pt: does not fit this model.py.*ln_1.bias.*undo your edit"):
         load_model(checkpoint, source="best.pt")
 
 

@@ -74,15 +74,15 @@ def test_every_solution_is_short():
 def test_an_unsolved_exercise_shows_what_was_seen_and_a_hint(number):
     solved, text = exercises.result(number)
     assert not solved
-    assert re.fullmatch(rf"Exercise {number} is not right yet: .+\nHint: .+", text)
+    assert re.fullmatch(rf"Exercise {number} does not pass yet: .+\nHint: .+", text)
 
 
 @pytest.mark.parametrize("numbers", TOGETHER, ids=str)
 def test_a_solution_passes_its_check(numbers, tmp_path):
     listing = subprocess.run([sys.executable, "-m", "tests.exercises"], cwd=copy_with(tmp_path, numbers),
                              capture_output=True, text=True, encoding="utf-8", check=True).stdout
-    marks = re.findall(r"^(\d)  (right|not yet) ", listing, re.MULTILINE)
-    assert marks == [(str(n), "right" if n in numbers else "not yet") for n in NUMBERS]
+    marks = re.findall(r"^(\d)  (passes|not yet) ", listing, re.MULTILINE)
+    assert marks == [(str(n), "passes" if n in numbers else "not yet") for n in NUMBERS]
 
 
 def test_the_commands_shown_after_a_check_have_valid_settings(monkeypatch):
@@ -100,7 +100,7 @@ def test_a_solved_fifth_exercise_trains_on_products(tmp_path, monkeypatch):
     with modules_of(tmp_path):
         solved = importlib.import_module("tests.exercises")
         solved.PRODUCT_STEPS = 2
-        assert re.search(r"answers \d+ of \d\d products that it has never seen, such as 'What is \d+", solved.train_on_products())
+        assert re.search(r"computes \d+ of \d\d products that it has never seen, such as 'What is \d+", solved.train_on_products())
 
 
 # (exercise, whether its solution is applied first, file, old text, new text, what the check prints)

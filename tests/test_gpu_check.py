@@ -37,7 +37,7 @@ def test_every_row_has_a_result(monkeypatch, capsys, tmp_path):
     results = table(capsys, monkeypatch)
     assert list(results) == ["what", *gpu_check.ROWS]
     for what, result in list(results.items())[1:]:
-        wanted = {"tests": "pytest", "a resumed": "same losses: yes, exactly", "two": "same losses: yes, "}
+        wanted = {"tests": "pytest", "resumed": "same losses: yes, exactly", "two": "same losses: yes, "}
         assert next((text for start, text in wanted.items() if what.startswith(start)), " tokens/s") in result
         assert ("times as fast" in result) == what.startswith("nanoGPT")
 

@@ -74,7 +74,7 @@ def test_every_log_likelihood_is_that_of_transformers(
     wanted = {number: sums for number, row in enumerate(rows, 1) if (sums := by_hand(double, kind, row))}
     out, saved, err = score(gpt, write(tmp_path / "rows.jsonl", rows), kind=kind)
     assert [answer["row"] for answer in saved["answers"]] == list(wanted)
-    assert f"longer than this model's context: {30 - len(wanted)}\n" in err and 20 < len(wanted) < 30
+    assert f"because they exceed this model's context: {30 - len(wanted)}\n" in err and 20 < len(wanted) < 30
     correct, chance = {"sum": 0, "mean": 0}, 0
     for answer in saved["answers"]:
         row, sums = rows[answer["row"] - 1], wanted[answer["row"]]

@@ -213,7 +213,7 @@ def test_files_of_several_layouts_are_prepared_together(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, part", [
-    ("rows.json", "list each once"), ("none.json", "none.json"), ("", "is a folder"), ("empty.json", "empty.json: contains no rows")])
+    ("rows.json", "list each file once, or rename one"), ("none.json", "none.json"), ("", "is a folder"), ("empty.json", "empty.json: contains no rows")])
 def test_a_second_source_that_cannot_be_read_is_named(tmp_path, name, part):
     (tmp_path / "empty.json").write_text("[]", encoding="utf-8")
     with pytest.raises((UserError, OSError), match=part):
