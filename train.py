@@ -113,7 +113,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
 
             # 2. Save everything that an exact resume needs. A resumed run continues from here.
             if save_due:
-                resume.save_last(cfg, model, dataset, state, optimizers)
+                resume.save(cfg, "last.pt", model, dataset, state, optimizers)
                 saved_at = time.monotonic()
 
             # 3. Take one step.
@@ -137,7 +137,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
                     logger.print_step(row, cfg.max_iters, state.seconds / state.step)
                 if cfg.sample_interval and state.step % cfg.sample_interval == 0:
                     report.print_sample(cfg, model, dataset)
-    resume.save_last(cfg, model, dataset, state, optimizers)
+    resume.save(cfg, "last.pt", model, dataset, state, optimizers)
     with stop_on_broken_pipe(signals):
         report.print_summary(cfg, state)
     if stop:

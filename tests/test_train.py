@@ -252,7 +252,7 @@ def test_best_pt_is_the_model_of_the_lowest_loss_without_an_optimizer(toys, tmp_
     last = run(toys, script, tmp_path, max_iters=30, eval_interval=3, learning_rate=0.1, best_by="train", dropout=0.0)
     best = load_checkpoint(tmp_path / "best.pt")
     lowest = min(last["history"], key=lambda entry: entry[1])
-    assert best["step"] == lowest[0] and "optimizers" in last and "optimizers" not in best
+    assert best["step"] == lowest[0] and "optimizer_states" in last and "optimizer_states" not in best
     dataset = open_dataset(toys / ("text" if script is train else "chat"), 64, 2)
     assert loss_of(load_model(best), dataset, "train", 200) == pytest.approx(lowest[1], rel=1e-5)
 
