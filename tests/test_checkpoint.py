@@ -99,10 +99,7 @@ def test_a_damaged_file_gives_a_one_line_error(tmp_path, content):
 
 
 @pytest.mark.parametrize("broken, named", [
-    (lambda c: c.pop("step"), "step"), (lambda c: c.update(max_iters="5"), "max_iters"),
-    (lambda c: c.update(model=[1]), "model"), (lambda c: c["config"].update(n_hedd=2), "n_hedd"),
-    (lambda c: c.pop("kind"), "kind"), (lambda c: c["config"].update(vocab_size=261), "261"),
-    (lambda c: c.update(tokenizer="gpt2"), "50260"), (lambda c: c.update(tokenizer=7), "tokenizer"),
+    (lambda c: c.pop("config"), "config"), (lambda c: c["config"].update(n_hedd=2), "n_hedd"),
     (lambda c: c["config"].update(n_layer=3), "h.2.ln_1"), (lambda c: c["config"].update(n_embd=2 * C), "wte.weight"),
     (lambda c: c["model"]["h.1.mlp.c_fc.bias"].fill_(math.nan), "h.1.mlp.c_fc.bias contains NaN"),
     (lambda c: c["model"].pop("ln_f.bias"), "ln_f.bias"), (lambda c: c["model"].update(more=torch.zeros(2)), "more")])
