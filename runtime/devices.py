@@ -10,9 +10,6 @@ ADVICE = {  # keyed by a pattern in PyTorch's error message
     "MemoryError|out of memory|allocate memory":
         "out of memory; the last checkpoint is kept; use a smaller --batch_size with more "
         "--gradient_accumulation, a smaller --block_size or a smaller model",
-    "parameters that were not used":
-        "a parameter of model.py is unused in the forward pass, which DDP does not allow; remove "
-        "it, or train without torchrun",
     "BackendCompilerFailed|InductorError|TritonMissing":
         "torch.compile failed; install Triton and a C compiler, or use --compile=False"}
 

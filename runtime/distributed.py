@@ -9,23 +9,17 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
-
 
 @contextlib.contextmanager
 def process_group(device):
-    """Context manager: join torchrun's processes, and yield this rank's device. Only rank 0 prints.
-    Raises UserError if a rank has no device of its own."""
+    """Context manager: join torchrun's processes, and yield this rank's device. Only rank 0
+    prints."""
     if "WORLD_SIZE" not in os.environ:
         yield device
         return
     backend = "gloo" if device.type == "cpu" else "nccl"
     if backend == "nccl":
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {local_rank} has no GPU of its own; start fewer processes, or "
-                            "use --device=cpu")
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # A prefix for each restart: torchrun's store still has the addresses of ranks that died.
     store, rank, world_size = next(rendezvous("env://"))
