@@ -413,7 +413,7 @@ def test_the_tokenizer_named_in_the_error_works(toys, tmp_path):
 
 @SCRIPTS
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_overwritten(toys, tmp_path, monkeypatch, script, value):
+def test_a_gradient_that_is_not_finite_stops_the_run_and_nothing_is_overwritten(toys, tmp_path, monkeypatch, script, value):
     real, before = train.train_step, {}
 
     def step(gpt, optimizers, dataset, number, *args):
@@ -422,7 +422,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_overwritten(toys,
             gpt.get_parameter("h.0.mlp.c_fc.weight").register_hook(lambda grad: grad * 0 + value)
         return real(gpt, optimizers, dataset, number, *args)
     monkeypatch.setattr(train, "train_step", step)
-    with pytest.raises(UserError, match=r"^step 3: .*gradient norm (nan|inf).* in h.0.mlp.c_fc.weight\b.*learning_rate"):
+    with pytest.raises(UserError, match=r"^step 3: .*gradient norm (nan|inf)\..*learning_rate"):
         run(toys, script, tmp_path, save_interval=1, eval_interval=2)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
     assert sorted(before) == ["best.pt", "last.pt"] and len(read_log(tmp_path)) == 3
