@@ -24,12 +24,13 @@ def save_checkpoint(path, checkpoint):
     write_atomically(path, lambda f: torch.save(checkpoint, f))
 
 
-def load_checkpoint(path, hint="Run make chat, or train with the config file that writes it."):
-    """Return the dict that save_checkpoint wrote. Raises UserError for a file that is missing
-    (`hint` says how to make it), damaged, or not a checkpoint."""
+def load_checkpoint(path):
+    """Return the dict that save_checkpoint wrote. Raises UserError for a file that is missing,
+    damaged, or not a checkpoint."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint. {hint}")
+        raise UserError(f"{path}: no such checkpoint. Run make chat, or train with the config file "
+                        "that writes it.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True,
                                 mmap=sys.platform != "win32")  # Windows locks mapped files

@@ -82,8 +82,7 @@ def run_eval(cfg, dataset, evaluate):
     for split in reversed(SPLITS):
         n_targets, n_bytes = count_targets(dataset, split, cfg.eval_tokens)
         loss = evaluate(split)
-        perplexity = math.exp(min(loss, 700))  # float64 overflows
-        print(f"{split}: loss {loss:.4f}  perplexity {perplexity:.2f}  "
+        print(f"{split}: loss {loss:.4f}  perplexity {math.exp(loss):.2f}  "
               f"{bits_per_byte(loss, n_targets, n_bytes):.4f} bits per byte  ({n_targets:,} "
               f"targets, {n_bytes:,} bytes)", flush=True)
 
