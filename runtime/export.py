@@ -65,7 +65,7 @@ def write_hf_folder(folder, model, spec):
         write_safetensors(part / "model.safetensors",
                           {f"transformer.{name}": tensor for name, tensor in weights.items()})
         write_hf_config(part, model.config, enc)
-        write_hf_tokenizer(part, model.config, enc, spec == "gpt2")
+        write_hf_tokenizer(part, model.config, enc)
 
 
 def write_hf_config(folder, cfg, enc):
@@ -81,19 +81,19 @@ def write_hf_config(folder, cfg, enc):
         "bos_token_id": end_of_text, "eos_token_id": [end_of_text, end]})
 
 
-def write_hf_tokenizer(folder, cfg, enc, is_gpt2):
+def write_hf_tokenizer(folder, cfg, enc):
     """Write tokenizer.json and tokenizer_config.json for AutoTokenizer, chat format included."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": is_gpt2}  # GPT-2's pattern is built in
     split = {"type": "Split", "pattern": {"Regex": enc._pat_str}, "behavior": "Isolated",
              "invert": False}
-    steps = [byte_level] if is_gpt2 else [split, byte_level]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     write_json(folder / "tokenizer.json", {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": token, "special": True, **flags}
                          for token, i in enc._special_tokens.items()],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "decoder": byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
         "model": {"type": "BPE",
                   "vocab": {to_gpt2_unicode(token): i for token, i in enc._mergeable_ranks.items()},
                   "merges": [list(map(to_gpt2_unicode, pair)) for pair in merge_pairs(enc)]}})
