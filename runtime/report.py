@@ -30,8 +30,8 @@ def report_evaluation(cfg, dataset, state):
     print(f"step {state.step:>5}/{cfg.max_iters}  epoch {row['epoch']:.2f}  train "
           f"{row['train_loss']:.4f}  val {row['val_loss']:.4f}  {row['val_bits_per_byte']:.4f} "
           "bits per byte", flush=True)
-    if is_overfitting(state.history) and not state.overfit_warned:
-        state.overfit_warned = True
+    earlier = [is_overfitting(state.history[:n]) for n in range(len(state.history))]
+    if is_overfitting(state.history) and not any(earlier):
         (low_step, low_train, low_val), (_, train, val) = lowest(state.history), state.history[-1]
         print(f"  Validation loss is rising, {low_val:.3f} at step {low_step}, {val:.3f} now; "
               f"training loss fell from {low_train:.3f} to {train:.3f}.\n"

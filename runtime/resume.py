@@ -23,7 +23,6 @@ class TrainState:
     seconds: float = 0.0  # of training, over all resumptions
     best: float = math.inf  # the lowest cfg.best_by loss so far
     history: list = field(default_factory=list)  # (step, train loss, val loss) of each evaluation
-    overfit_warned: bool = False
 
 
 def lowest(history):
