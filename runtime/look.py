@@ -35,10 +35,7 @@ def look(model, enc, ids, start=None, longest=256):
     weights (L, 1 + nh, T, T): attention weights, the mean over the heads, then each head's.
 
     start: where in ids the model's own text begins; None: after the last <|assistant|>, or at 0.
-    Raises UserError if ids is empty or a block has no attention weights.
     """
-    if not ids:
-        raise UserError("look: there are no tokens; write something first")
     special, shown, hidden = special_ids(enc), ids[-longest:], max(len(ids) - longest, 0)
     if start is None:
         start = len(ids) - ids[::-1].index(special[2]) if special[2] in ids else 0
