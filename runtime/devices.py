@@ -44,12 +44,8 @@ def mixed_precision(device, dtype):
 
 
 def to_device(batch, device):
-    """Convert a dataset's (idx, targets, loss_positions), NumPy arrays or None, to tensors on the
-    device. Pinned memory lets the copy to a GPU overlap with computation."""
-    pin = device.type == "cuda"
-    tensors = [None if a is None else torch.from_numpy(a) for a in batch]
-    return [t if t is None else (t.pin_memory() if pin else t).to(device, non_blocking=pin)
-            for t in tensors]
+    """Convert a dataset's batch, NumPy arrays or None, to tensors on the device."""
+    return [None if a is None else torch.from_numpy(a).to(device) for a in batch]
 
 
 @contextlib.contextmanager
