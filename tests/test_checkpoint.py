@@ -10,7 +10,13 @@ import torch
 
 import model
 from config import UserError
-from runtime.checkpoint import load_checkpoint, load_model, max_turns, model_state, save_checkpoint
+from runtime.checkpoint import (
+    load_checkpoint,
+    load_model,
+    load_pretrained,
+    model_state,
+    save_checkpoint,
+)
 from tests.conftest import limit_file_size
 from tests.test_model import NH, C, T, close, np_gpt, random_ids, toy
 
@@ -30,9 +36,9 @@ def test_a_checkpoint_restores_the_same_logits(tmp_path):
 
 
 @pytest.mark.parametrize("changes, turns", [({"kind": "text"}, 0), ({"kind": "chat"}, 1), ({"kind": "chat", "turns": 4}, 4)])
-def test_max_turns(tmp_path, changes, turns):
+def test_the_number_of_turns_in_training(tmp_path, changes, turns):
     save_toy(tmp_path / "best.pt", **changes)
-    assert max_turns(load_checkpoint(tmp_path / "best.pt")) == turns
+    assert load_pretrained(tmp_path / "best.pt")[1:] == ("bytes", turns)
 
 
 def test_a_checkpoint_of_version_1_0_loads(tmp_path):
