@@ -113,7 +113,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
 
             # 2. Save everything that an exact resume needs. A resumed run continues from here.
             if save_due:
-                resume.save_last(cfg, model, dataset, state, optimizers)
+                resume.save(cfg, "last.pt", model, dataset, state, optimizers)
                 saved_at = time.monotonic()
 
             # 3. Take one step.
@@ -137,7 +137,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
                     logger.print_step(row, cfg.max_iters, state.seconds / state.step)
                 if cfg.sample_interval and state.step % cfg.sample_interval == 0:
                     report.print_sample(cfg, model, dataset)
-    resume.save_last(cfg, model, dataset, state, optimizers)
+    resume.save(cfg, "last.pt", model, dataset, state, optimizers)
     with stop_on_broken_pipe(signals):
         report.print_summary(cfg, state)
     if stop:
@@ -177,7 +177,7 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
     step_loss = float(step_loss) / n_targets
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     if not math.isfinite(step_loss + norm):
-        raise report.diverged(cfg, step, step_loss, norm, model)
+        raise report.diverged(cfg, step, step_loss, norm)
     if cfg.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), cfg.grad_clip, norm)
     for optimizer in optimizers:
@@ -276,8 +276,8 @@ def run(cfg, make_model, set_steps=None):
         setup.print_setup(cfg, model, dataset, device_text, resumed)
         if cfg.eval_only:
             autocast = mixed_precision(device, dtype)
-            return report.run_eval(cfg, dataset, lambda data, split: evaluate(
-                model, data, split, cfg, device, autocast))
+            return report.run_eval(cfg, dataset, lambda split: evaluate(
+                model, dataset, split, cfg, device, autocast))
         stopped_by = train(cfg, model, dataset, device, dtype, resumed)
     if stopped_by:
         print(f"the same command with --resume=True continues from {cfg.out_dir / 'last.pt'}")

@@ -10,9 +10,6 @@ ADVICE = {  # keyed by a pattern in PyTorch's error message
     "MemoryError|out of memory|allocate memory":
         "out of memory; the last checkpoint is kept; use a smaller --batch_size with more "
         "--gradient_accumulation, a smaller --block_size or a smaller model",
-    "parameters that were not used":
-        "a parameter of model.py is unused in the forward pass, which DDP does not allow; remove "
-        "it, or train without torchrun",
     "BackendCompilerFailed|InductorError|TritonMissing":
         "torch.compile failed; install Triton and a C compiler, or use --compile=False"}
 
@@ -47,12 +44,8 @@ def mixed_precision(device, dtype):
 
 
 def to_device(batch, device):
-    """Convert a dataset's (idx, targets, loss_positions), NumPy arrays or None, to tensors on the
-    device. Pinned memory lets the copy to a GPU overlap with computation."""
-    pin = device.type == "cuda"
-    tensors = [None if a is None else torch.from_numpy(a) for a in batch]
-    return [t if t is None else (t.pin_memory() if pin else t).to(device, non_blocking=pin)
-            for t in tensors]
+    """Convert a dataset's batch, NumPy arrays or None, to tensors on the device."""
+    return [None if a is None else torch.from_numpy(a).to(device) for a in batch]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from config import UserError
 @contextlib.contextmanager
 def process_group(device):
     """Context manager: join torchrun's processes, and yield this rank's device. Only rank 0 prints.
-    Raises UserError if a rank has no device of its own."""
+    Raises UserError if there are fewer GPUs than ranks."""
     if "WORLD_SIZE" not in os.environ:
         yield device
         return
@@ -23,8 +23,7 @@ def process_group(device):
     if backend == "nccl":
         local_rank = int(os.environ["LOCAL_RANK"])
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {local_rank} has no GPU of its own; start fewer processes, or "
-                            "use --device=cpu")
+            raise UserError(f"rank {local_rank} has no GPU of its own; start fewer processes")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     # A prefix for each restart: torchrun's store still has the addresses of ranks that died.

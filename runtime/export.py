@@ -16,7 +16,9 @@ from data.files import new_files, write_json
 from data.safetensors import write_safetensors
 from data.tokenizer import END_OF_TEXT, GPT2_CHARACTERS, get_tokenizer
 from model import transpose_conv1d
-from runtime.checkpoint import load_checkpoint, load_model, max_turns
+from runtime.checkpoint import load_pretrained
+
+BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 
 
 @dataclass
@@ -30,11 +32,10 @@ def main(argv):
     """Export a checkpoint for other tools. Raises UserError or OSError."""
     cfg = config.load(Settings, argv, __doc__)
     config.check(cfg, dtype=("float32", "float16", "q8_0"))
-    checkpoint = load_checkpoint(cfg.checkpoint, "Train one, or name it with --checkpoint=FILE.")
-    model, spec = load_model(checkpoint, source=cfg.checkpoint), checkpoint["tokenizer"]
+    model, spec, turns = load_pretrained(cfg.checkpoint)
     if cfg.out.suffix.lower() == ".gguf":
         from runtime.gguf import export_gguf
-        export_gguf(cfg.out, model, spec, cfg.dtype, max_turns(checkpoint))
+        export_gguf(cfg.out, model, spec, cfg.dtype, turns)
     elif cfg.dtype == "float32":
         write_hf_folder(cfg.out, model, spec)
     else:
@@ -45,20 +46,16 @@ def main(argv):
 def gpt2_weights(model):
     """Return {name: tensor} of a GPT as other tools expect GPT-2: without the vocabulary's padding,
     with zeros for missing biases. Raises UserError if an edited model's parameters differ."""
-    cfg, C, weights = model.config, model.config.n_embd, model.state_dict()
-    block = {"ln_1": (C,), "attn.c_attn": (3 * C, C), "attn.c_proj": (C, C), "ln_2": (C,),
-             "mlp.c_fc": (4 * C, C), "mlp.c_proj": (C, 4 * C)}
-    shapes = {f"h.{i}.{name}": shape for i in range(cfg.n_layer) for name, shape in block.items()}
-    shapes["ln_f"] = (C,)
-    biases = {f"{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items()}
-    shapes |= {"wte": (cfg.padded_vocab_size, C), "wpe": (cfg.block_size, C)}
-    expected = {f"{name}.weight": shape for name, shape in shapes.items()}
-    expected |= {name: tuple(bias.shape) for name, bias in biases.items() if cfg.bias}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in sorted(dict(found.items() ^ expected.items())):
-        raise UserError(f"{name} has shape {found.get(name)}, but GPT-2's is {expected.get(name)}; "
-                        "exports need GPT-2's parameters, so undo your edit to model.py")
-    return biases | weights | {"wte.weight": weights["wte.weight"][:cfg.vocab_size]}
+    cfg, weights = model.config, model.state_dict()
+    layers = [f"h.{i}.{name}" for i in range(cfg.n_layer) for name in BLOCK] + ["ln_f"]
+    expected = {f"{name}.weight" for name in (*layers, "wte", "wpe")}
+    if cfg.bias:
+        expected |= {f"{name}.bias" for name in layers}
+    if different := sorted(weights.keys() ^ expected):
+        raise UserError(f"{different[0]} is missing, or is not one of GPT-2's parameters, which "
+                        "exports need; undo your edit to model.py")
+    zeros = {f"{name}.bias": torch.zeros(len(weights[f"{name}.weight"])) for name in layers}
+    return zeros | weights | {"wte.weight": weights["wte.weight"][:cfg.vocab_size]}
 
 
 def write_hf_folder(folder, model, spec):
@@ -68,7 +65,7 @@ def write_hf_folder(folder, model, spec):
         write_safetensors(part / "model.safetensors",
                           {f"transformer.{name}": tensor for name, tensor in weights.items()})
         write_hf_config(part, model.config, enc)
-        write_hf_tokenizer(part, model.config, enc, spec == "gpt2")
+        write_hf_tokenizer(part, model.config, enc)
 
 
 def write_hf_config(folder, cfg, enc):
@@ -84,19 +81,19 @@ def write_hf_config(folder, cfg, enc):
         "bos_token_id": end_of_text, "eos_token_id": [end_of_text, end]})
 
 
-def write_hf_tokenizer(folder, cfg, enc, is_gpt2):
+def write_hf_tokenizer(folder, cfg, enc):
     """Write tokenizer.json and tokenizer_config.json for AutoTokenizer, chat format included."""
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": is_gpt2}  # GPT-2's pattern is built in
     split = {"type": "Split", "pattern": {"Regex": enc._pat_str}, "behavior": "Isolated",
              "invert": False}
-    steps = [byte_level] if is_gpt2 else [split, byte_level]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     write_json(folder / "tokenizer.json", {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": token, "special": True, **flags}
                          for token, i in enc._special_tokens.items()],
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}, "decoder": byte_level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
         "model": {"type": "BPE",
                   "vocab": {to_gpt2_unicode(token): i for token, i in enc._mergeable_ranks.items()},
                   "merges": [list(map(to_gpt2_unicode, pair)) for pair in merge_pairs(enc)]}})

@@ -25,9 +25,9 @@ from runtime.terminal import show_progress
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 
-# The fields of a row: question, choices, index or text of the correct one. HellaSwag's, and others.
+# The fields of a row: question, choices, index of the correct one. HellaSwag's, and others.
 LAYOUTS = (("ctx", "endings", "label"), ("question", "choices", "answer"))
-BATCH_TOKENS = 4096  # of a batch, padding included
+PADDING = -1  # after an ending that is shorter than another one
 
 
 def score(session, cfg):
@@ -38,20 +38,17 @@ def score(session, cfg):
     if not any(isinstance(row, dict) and {"endings", "choices"} & row.keys() for row in rows):
         return score_chats(session, cfg)
     rows = [(n, *read_choices(row, f"{cfg.score}, row {n}")) for n, row in enumerate(rows, 1)]
-    rows, answers, pairs = evenly_spaced(rows, cfg.score_rows), [], []
-    for number, question, choices, answer in rows:
+    rows, answers = evenly_spaced(rows, cfg.score_rows), []
+    for done, (number, question, choices, answer) in enumerate(rows, 1):
         context, endings = encode_choices(question, choices, session)
         lengths = [len(ending) for ending in endings]
         if len(context) + max(lengths) <= session.model.config.block_size + 1:  # last: not read
-            pairs += [(context + ending, len(ending)) for ending in endings]
+            sums = log_likelihoods(session.model, context, endings)
+            means = [x / n for x, n in zip(sums, lengths)]
             answers.append({"row": number, "question": question, "choices": choices,
-                            "answer": answer, "tokens": lengths})
-    likelihoods = iter(log_likelihoods(session.model, pairs))
-    for a in answers:
-        sums = [next(likelihoods) for _ in a["choices"]]
-        means = [x / n for x, n in zip(sums, a["tokens"])]
-        a |= {"log_likelihoods": sums, "sum": sums.index(max(sums)),
-              "mean": means.index(max(means))}
+                            "answer": answer, "tokens": lengths, "log_likelihoods": sums,
+                            "sum": sums.index(max(sums)), "mean": means.index(max(means))})
+        show_progress("rows", done, len(rows))
     summary = [accuracy(answers, by) for by in ("sum", "mean") if answers]
     write_scores(cfg, len(rows), summary, answers)
     for x in summary:
@@ -72,14 +69,10 @@ def read_choices(row, where):
         raise UserError(f"{where}: field {names[1]!r} must be a list of two or more texts, none of "
                         f"them empty, found {short(choices)}")
     check_characters([question, *choices], where)
-    index = answer
-    if isinstance(answer, str):  # the hub's rows have the index as text
-        indices = {str(i): i for i in range(len(choices))}
-        index = choices.index(answer) if choices.count(answer) == 1 else indices.get(answer)
-    if type(index) is not int or not 0 <= index < len(choices):
+    if str(answer) not in map(str, range(len(choices))):  # the hub's rows have it as text
         raise UserError(f"{where}: field {names[2]!r} must be a number from 0 to "
-                        f"{len(choices) - 1}, or the text of one choice, found {short(answer)}")
-    return question, choices, index
+                        f"{len(choices) - 1}, found {short(answer)}")
+    return question, choices, int(answer)
 
 
 def encode_choices(question, choices, session):
@@ -94,24 +87,17 @@ def encode_choices(question, choices, session):
 
 
 @torch.no_grad()
-def log_likelihoods(model, rows):
-    """Return the log-probability, in nats, of the last n ids of each of the rows [(ids, n), ...].
-    The rows of a batch have similar lengths; no token sees the padding after it."""
-    order, sums = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), {}
-    while len(sums) < len(rows):
-        longest, _ = rows[order[len(sums)]]
-        numbers = order[len(sums):][:max(BATCH_TOKENS // len(longest), 1)]
-        batch = [rows[i] for i in numbers]
-        idx = pad_sequence([torch.tensor(ids[:-1]) for ids, _ in batch], batch_first=True)
-        x = model.hidden(idx.to(model.wte.weight.device))  # (B, T, C)
-        # Only the hidden states that predict the N last ids: the head is the widest layer.
-        x = torch.cat([h[len(ids) - n - 1:len(ids) - 1] for h, (ids, n) in zip(x, batch)])
-        targets = torch.tensor([i for ids, n in batch for i in ids[-n:]], device=x.device)  # (N,)
-        losses = F.cross_entropy(model.head(x).float(), targets, reduction="none")
-        parts = losses.split([n for _, n in batch])
-        sums |= {i: -part.sum().item() for i, part in zip(numbers, parts)}
-        show_progress("choices", len(sums), len(rows))
-    return [sums[i] for i in range(len(rows))]
+def log_likelihoods(model, context, endings):
+    """Return the log-probability, in nats, of each of the endings (ids) after the context (ids)."""
+    device = model.wte.weight.device
+    endings = pad_sequence([torch.tensor(ending, device=device) for ending in endings],
+                           batch_first=True, padding_value=PADDING)  # (B, N)
+    context = torch.tensor(context, device=device).expand(len(endings), -1)
+    idx = torch.cat([context, endings[:, :-1].clamp(min=0)], dim=1)  # no token sees later padding
+    x = model.hidden(idx)[:, context.shape[1] - 1:]  # (B, N, C): those that predict the endings
+    logits = model.head(x).float()  # (B, N, padded V)
+    losses = F.cross_entropy(logits.mT, endings, ignore_index=PADDING, reduction="none")
+    return (-losses.sum(1)).tolist()
 
 
 def accuracy(answers, by):

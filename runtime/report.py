@@ -1,7 +1,6 @@
 """Print what a run reports besides progress: samples, evaluations, overfitting, the result."""
 import math
 from datetime import timedelta
-from types import SimpleNamespace
 
 from config import UserError, shell_command
 from data.conversation import decode_conversation, encode_prompt, special_ids
@@ -11,7 +10,6 @@ from runtime.distributed import is_rank_0
 from runtime.log import bits_per_byte
 from runtime.plots import plot_losses
 from runtime.resume import lowest
-from runtime.terminal import show_progress
 
 
 def log_row(cfg, dataset, state):
@@ -32,8 +30,8 @@ def report_evaluation(cfg, dataset, state):
     print(f"step {state.step:>5}/{cfg.max_iters}  epoch {row['epoch']:.2f}  train "
           f"{row['train_loss']:.4f}  val {row['val_loss']:.4f}  {row['val_bits_per_byte']:.4f} "
           "bits per byte", flush=True)
-    if is_overfitting(state.history) and not state.overfit_warned:
-        state.overfit_warned = True
+    earlier = [is_overfitting(state.history[:n]) for n in range(len(state.history))]
+    if is_overfitting(state.history) and not any(earlier):
         (low_step, low_train, low_val), (_, train, val) = lowest(state.history), state.history[-1]
         print(f"  Validation loss is rising, {low_val:.3f} at step {low_step}, {val:.3f} now; "
               f"training loss fell from {low_train:.3f} to {train:.3f}.\n"
@@ -79,35 +77,19 @@ def print_summary(cfg, state):
 
 
 def run_eval(cfg, dataset, evaluate):
-    """Print loss, perplexity and bits per byte of both splits. evaluate(dataset, split) returns the
-    mean loss. Text windows do not overlap; published figures with overlapping ones are lower."""
+    """Print loss, perplexity and bits per byte of both splits. evaluate(split) returns the mean
+    loss. Text windows do not overlap; published figures with overlapping ones are lower."""
     for split in reversed(SPLITS):
         n_targets, n_bytes = count_targets(dataset, split, cfg.eval_tokens)
-        loss = evaluate(with_progress(dataset, n_targets), split)
-        perplexity = math.exp(min(loss, 700))  # float64 overflows
-        print(f"{split}: loss {loss:.4f}  perplexity {perplexity:.2f}  "
+        loss = evaluate(split)
+        print(f"{split}: loss {loss:.4f}  perplexity {math.exp(loss):.2f}  "
               f"{bits_per_byte(loss, n_targets, n_bytes):.4f} bits per byte  ({n_targets:,} "
               f"targets, {n_bytes:,} bytes)", flush=True)
 
 
-def with_progress(dataset, n_targets):
-    """Wrap a dataset so that evaluating it shows how many targets are done."""
-    def eval_batches(split, max_tokens):
-        done = 0
-        for batch in dataset.eval_batches(split, max_tokens):
-            yield batch
-            done += batch[1].size
-            show_progress(split, done, n_targets)
-    return SimpleNamespace(eval_batches=eval_batches)
-
-
-def diverged(cfg, step, loss, norm, model):
-    """Return the UserError for a non-finite loss or gradient; it names the largest gradient."""
-    grads = {name: p.grad.nan_to_num(math.inf, math.inf, -math.inf).abs().max().item()
-             for name, p in model.named_parameters() if p.grad is not None}
-    largest = max(grads, key=grads.get)
-    plain = largest.removeprefix("module.").removeprefix("_orig_mod.")  # DDP's, torch.compile's
+def diverged(cfg, step, loss, norm):
+    """Return the UserError for a loss or gradient that is not finite."""
     return UserError(
-        f"step {step}: the loss is {loss} and the gradient norm {norm}, the largest gradient "
-        f"{grads[largest]:.3g} in {plain}. The last checkpoint is kept. Try a lower learning_rate "
-        f"(now {cfg.learning_rate:g}), more warmup_iters or a lower grad_clip")
+        f"step {step}: the loss is {loss} and the gradient norm {norm}. The last checkpoint is "
+        f"kept. Try a lower learning_rate (now {cfg.learning_rate:g}), more warmup_iters or a "
+        "lower grad_clip")

@@ -23,7 +23,6 @@ class TrainState:
     seconds: float = 0.0  # of training, over all resumptions
     best: float = math.inf  # the lowest cfg.best_by loss so far
     history: list = field(default_factory=list)  # (step, train loss, val loss) of each evaluation
-    overfit_warned: bool = False
 
 
 def lowest(history):
@@ -31,16 +30,14 @@ def lowest(history):
     return min(history, key=lambda entry: entry[2])
 
 
-def save_last(cfg, model, dataset, state, optimizers):
-    """Save last.pt, with everything that an exact resume needs. Raises OSError."""
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    save(cfg, "last.pt", model, dataset, state, optimizers=states)
-
-
-def save(cfg, name, model, dataset, state, **extra):
-    """Write a checkpoint into out_dir, on rank 0. Raises OSError."""
+def save(cfg, name, model, dataset, state, optimizers=None):
+    """Write a checkpoint into out_dir, on rank 0. With the optimizers, it has everything that an
+    exact resume needs. Raises OSError."""
     if not is_rank_0():
         return
+    extra = {}
+    if optimizers:  # their settings, such as learning rates, are not saved
+        extra["optimizer_states"] = [o.state_dict()["state"] for o in optimizers]
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(cfg).items()}
     save_checkpoint(cfg.out_dir / name, model_state(
         model, dataset.tokenizer, dataset.kind, turns=dataset.turns, data=dataset.fingerprint,
@@ -72,18 +69,12 @@ def load_last(cfg):
 
 def restore(resumed, optimizers):
     """Load the optimizers' state from a last.pt's dict; return its TrainState, or a new one for
-    None. Raises UserError."""
+    None. Learning rates, weight decay and so on stay those of this run."""
     if not resumed:
         return TrainState()
-    try:
-        for optimizer, saved in zip(optimizers, resumed["optimizers"], strict=True):
-            # The state is from last.pt; peak learning rates, weight decay and so on from this run.
-            groups = [mine | {"params": theirs["params"], "lr": theirs["lr"]} for mine, theirs in
-                      zip(optimizer.param_groups, saved["param_groups"], strict=True)]
-            optimizer.load_state_dict(saved | {"param_groups": groups})
-        return TrainState(**{f.name: resumed[f.name] for f in fields(TrainState)})
-    except (KeyError, ValueError) as error:
-        raise UserError(f"last.pt: does not fit this run ({error}); leave out --resume") from error
+    for optimizer, state in zip(optimizers, resumed["optimizer_states"], strict=True):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return TrainState(**{f.name: resumed[f.name] for f in fields(TrainState)})
 
 
 def lock_out_dir(cfg):

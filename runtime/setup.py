@@ -109,8 +109,5 @@ def print_setup(cfg, model, dataset, device, resumed):
           f"token ids\nmodel: {model.num_params():,} parameters, {model.config.n_layer} layers x "
           f"{model.config.n_embd}\ndevice: {device}; processes: {rank_and_world_size()[1]}",
           flush=True)
-    best = cfg.out_dir / "best.pt"
     if resumed:
         print(f"resumed at step {resumed['step']} of {cfg.max_iters}", flush=True)
-    elif best.exists() and not cfg.eval_only:
-        print(f"{best} from an older run will be replaced; change --out_dir to keep it", flush=True)

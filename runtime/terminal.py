@@ -1,6 +1,5 @@
 """chat.py in a terminal, except replies: notes, line editing and /commands."""
 import contextlib
-import difflib
 import json
 import os
 import re
@@ -26,7 +25,6 @@ HELP = f"""/help              show this list
 /tokens            show the token ids of the chat as the model sees them
 /look [FILE]       write a page that shows the inside of the model: out/look.html or FILE
 /quit              exit, like {EXIT_KEY}; Ctrl-C stops a reply"""
-COMMANDS = re.findall(r"^/\w+", HELP, re.MULTILINE)
 COMMAND_LINE = re.compile(r"/\w*(\s|$)|(exit|quit)$")  # exit and quit as in other programs
 
 # Control characters, which a terminal would act on, as visible symbols.
@@ -73,17 +71,10 @@ def greet(session, cfg, about):
 
 
 def typed_lines():
-    """Yield the lines typed in a terminal. With readline, they have line editing and history, Tab
-    completes commands, and several pasted lines are one message."""
-    def complete(text, number):
-        return [*(name for name in COMMANDS if name.startswith(text)), None][number]
-
+    """Yield the lines typed in a terminal. With readline, they have line editing and history, and
+    several pasted lines are one message."""
     with contextlib.suppress(ImportError):  # on Windows
         import readline
-        readline.set_completer_delims(" ")
-        readline.set_completer(complete)
-        is_libedit = "libedit" in (readline.__doc__ or "")
-        readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
         if os.environ.get("TERM") != "dumb":  # Python's default is off
             readline.parse_and_bind("set enable-bracketed-paste on")
     while True:
@@ -130,8 +121,7 @@ def run_command(session, cfg, line, print_reply):
         case "/look":
             show_look(session, path if rest else Path("out/look.html"))
         case _:
-            close, *_ = [*difflib.get_close_matches(name, COMMANDS, 1), "/help"]
-            raise UserError(f"{name}: no such command; did you mean {close}?")
+            raise UserError(f"{name}: no such command; /help lists them")
     return cfg
 
 

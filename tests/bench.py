@@ -386,7 +386,7 @@ def start(cfg):
 def int8_quality(cfg):
     """Perplexity with int8 and with float32 weights, on 50,000 held-out tokens of the checkpoint's data, read token by
     token as in generation."""
-    checkpoint = load_checkpoint(cfg.checkpoint, "Name one: --checkpoint=FILE.")
+    checkpoint = load_checkpoint(cfg.checkpoint)
     tokens = np.fromfile(Path(checkpoint["settings"]["data_dir"]) / "val.bin", np.uint16)[:50_000].astype(np.int64)
     model = load_model(checkpoint).eval()
     perplexity = {}

@@ -156,19 +156,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(toys, tmp_path, val
     argv = flags(toys, train, tmp_path / "out", gradient_accumulation=2, save_interval=1)
     both = start_ranks("train", argv, tmp_path, functools.partial(spoil_gradient_on_rank_1, value))
     assert exit_codes(*both) == [1, 1]
-    assert re.search(r"^error: step 3: .*\bin h.0.mlp.c_fc.bias\b", output(tmp_path), re.M), output(tmp_path)
+    assert re.search("^error: step 3: .*gradient norm (nan|inf)", output(tmp_path), re.M), output(tmp_path)
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 3
-
-
-def skip_the_mlp():
-    make_quick()
-    train.setup.gpt.Block.forward = lambda self, x, cache=None, start=0: x + self.attn(self.ln_1(x), cache, start)
-
-
-def test_an_unused_parameter_is_explained(toys, tmp_path):
-    argv = flags(toys, train, tmp_path / "out", gradient_accumulation=2)
-    assert exit_codes(*start_ranks("train", argv, tmp_path, skip_the_mlp)) == [1, 1]
-    assert re.search("^error: a parameter of model.py is unused in the forward pass", output(tmp_path), re.M)
 
 
 def worker(deaths, argv):

@@ -88,8 +88,8 @@ def test_the_chat_template_renders_our_chat_format(exported, texts):
 
 @pytest.mark.parametrize("out", ["hf", "it.gguf"])
 @pytest.mark.parametrize("path, module, parameter", [
-    ("h.1.mlp.c_fc", torch.nn.Linear(32, 256), "h.1.mlp.c_fc.bias"), ("ln_f", torch.nn.LayerNorm(32, bias=False), "ln_f.bias"),
-    ("lm_head", torch.nn.Linear(32, 320, bias=False), "lm_head.weight")], ids=["wider MLP", "norm without bias", "untied head"])
+    ("ln_f", torch.nn.LayerNorm(32, bias=False), "ln_f.bias"),
+    ("lm_head", torch.nn.Linear(32, 320, bias=False), "lm_head.weight")], ids=["norm without bias", "untied head"])
 def test_a_model_that_is_not_gpt2_is_refused(path, module, parameter, out, tmp_path, monkeypatch):
     class Edited(GPT):
         def __init__(self, config):
@@ -99,6 +99,6 @@ def test_a_model_that_is_not_gpt2_is_refused(path, module, parameter, out, tmp_p
     monkeypatch.setattr("model.GPT", Edited)
     gpt = Edited(GPTConfig(260, 64, n_layer=2, n_head=2, n_embd=32))
     save_checkpoint(tmp_path / "best.pt", model_state(gpt, "bytes", "chat", step=1, max_iters=1))
-    with pytest.raises(UserError, match=f"{parameter} .*exports need GPT-2's parameters"):
+    with pytest.raises(UserError, match=f"^{parameter} is .*GPT-2's parameters"):
         export.main([f"--checkpoint={tmp_path / 'best.pt'}", f"--out={tmp_path / out}"])
     assert not (tmp_path / out).is_file() and not (tmp_path / out / "model.safetensors").exists()

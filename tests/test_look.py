@@ -3,7 +3,6 @@ import functools
 import html
 import itertools
 import json
-import operator
 import re
 import shutil
 import subprocess
@@ -13,10 +12,9 @@ import pytest
 import torch
 
 import model as code
-from config import UserError
 from data.conversation import encode_conversation
 from data.tokenizer import get_tokenizer
-from model import GPT, CausalSelfAttention, GPTConfig, sample
+from model import GPT, GPTConfig, sample
 from runtime import look as look_module
 from runtime.fast_cpu import speed_up
 from runtime.look import head_patterns, look, write_page
@@ -106,22 +104,9 @@ def test_every_form_of_a_model(kind, tmp_path):
     assert (tmp_path / "a.html").stat().st_size > 10_000
 
 
-def test_an_edited_attention_shows_its_weights_or_raises_a_one_line_error(monkeypatch):
-    written_out = CausalSelfAttention.forward
+def test_an_edited_attention_shows_its_weights(monkeypatch):
     monkeypatch.setattr(code, "causal_mask", lambda T, S, device: torch.ones(T, S, dtype=torch.bool).tril().triu(-1))
     assert (look(tiny(), BYTES, CHAT)["weights"].count_nonzero(-1)[:, :, 1:] == 2).all(), "a window of two tokens"
-
-    def without_weights(self, x, cache=None, start=0):
-        return self.c_proj(self.c_attn(x)[..., :x.shape[2]])
-    monkeypatch.setattr(CausalSelfAttention, "forward", without_weights)
-    with pytest.raises(UserError, match="^look: .* no attention weights.*attn_dropout"):
-        look(tiny(), BYTES, CHAT)
-    monkeypatch.setattr(CausalSelfAttention, "forward", written_out)
-    model = tiny()
-    model.h[1].attn = torch.nn.Identity()
-    model.h[1].forward = lambda x, cache, start: x
-    with pytest.raises(UserError, match="no attention weights"):
-        look(model, BYTES, CHAT)
 
 
 def test_roles_and_where_the_page_opens():
@@ -136,8 +121,6 @@ def test_roles_and_where_the_page_opens():
     assert bytes(text[:look(tiny(), BYTES, text)["chosen"] + 1]) == b"o"
     assert look(tiny(), BYTES, [65])["chosen"] == 0
     assert look(tiny(), BYTES, text[:5], start=5)["chosen"] == 4  # the model wrote nothing
-    with pytest.raises(UserError, match="no tokens"):
-        look(tiny(), BYTES, [])
 
 
 def test_only_the_newest_tokens_of_a_long_text_are_shown():
@@ -160,7 +143,7 @@ def test_head_patterns_by_hand():
     assert scores == ("layer 2 head 1: 1.00   layer 1 head 1: 0.33   layer 1 head 2: 0.33",
                       "layer 1 head 1: 1.00   layer 1 head 2: 1.00   layer 2 head 1: 0.33",
                       "layer 2 head 2: 1.00   layer 1 head 1: 0.50   layer 1 head 2: 0.50")
-    assert len(head_patterns(weights, [1, 2, 3, 4])) == 3 and head_patterns(weights[:, :, :1, :1], [5]) == []
+    assert len(head_patterns(weights, [1, 2, 3, 4])) == 3
 
 
 @pytest.mark.parametrize("shape, tokens, limit", [
@@ -183,8 +166,6 @@ def test_functions_that_the_page_names_exist():
     assert len(named) == 4
     for file, name in named:
         assert re.search(rf"^(def|class) {name}\b", (REPO / file).read_text(encoding="utf-8"), re.M)
-    steps = re.findall(r"<td><code>([\w.]+)</code>", page)
-    assert len(steps) == 7 and all(callable(operator.attrgetter(step)(code)) for step in steps)
 
 
 # ---- in a browser ----
@@ -277,7 +258,7 @@ def test_clicks_and_sliders_show_the_models_numbers(oracle, tmp_path):
           lens: all("#lens tr").map(row => [...row.children].map(x => x.textContent)) });
         click("#heads", 5);
         Object.assign(got, { head: [state.layer, state.head], top_weights: $("#top_weights").innerText, masked: masked(),
-          widths: [...$("svg").children].map(x => +x.getAttribute("stroke-width")) });
+          shades: all("#attention label").map(x => +x.style.getPropertyValue("--much")) });
         all("#attention label")[3].dispatchEvent(new Event("pointerenter"));
         Object.assign(got, { hovering: masked(), selected: state.token });
         click("#heads", 1);
@@ -302,8 +283,7 @@ def test_clicks_and_sliders_show_the_models_numbers(oracle, tmp_path):
     largest = (100 * weights.sort(descending=True).values[:5]).tolist()
     found = [float(x) for x in re.findall(r"([\d.]+)\u00a0%", got["top_weights"])]
     assert found == pytest.approx(largest, abs=0.3)  # the page has steps of 1 / 255
-    lines = [float(w) for w in weights[:14] if round(float(w) * 255) / 255 >= 0.01]
-    assert got["widths"] == pytest.approx([1 + 8 * w for w in lines], abs=0.03)
+    assert got["shades"] == pytest.approx([*weights.tolist(), *[0] * (len(CHAT) - 15)], abs=0.003)
     assert (got["masked"], got["hovering"], got["selected"]) == (len(CHAT) - 15, len(CHAT) - 4, 14)
     for i, row in enumerate(got["pixels"]):
         for j, (red, _, blue, alpha) in enumerate(row):
@@ -353,12 +333,3 @@ def test_all_heads_of_gpt2_fit_on_the_screen(tmp_path, width):
         return [all("#heads canvas").length, document.documentElement.scrollWidth,
           Math.min(...all("body *").map(x => parseFloat(getComputedStyle(x).fontSize)))];""", width)
     assert heads == 12 * 13 and scroll_width <= width and smallest_font >= 12
-
-
-@needs_chromium
-def test_a_page_prints_on_one_sheet_of_a4(tmp_path):
-    write_page(tmp_path / "a.html", look(tiny(), BYTES, CHAT))
-    with open(tmp_path / "a.html", "a", encoding="utf-8") as f:
-        f.write("<style>@page { size: A4 }</style>")
-    chromium(tmp_path / "a.html", f"print-to-pdf={tmp_path / 'a.pdf'}", "virtual-time-budget=60000")
-    assert len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "a.pdf").read_bytes())) == 1

@@ -66,10 +66,7 @@ def random_rows(count):
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
-@pytest.mark.parametrize("batch_tokens", [1, 300, 4096])
-def test_every_log_likelihood_is_that_of_transformers(
-        gpt, double, score, tmp_path, monkeypatch, kind, batch_tokens):  # noqa: F811
-    monkeypatch.setattr(multiple_choice, "BATCH_TOKENS", batch_tokens)  # single rows, a few, all of similar length
+def test_every_log_likelihood_is_that_of_transformers(gpt, double, score, tmp_path, kind):  # noqa: F811
     rows = random_rows(30)
     wanted = {number: sums for number, row in enumerate(rows, 1) if (sums := by_hand(double, kind, row))}
     out, saved, err = score(gpt, write(tmp_path / "rows.jsonl", rows), kind=kind)
@@ -102,7 +99,7 @@ def test_rows_with_a_choice_that_is_too_long_are_left_out(gpt, score, tmp_path, 
 FORCED = [{"question": "Q", "choices": ["x", "a"], "answer": 0},  # 7.5 or 11.5; 3.7 or 5.7 per token
           {"question": "", "choices": ["aa", "aaxxx"], "answer": 0},  # 17.2 or 22.5; 5.7 or 3.7 per token
           {"question": "Why?", "choices": ["a", "xxxx"], "answer": 1},  # 11.5 or 12.7; 5.7 or 2.5 per token
-          {"question": "Q", "choices": ["aaxxx", "aa"], "answer": "aa"}]
+          {"question": "Q", "choices": ["aaxxx", "aa"], "answer": 1}]
 
 
 def test_accuracy_and_standard_error_are_those_computed_by_hand(score, tmp_path):  # noqa: F811
@@ -144,9 +141,9 @@ GOOD, OWN = {"question": "Q", "choices": ["a", "b", "c"], "answer": 0}, {"ctx": 
     ({**GOOD, "choices": ["a"]}, r"'choices' must be a list of two or more texts.*found \['a'\]"),
     ({**GOOD, "choices": None}, "found None"), ({**OWN, "endings": "abc"}, "'endings' must be a list.*found 'abc'"),
     ({**GOOD, "choices": ["a", " \n", "c"]}, "none of them empty"), ({**GOOD, "choices": ["a", 2, "c"]}, "found"),
-    ({**GOOD, "answer": 3}, "'answer' must be a number from 0 to 2, or the text of one choice, found 3"),
+    ({**GOOD, "answer": 3}, "'answer' must be a number from 0 to 2, found 3"),
     ({**GOOD, "answer": -1}, "found -1"), ({**GOOD, "answer": 1.0}, "found 1.0"), ({**GOOD, "answer": True}, "found True"),
-    ({**GOOD, "answer": "d"}, "found 'd'"), ({**GOOD, "choices": ["a", "b", "a"], "answer": "a"}, "found 'a'"),
+    ({**GOOD, "answer": "a"}, "found 'a'"),
     ({**OWN, "label": "7"}, "'label' must be a number from 0 to 2.*found '7'"), ({**OWN, "ctx": 5}, "'ctx' must be text"),
     ({"question": "Q", "answer": 0}, r"must have the fields \('ctx', .* found"), ([], "found"), (None, "found None"),
     ({**GOOD, "question": "\ud800"}, "surrogate")])

@@ -154,8 +154,8 @@ def test_tokens_are_colored_by_role_and_control_characters_visible(tty, term, va
 
 MISTAKES = [
     ("/undo", "conversation is empty"), ("/retry", "conversation is empty"), ("/tokens", "conversation is empty"),
-    ("/look", "conversation is empty"), ("/save x.jsonl", "conversation is empty"), ("/rest", "did you mean /reset"),
-    ("/sav x", "/sav: .* did you mean /save"), *((name, "did you mean /help") for name in ("/frobnicate", "/", "/HELP")),
+    ("/look", "conversation is empty"), ("/save x.jsonl", "conversation is empty"), ("/sav x", "/sav: no such command; /help"),
+    *((name, "no such command") for name in ("/frobnicate", "/", "/HELP")),
     ("/set json=True", "json: cannot be set here"), ("/set temperature=0.3 top_k=-1", "top_k=-1: must be at least 0"),
     ("/set temperature=hot", "not float"), ("/set temperature", "temperature"), ("/set =1", "cannot be set"),
     ("/set --help", "help: cannot be set"), ("/set config/x.py", "cannot be set"), ("/save", "name a file"),
@@ -260,18 +260,18 @@ def test_ten_messages_in_a_pseudo_terminal_get_the_replies_that_were_learned(tmp
 def test_a_conversation_in_a_pseudo_terminal(tmp_path):
     readline = pytest.importorskip("readline")
     if "libedit" in (readline.__doc__ or ""):
-        pytest.skip("libedit, as on a Mac, keeps pasted lines apart and lists commands differently")
+        pytest.skip("libedit, as on a Mac, keeps pasted lines apart")
     path = lib.endless(tmp_path / "best.pt")
     terminal = PseudoTerminal(f"--checkpoint={path}", "--device=cpu", "--max_new_tokens=5", TERM="xterm")
     try:
         for part in ("best.pt", "parameters", "cpu, float32", "at most 9 of your messages", "/help", "Ctrl-D"):
             terminal.wait_for(part.encode())
         for typed, answer in [
-                ("Hi\n", "\rxxxxx\r\n"), ("/resett\n", "did you mean /reset?"), ("half a", "half a"),
+                ("Hi\n", "\rxxxxx\r\n"), ("/resett\n", "no such command"), ("half a", "half a"),
                 ("\x03", "(Ctrl-D exits)"),  # Ctrl-C while typing
                 ("/set max_new_tokens=90000\n", "max_new_tokens=90000"), ("Continue\n", "xxxxx"),
-                ("\x03", "(stopped)"), ("/und\t\n", "so far: 2"), ("/set max_new_tokens=3\n", "=3"),
-                ("/re\t\tt\t\n", "\rxxx\r\n"),  # Tab shows two commands, then completes one
+                ("\x03", "(stopped)"), ("/undo\n", "so far: 2"), ("/set max_new_tokens=3\n", "=3"),
+                ("/retry\n", "\rxxx\r\n"),
                 ("\x1b[200~Name a\nfruit.\x1b[201~\n", "\rxxx\r\n"),  # pasted: one message
                 (f"/save {tmp_path / 'chat.jsonl'}\n", "chat.jsonl: saved"), ("\x04", "\r\n")]:
             if typed != "\x03":
@@ -285,7 +285,7 @@ def test_a_conversation_in_a_pseudo_terminal(tmp_path):
         terminal.program.kill()
         terminal.program.wait()
         os.close(terminal.end)
-    assert b"Traceback" not in terminal.output and re.search(rb"/reset +/retry", terminal.output)
+    assert b"Traceback" not in terminal.output
     assert b"\x1b[?2004h" in terminal.output, "it enables bracketed paste"
     [(messages, _)] = read_conversations(tmp_path / "chat.jsonl")
     assert [m["content"] for m in messages] == ["Hi", "xxx", "Name a\nfruit.", "xxx"]

@@ -252,7 +252,7 @@ def test_best_pt_is_the_model_of_the_lowest_loss_without_an_optimizer(toys, tmp_
     last = run(toys, script, tmp_path, max_iters=30, eval_interval=3, learning_rate=0.1, best_by="train", dropout=0.0)
     best = load_checkpoint(tmp_path / "best.pt")
     lowest = min(last["history"], key=lambda entry: entry[1])
-    assert best["step"] == lowest[0] and "optimizers" in last and "optimizers" not in best
+    assert best["step"] == lowest[0] and "optimizer_states" in last and "optimizer_states" not in best
     dataset = open_dataset(toys / ("text" if script is train else "chat"), 64, 2)
     assert loss_of(load_model(best), dataset, "train", 200) == pytest.approx(lowest[1], rel=1e-5)
 
@@ -268,11 +268,9 @@ def test_printed_commands_work_in_a_folder_with_a_space(toys, tmp_path, capsys):
         train.main(["--eval_only=True", f"--out_dir={best.parent}"])
 
 
-def test_a_run_without_resume_prints_that_it_replaces_the_earlier_one(toys, tmp_path, capsys):
+def test_a_run_without_resume_replaces_the_earlier_one(toys, tmp_path):
     first = run(toys, train, tmp_path)
-    assert "will be replaced" not in capsys.readouterr().out
     rows, second = curve(tmp_path), run(toys, train, tmp_path)
-    assert f"{tmp_path / 'best.pt'} from an older run will be replaced" in capsys.readouterr().out
     assert first["history"] == second["history"] and curve(tmp_path) == rows
 
 
@@ -413,7 +411,7 @@ def test_the_tokenizer_named_in_the_error_works(toys, tmp_path):
 
 @SCRIPTS
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_overwritten(toys, tmp_path, monkeypatch, script, value):
+def test_a_gradient_that_is_not_finite_stops_the_run_and_nothing_is_overwritten(toys, tmp_path, monkeypatch, script, value):
     real, before = train.train_step, {}
 
     def step(gpt, optimizers, dataset, number, *args):
@@ -422,7 +420,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_overwritten(toys,
             gpt.get_parameter("h.0.mlp.c_fc.weight").register_hook(lambda grad: grad * 0 + value)
         return real(gpt, optimizers, dataset, number, *args)
     monkeypatch.setattr(train, "train_step", step)
-    with pytest.raises(UserError, match=r"^step 3: .*gradient norm (nan|inf).* in h.0.mlp.c_fc.weight\b.*learning_rate"):
+    with pytest.raises(UserError, match=r"^step 3: .*gradient norm (nan|inf)\..*learning_rate"):
         run(toys, script, tmp_path, save_interval=1, eval_interval=2)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
     assert sorted(before) == ["best.pt", "last.pt"] and len(read_log(tmp_path)) == 3
