@@ -15,7 +15,7 @@ data/rules/rules.json: $(RULES) | .venv/runtime
 data/rules/meta.json: data/rules/rules.json config/prepare_rules.py
 	$(RUN) prepare_alpaca.py config/prepare_rules.py
 
-out/rules/done: | data/rules/meta.json
+out/rules/done: data/rules/meta.json
 	$(RUN) train.py config/train_rules.py --resume=True
 	touch $@
 
@@ -26,7 +26,7 @@ data/rules/some.json: $(RULES) | .venv/runtime
 data/chat/meta.json: data/rules/some.json data/rules/meta.json config/prepare_chat.py
 	$(RUN) prepare_alpaca.py config/prepare_chat.py
 
-out/chat/done: | out/rules/done data/chat/meta.json
+out/chat/done: out/rules/done data/chat/meta.json
 	$(RUN) finetune.py config/finetune_chat.py --resume=True
 	touch $@
 

@@ -134,7 +134,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
             state.seconds += seconds
             with stop_on_broken_pipe(signals):
                 if row["step"] % cfg.log_interval == 0:
-                    logger.print_step(row, cfg.max_iters, state.seconds / state.step)
+                    logger.print_step(row, cfg.max_iters)
                 if cfg.sample_interval and state.step % cfg.sample_interval == 0:
                     report.print_sample(cfg, model, dataset)
     resume.save(cfg, "last.pt", model, dataset, state, optimizers)

@@ -75,8 +75,7 @@ def read_config(arg):
     """Run the config file that arg names. Return {name: value}. Its errors keep their traceback."""
     path = local_path(arg)
     if path.suffix != ".py" or not path.is_file():
-        raise UserError(f"{arg}: not a config file; see config/, or write "
-                        + shell_command(f"--checkpoint={arg}"))
+        raise UserError(f"{arg}: not a config file (config/ has them); settings are --NAME=VALUE")
     return {name: value for name, value in runpy.run_path(str(path)).items()
             if not name.startswith("_") and not inspect.ismodule(value)}
 

@@ -41,7 +41,7 @@ class Logger:
     def __init__(self, path, first_step, device, dtype):
         self.path = path if is_rank_0() else Path(os.devnull)
         self.peak = peak_flops(device, dtype) if is_rank_0() else math.nan
-        self.sums = Counter()  # of tokens, seconds and flops, since the last progress line
+        self.sums = Counter()  # of steps, tokens, seconds and flops since the last progress line
         rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         rows = rows[1:first_step + 1]  # drop rows of steps that the resumed run repeats
         write_text(self.path, "\n".join([",".join(self.COLUMNS), *rows]) + "\n")
@@ -51,17 +51,18 @@ class Logger:
         if "flops" in row:
             row = row | {"tokens_per_second": row["tokens"] / row["seconds"],
                          "mfu": row["flops"] / row["seconds"] / self.peak}
-            self.sums.update({name: row[name] for name in ("tokens", "seconds", "flops")})
+            self.sums.update({name: row[name] for name in ("tokens", "seconds", "flops")}, steps=1)
         # wandb.log(row) would go here, behind `if is_rank_0()`.
         values = (f"{row[name]:.8g}" if name in row else "" for name in self.COLUMNS)
         with open(self.path, "a", encoding="utf-8", newline="\n") as f:
             f.write(",".join(values) + "\n")
 
-    def print_step(self, row, max_iters, seconds_per_step):
+    def print_step(self, row, max_iters):
         """Print the progress line of a row; speeds are means since the last one."""
         seconds = self.sums["seconds"]
         mfu = self.sums["flops"] / seconds / self.peak  # model FLOPs utilization
-        left = timedelta(seconds=int(seconds_per_step * (max_iters - row["step"])))
+        steps_left = max_iters - row["step"]
+        left = timedelta(seconds=int(seconds / self.sums["steps"] * steps_left))
         print(f"step {row['step']:>5}/{max_iters}  epoch {row['epoch']:.2f}  loss "
               f"{row['loss']:.4f}  norm {row['norm']:.2f}  {self.sums['tokens'] / seconds:,.0f} "
               f"tokens/s  MFU {mfu:.0%}  {left} left", flush=True)

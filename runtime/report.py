@@ -33,9 +33,10 @@ def report_evaluation(cfg, dataset, state):
     earlier = [is_overfitting(state.history[:n]) for n in range(len(state.history))]
     if is_overfitting(state.history) and not any(earlier):
         (low_step, low_train, low_val), (_, train, val) = lowest(state.history), state.history[-1]
+        intended = " (intended: best_by=train)" if cfg.best_by == "train" else ""
         print(f"  Validation loss is rising, {low_val:.3f} at step {low_step}, {val:.3f} now; "
-              f"training loss fell from {low_train:.3f} to {train:.3f}.\n"
-              "  The model is overfitting: it memorizes more than it generalizes.", flush=True)
+              f"training loss fell from {low_train:.3f} to {train:.3f}.\n  The model is "
+              f"overfitting{intended}: it memorizes more than it generalizes.", flush=True)
 
 
 def is_overfitting(history):

@@ -63,7 +63,8 @@ def set_up(cfg, device, make_model):
     found = dataset.tokenizer, dataset.fingerprint
     if resumed and (resumed["tokenizer"], resumed.get("data")) != found:
         raise UserError(f"{cfg.out_dir / 'last.pt'}: was trained on different data than data_dir="
-                        f"{cfg.data_dir} now contains; use the same data or a different out_dir")
+                        f"{cfg.data_dir} now contains; use that data or a different out_dir, or "
+                        "delete last.pt to start over (for make chat: make clean)")
     get_tokenizer(dataset.tokenizer)  # samples need it; GPT-2's may have to be downloaded
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention makes a new plan for every shape, and chats have hundreds.
