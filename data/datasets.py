@@ -7,7 +7,6 @@ batches.
 """
 import functools
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -188,22 +187,6 @@ class TextDataset(Dataset):
             start = number - self.ends[split][shard - 1] if shard else number
             row[:] = self.tokens[split][shard][start:start + self.block_size + 1]
         return ids[:, :-1], ids[:, 1:].reshape(-1), None
-
-
-class ReadAhead:
-    """A TextDataset that reads its next batches while a GPU computes: reading from a disk can take
-    longer than a step. This rank takes every `stride`-th batch; `ahead` of them are read early."""
-
-    def __init__(self, dataset, stride, ahead):
-        self.dataset, self.steps = dataset, range(0, (ahead + 1) * stride, stride)
-        read = functools.partial(ThreadPoolExecutor(1).submit, dataset.batch)
-        self.read = functools.lru_cache(ahead + 2)(read)  # (split, index) -> Future
-
-    def __getattr__(self, name):
-        return getattr(self.dataset, name)
-
-    def batch(self, split, index):
-        return [self.read(split, index + step) for step in self.steps][0].result()
 
 
 class ChatDataset(Dataset):

@@ -1,7 +1,6 @@
 """Token files and batches: every batch is recomputed in plain Python from the ids of the file."""
 import json
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from config import UserError
 from data.datasets import (
     ChatDataset,
-    ReadAhead,
     TextDataset,
     count_targets,
     open_dataset,
@@ -165,26 +163,6 @@ def test_a_full_evaluation_has_every_token_except_a_shards_first_as_a_target_onc
     assert sorted(targets) == [i for ids in shards for i in ids[1:]]
     assert Counter(read) == {8: 2 + 1 + 2 + 1 + 1 + 3, 3: 1, 1: 1, 7: 1}
     assert count_targets(dataset, "train", None) == (97 - 6, 97 - 6)
-
-
-def test_read_ahead_returns_the_same_batches_and_reads_them_early(tmp_path):
-    plain, read = TextDataset(make_folder(tmp_path, "text", random_ids(300)), 8, 5), []
-
-    class Noted(TextDataset):
-        def batch(self, split, index):
-            read.append(index)
-            return super().batch(split, index)
-
-    dataset = ReadAhead(Noted(tmp_path, 8, 5), stride=2, ahead=3)
-    assert (dataset.kind, dataset.n_tokens("train"), dataset.block_size) == ("text", 300, 8)
-    for index in range(1, 21, 2):  # the second of two processes
-        assert same(dataset.batch("train", index)[:2], plain.batch("train", index)[:2])
-    dataset.read("train", 25).result()
-    assert read == list(range(1, 27, 2)), "each once, in order, three ahead of the request"
-    failing = ReadAhead(SimpleNamespace(batch=lambda split, index: 10 // (2 - index)), stride=1, ahead=4)
-    assert [failing.batch("train", index) for index in (0, 1)] == [5, 10]
-    with pytest.raises(ZeroDivisionError):
-        failing.batch("train", 2)
 
 
 @pytest.mark.parametrize("kind", ["text", "chat"])
