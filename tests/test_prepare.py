@@ -77,7 +77,6 @@ def test_the_report_counts_what_is_kept_and_dropped(tmp_path, capsys):
     assert sorted(all_chats(folder)) == sorted([r["instruction"], r["output"]] for r in good)
     assert (len(read_ids(folder, "train")), len(read_ids(folder, "val"))) == (8 * length, 2 * length)
     assert meta["sha256"] == hashlib.sha256((tmp_path / "rows.json").read_bytes()).hexdigest()
-    assert open_dataset(folder, 64, 2).dropped == {"train": 0, "val": 0}
 
 
 def test_duplicates_are_kept_on_request(tmp_path, capsys):
