@@ -13,7 +13,6 @@ from data.conversation import (
     assemble,
     decode_conversation,
     encode_conversation,
-    encode_conversations,
     encode_prompt,
     prompt_ids,
     read_conversations,
@@ -62,8 +61,6 @@ def read(row, report):
 def test_two_turns_by_hand():
     assert special_ids(BYTES) == (START, USER, ASSISTANT, END)
     assert encode_conversation(TWO_TURNS, BYTES) == TWO_IDS
-    assert [*encode_conversations([TWO_TURNS, chat("A", "B"), TWO_TURNS[:2]], BYTES)] == [
-        TWO_IDS, [256, 257, 65, 259, 258, 66, 259], TWO_IDS[:10]]
     assert encode_prompt(TWO_TURNS[:1], BYTES) == [256, 257, 72, 105, 259, 258]
     assert encode_prompt(TWO_TURNS[:3], BYTES) == TWO_IDS[:16]
     pairs = [(m["role"], list(m["content"].encode())) for m in TWO_TURNS]
