@@ -81,7 +81,7 @@ def test_a_file_of_a_different_format_is_refused_until_it_is_deleted(tmp_path, s
             main(["--shards=1", f"--out_dir={tmp_path}"])
     server.files[name] = good
     (tmp_path / name).unlink()
-    main(["--shards=1", f"--out_dir={tmp_path}", "--url={mirror}" + FOLDER + "fineweb_{split}_{number:06}.bin"])
+    main(["--shards=1", f"--out_dir={tmp_path}"])
     assert np.fromfile(tmp_path / "train_000.bin", "<u2").tolist() == server.ids["train_000.bin"]
 
 
