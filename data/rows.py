@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 from reprlib import repr as short  # abbreviates what is long or deep
 
-import config
 from config import UserError
 from data.download import fetch
 
@@ -170,10 +169,10 @@ def count_unused(row, used, whose, report):
 def read_sources(sources, folder, drop, report):
     """Return (conversations, paths) of comma-separated files or URLs. A URL is downloaded
     into `folder` first. For drop and report see read_conversations. Raises UserError or OSError."""
-    names = [sources] if config.is_file(sources) else sources.split(",")
-    paths, conversations = [fetch(name.strip(), folder) for name in names], []
+    paths = [fetch(name.strip(), folder) for name in sources.split(",")]
     if len(set(paths)) < len(paths):
         raise UserError(f"source={sources}: two sources have the same file name; list each once")
+    conversations = []
     for path in paths:
         try:
             found = read_conversations(path, report, drop)
@@ -206,8 +205,6 @@ def read_rows(path):
     """Return the rows of a JSON, JSON-lines or CSV file, gzipped or not, as Python values of any
     type. Raises UserError, or OSError if there is no file."""
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a folder; name a file in it")
     content = path.read_bytes()
     try:
         if content.startswith(b"\x1f\x8b"):
