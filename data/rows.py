@@ -28,12 +28,9 @@ WEIGHT = ("train", "weight", "loss_weight")  # of a message: 0 or False excludes
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system",
          "developer": "system", **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard",
                                                  "bot", "chatbot", "model", "ai"), "assistant")}
-# Fields that show that a data set has a different purpose.
-OTHER_DATA = {
-    **dict.fromkeys(("chosen", "chosen_messages", "rejected", "non_preferred_output"),
-                    "preference data"),
-    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "multimodal data"),
-    **dict.fromkeys(("choices", "endings"), "multiple choice")}
+# Fields that show that a data set has a different purpose: no text, or no single answer to learn.
+OTHER_DATA = ("image", "images", "audio", "audios", "video", "videos", "choices", "endings",
+              "chosen", "rejected", "non_preferred_output")
 # White space, the zero-width space and the byte-order mark: removed at both ends of a text.
 BLANKS = "".join(filter(str.isspace, map(chr, range(2**16)))) + "\u200b\ufeff"
 
@@ -54,12 +51,9 @@ def to_messages(row, where, report):
     if not isinstance(row, dict):
         raise BadRow("not an object", where, "must have a question and an answer", row)
     row = without_nulls(row)
-    for name, what in OTHER_DATA.items():
+    for name in OTHER_DATA:
         if row.get(name):
-            raise BadRow(what, where, f"must have one answer in text, not {what}", name)
-    if row.get("label") is False:  # KTO's
-        raise BadRow("marked as a bad answer", where, "must be an answer to learn from",
-                     {"label": False})
+            raise BadRow(f"has {name!r}", where, "must have a question and an answer in text", name)
     found, used = find_messages(row, where)
     systems, messages = [check_text(row, name, where).strip(BLANKS) for name in SYSTEM], []
     for number, message in enumerate(found, 1):

@@ -220,9 +220,9 @@ def test_a_second_source_that_cannot_be_read_is_named(tmp_path, name, part):
 def test_bad_rows_are_dropped_from_the_source_and_the_extra_rows_on_request(tmp_path, capsys, monkeypatch):
     unanswered = {"messages": [{"role": "user", "content": "Hm?"}]}
     (tmp_path / "extra.json").write_text(json.dumps([unanswered, row("more", "yes")]), encoding="utf-8")
-    folder = prepare(tmp_path, [*rows_of(6), unanswered, row("bad", "x", label=False)], f"--extra={tmp_path / 'extra.json'}", "--bad_rows=drop")
+    folder = prepare(tmp_path, [*rows_of(6), unanswered, row("bad", "x", images=["a.png"])], f"--extra={tmp_path / 'extra.json'}", "--bad_rows=drop")
     found = report(capsys)
-    assert found["dropped: no answer to a question"] == 2 and found["dropped: marked as a bad answer"] == 1
+    assert found["dropped: no answer to a question"] == 2 and found["dropped: has 'images'"] == 1
     assert ["more", "yes"] in read_chats(folder, "train") and (found["rows read"], found["training rows"]) == (10, 6)
     line = error_of_script(monkeypatch, prepare_alpaca, [f"--source={tmp_path / 'extra.json'}", f"--out_dir={tmp_path / 'new'}"])
     assert re.match(r"error: .*extra.json, row 1: .*--bad_rows=drop", line) and not (tmp_path / "new").exists()
