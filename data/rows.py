@@ -57,7 +57,7 @@ def to_messages(row, where, report):
     found, used = find_messages(row, where)
     systems, messages = [check_text(row, name, where).strip(BLANKS) for name in SYSTEM], []
     for number, message in enumerate(found, 1):
-        role, text = read_message(message, f"{where}, message {number}", report)
+        role, text = read_message(message, f"{where}, message {number}")
         if role == "system":
             systems.append(text)
         elif messages and messages[-1]["role"] == role:
@@ -77,7 +77,8 @@ def to_messages(row, where, report):
         report["system text before the question"] += 1
     category = str(row.get("category", ""))
     check_characters([category, *(m["content"] for m in messages)], where)
-    count_unused(row, {*used, *SYSTEM, "category"}, "", report)
+    report.update(f"not used: {short(name)}" for name in row.keys() - {*used, *SYSTEM, "category"}
+                  if row[name] not in ("", [], {}))
     return messages, category
 
 
@@ -107,7 +108,7 @@ def find_messages(row, where):
     return messages, ["history", *used.values()]
 
 
-def read_message(message, where, report):
+def read_message(message, where):
     """Return (role, text) of one message. Raises BadRow."""
     if not isinstance(message, dict):
         raise BadRow("wrong type", where, "must be an object", message)
@@ -123,7 +124,6 @@ def read_message(message, where, report):
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text"
                                       for part in text):
         text = "\n".join(check_text(part, first_of(CONTENT, part), where) for part in text)
-    count_unused(message, {role_field, text_field, *WEIGHT}, "message's ", report)
     return role, check_text({text_field: text}, text_field, where).strip(BLANKS)
 
 
@@ -152,12 +152,6 @@ def check_characters(texts, where):
     except UnicodeEncodeError as error:
         raise BadRow("lone surrogate", where, "must not contain a lone surrogate",
                      error.object[error.start]) from error
-
-
-def count_unused(row, used, whose, report):
-    """Count in `report` the non-empty fields of a row that are not used."""
-    report.update(f"not used: {whose}{short(name)}" for name in row.keys() - used
-                  if row[name] not in ("", [], {}))
 
 
 def read_sources(sources, folder, drop, report):
@@ -207,7 +201,7 @@ def read_rows(path):
         if ".csv" in path.suffixes:
             return list(csv.DictReader(io.StringIO(text), restkey="(no name)", strict=True))
         return parse_json(text)
-    except (ValueError, RecursionError, csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (ValueError, csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: cannot be read: {error}; expected JSON, JSON lines or CSV in "
                         "UTF-8, gzipped or not") from error
 
