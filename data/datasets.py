@@ -75,7 +75,8 @@ def open_split(folder, split, meta):
     train_000.bin, train_001.bin and so on. Raises UserError."""
     whole = Path(folder) / f"{split}.bin"
     paths = [whole] if whole.is_file() else sorted(Path(folder).glob(f"{split}_*.bin"))
-    shards = [np.memmap(path, np.uint16, "r") for path in paths]
+    offset = meta.get("header_bytes", 0)  # data/fineweb.py's shards have a header
+    shards = [np.memmap(path, np.uint16, "r", offset) for path in paths]
     found = sum(map(len, shards))
     largest = max((shard[:10_000_000].max() for shard in shards), default=0)  # all would be slow
     if not found or found != meta.get(f"{split}_tokens", found) or largest >= meta["vocab_size"]:
