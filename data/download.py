@@ -45,8 +45,8 @@ def download(url, path, sha256=None):
     if path.exists():
         if sha256 and sha256_of(path) != sha256:
             raise OSError(f"{path}: checksum mismatch; delete it to download it again")
-        print(f"{path}: exists, so it is not downloaded again", file=sys.stderr)
         return path
+    print(f"downloading {url} to {path}", file=sys.stderr)
     import requests  # slow
     path.parent.mkdir(parents=True, exist_ok=True)
     for wait in (1, 2, 4, 8, 16, None):  # seconds

@@ -70,12 +70,7 @@ def parse(file):
 def fetch_gpt2(name):
     """Return the local model.safetensors of one of GPT2_NAMES, downloaded on first use."""
     folder = Path(os.path.expanduser(os.environ.get("GPT2_CACHE_DIR") or "~/.cache/gpt2"))
-    path = folder / name / "model.safetensors"
-    if not path.exists():  # whichever mirror it came from
-        print(f"downloading {name} into {path.parent} (set HF_ENDPOINT to use a mirror)",
-              file=sys.stderr)
-        download(GPT2_URL.format(hub=hub(), name=name), path)
-    return path
+    return download(GPT2_URL.format(hub=hub(), name=name), folder / name / "model.safetensors")
 
 
 def find_file(path):

@@ -319,7 +319,7 @@ def test_a_model_by_name_is_downloaded_once(tiny, tiny_folder, tmp_path, monkeyp
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serving(server):
         assert_same_logits(load_gpt2("gpt2"), tiny)
-        assert f"downloading gpt2 into {tmp_path / 'cache' / 'gpt2'}" in capsys.readouterr().err
+        assert f"to {tmp_path / 'cache' / 'gpt2' / 'model.safetensors'}" in capsys.readouterr().err
         with pytest.raises(OSError, match="gpt2-xl/resolve.*404"):
             load_gpt2("gpt2-xl")
     assert_same_logits(load_gpt2("gpt2"), tiny)  # without a server
