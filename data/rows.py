@@ -23,6 +23,7 @@ FIELDS = {"messages": ("messages", "conversations", "conversation", "dialog", "d
           "context": ("input", "context"),  # appended to the question, or used as the question
           "answer": ("output", "response", "answer", "completion")}
 SYSTEM = ("system", "system_prompt")  # put before the first question
+KNOWN = {*SYSTEM, "history", "category", *(name for names in FIELDS.values() for name in names)}
 ROLE, CONTENT = ("role", "from", "speaker"), ("content", "value", "text")  # of a message
 WEIGHT = ("train", "weight", "loss_weight")  # of a message: 0 or False excludes it from training
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system",
@@ -54,7 +55,7 @@ def to_messages(row, where, report):
     for name in OTHER_DATA:
         if row.get(name):
             raise BadRow(f"has {name!r}", where, "must have a question and an answer in text", name)
-    found, used = find_messages(row, where)
+    found = find_messages(row, where)
     systems, messages = [check_text(row, name, where).strip(BLANKS) for name in SYSTEM], []
     for number, message in enumerate(found, 1):
         role, text = read_message(message, f"{where}, message {number}")
@@ -77,19 +78,19 @@ def to_messages(row, where, report):
         report["system text before the question"] += 1
     category = str(row.get("category", ""))
     check_characters([category, *(m["content"] for m in messages)], where)
-    report.update(f"not used: {short(name)}" for name in row.keys() - {*used, *SYSTEM, "category"}
+    report.update(f"not used: {short(name)}" for name in row.keys() - KNOWN
                   if row[name] not in ("", [], {}))
     return messages, category
 
 
 def find_messages(row, where):
-    """Return the messages of a row as the file has them, and the names of the fields used."""
+    """Return the messages of a row as the file has them. Raises BadRow."""
     used = {kind: next((name for name in names if name in row), None)
             for kind, names in FIELDS.items()}
     if name := used["messages"]:
         if not isinstance(row[name], list):
             raise BadRow("wrong type", where, f"{name!r} must be a list of messages", row[name])
-        return row[name], [name]
+        return row[name]
     if not used["answer"] or not (used["question"] or used["context"]):
         raise BadRow("unknown layout", where, "must have 'messages', or a question "
                      f"{FIELDS['question']} and an answer {FIELDS['answer']}; plain text is for "
@@ -105,7 +106,7 @@ def find_messages(row, where):
             messages += row[name]
         elif name:
             messages.append({"role": role, "content": check_text(row, name, where)})
-    return messages, ["history", *used.values()]
+    return messages
 
 
 def read_message(message, where):
@@ -193,6 +194,8 @@ def read_rows(path):
     """Return the rows of a JSON, JSON-lines or CSV file, gzipped or not, as Python values of any
     type. Raises UserError, or OSError if there is no file."""
     path = Path(path)
+    if path.is_dir():  # "" is one: /save and /load without a name
+        raise IsADirectoryError(f"{path}: is a folder; name a file in it")
     content = path.read_bytes()
     try:
         if content.startswith(b"\x1f\x8b"):
