@@ -54,8 +54,8 @@ def set_steps(cfg, dataset):
         cfg.eval_interval or ceil(steps / min(cfg.epochs, 20))))
     epochs = dataset.epochs("train", cfg.max_iters * cfg.gradient_accumulation)
     print(f"finetuning {cfg.init_from}: {cfg.max_iters:,} steps, {epochs:.1f} epochs of "
-          f"{len(dataset.starts['train']):,} conversations")
-    if dropped := dataset.dropped["train"]:
+          f"{len(dataset.splits['train'].starts):,} conversations")
+    if dropped := dataset.splits["train"].dropped:
         print(f"{dropped:,} conversations are left out: their reply starts after the first "
               f"{dataset.block_size} tokens")
     return cfg

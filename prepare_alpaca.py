@@ -150,8 +150,8 @@ def encode_split(conversations, enc, cfg, report):
     """Return a split as (ids, messages, category) rows of at most cfg.max_tokens ids. Raises
     UserError if none is left."""
     rows = []
-    encoded = chats.encode_conversations([messages for messages, _ in conversations], enc)
-    for ids, (messages, category) in zip(encoded, conversations):
+    for messages, category in conversations:
+        ids = chats.encode_conversation(messages, enc)
         report["longest conversation read"] = max(report["longest conversation read"], len(ids))
         if len(ids) > cfg.max_tokens and cfg.too_long == "drop":
             report[f"dropped: longer than {cfg.max_tokens} tokens"] += 1

@@ -29,21 +29,19 @@ class UserError(Exception):
 
 def load(settings_class, argv, doc="", start=None, typed="the command line"):
     """Build settings_class from its defaults, or from `start`, an instance of it, then from the
-    config files and flags in argv, in order. Relative paths start from the repository; in flags,
-    from the current folder. `typed` names the source of argv in messages. Raises UserError."""
+    config files and flags in argv, in order. `typed` names the source of argv in messages. Raises
+    UserError."""
     if "--help" in argv or "-h" in argv:
         print(describe(settings_class, doc))
         raise SystemExit(0)
     kinds = typing.get_type_hints(settings_class)
-    values = dict(vars(start)) if start else {
-        field.name: cast(field.name, field.default, kinds[field.name], "its default", repo_folder())
-        for field in dataclasses.fields(settings_class)}
+    values = dict(vars(start)) if start else {}
     for arg in argv:
         is_flag = arg.startswith("-")
         key, equals, text = arg.lstrip("-").partition("=")
         if is_flag and not equals:
             raise UserError(f"{arg}: has no value; write {arg}=VALUE, such as {arg}=True")
-        source, base = (typed, Path()) if is_flag else (arg, repo_folder())
+        source = typed if is_flag else arg
         for name, value in ({key: text} if is_flag else read_config(arg)).items():
             name = RENAMED.get(name, name)
             if name not in kinds:
@@ -51,24 +49,13 @@ def load(settings_class, argv, doc="", start=None, typed="the command line"):
                 hint = f"did you mean {close[0]!r}?" if close else "--help lists all settings"
                 raise UserError(f"{source}: there is no setting {name!r}; {hint}")
             value = parse(value, kinds[name]) if is_flag else value
-            values[name] = cast(name, value, kinds[name], source, base)
+            values[name] = cast(name, value, kinds[name], source)
     return settings_class(**values)
 
 
-def repo_folder():
-    """The repository's path, as short as possible: empty if it is the current folder."""
-    return Path() if Path.cwd() == REPO else REPO
-
-
 def local_path(text):
-    """The path that a text names, in the current folder or else in the repository."""
-    path = Path(os.path.expanduser(text))
-    return REPO / path if os.path.exists(REPO / path) and not os.path.exists(path) else path
-
-
-def is_file(text):
-    """Whether a text of any length names a file, in the current folder or in the repository."""
-    return os.path.isfile(local_path(text))
+    """The path that a text names, where "~" is the home folder."""
+    return Path(os.path.expanduser(text))
 
 
 def read_config(arg):
@@ -90,11 +77,11 @@ def parse(text, kind):
         return {"true": True, "false": False, "none": None}.get(text.strip().lower(), text)
 
 
-def cast(name, value, kind, source, base):
-    """Return `value` as the type `kind`, a path relative to `base`. Raises UserError."""
+def cast(name, value, kind, source):
+    """Return `value` as the type `kind`. Raises UserError."""
     options = typing.get_args(kind) or (kind,)
     if Path in options and isinstance(value, str | Path) and str(value):
-        return base / os.path.expanduser(value)
+        return local_path(value)
     if type(value) in options:
         return value
     if float in options and type(value) is int:

@@ -24,16 +24,7 @@ def special_ids(enc):
 
 def encode_conversation(messages, enc):
     """Encode messages: <|endoftext|>, then for each message its role, its text and <|end|>."""
-    return next(encode_conversations([messages], enc))
-
-
-def encode_conversations(conversations, enc):
-    """Yield the ids of each conversation. Batches are several times faster than one by one."""
-    for start in range(0, len(conversations), 2000):
-        batch = conversations[start:start + 2000]
-        texts = iter(enc.encode_ordinary_batch([m["content"] for chat in batch for m in chat]))
-        for chat in batch:
-            yield assemble([(m["role"], next(texts)) for m in chat], enc)
+    return assemble([(m["role"], enc.encode_ordinary(m["content"])) for m in messages], enc)
 
 
 def assemble(messages, enc):

@@ -7,7 +7,6 @@ batches.
 """
 import functools
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from config import UserError
 from data.conversation import special_ids, supervised
 from data.files import write_text
-from data.tokenizer import count_ids, get_tokenizer, read_spec
+from data.tokenizer import get_tokenizer, read_spec
 
 SPLITS = ("train", "val")
 
@@ -60,13 +59,8 @@ def read_meta(folder):
 
 def folder_tokenizer(folder):
     """Return the tokenizer spec of a prepared folder (see data/tokenizer.py). Raises UserError."""
-    meta = read_meta(folder)
-    name = meta["tokenizer"]
-    spec = read_spec(Path(folder) / name if name.endswith(".json") else name)
-    if count_ids(spec) != meta["vocab_size"]:
-        raise UserError(f"{folder}/meta.json: vocab_size={meta['vocab_size']}, but its tokenizer "
-                        f"{name} has {count_ids(spec)} ids; prepare the folder again")
-    return spec
+    name = read_meta(folder)["tokenizer"]
+    return read_spec(Path(folder) / name if name.endswith(".json") else name)
 
 
 def row_categories(folder, split, count):
@@ -81,10 +75,8 @@ def open_split(folder, split, meta):
     train_000.bin, train_001.bin and so on. Raises UserError."""
     whole = Path(folder) / f"{split}.bin"
     paths = [whole] if whole.is_file() else sorted(Path(folder).glob(f"{split}_*.bin"))
-    try:
-        shards = [np.memmap(path, np.uint16, "r") for path in paths]
-    except ValueError as error:  # an empty file, or half an id
-        raise UserError(f"{whole}: {error}; prepare the folder again") from error
+    offset = meta.get("header_bytes", 0)  # data/fineweb.py's shards have a header
+    shards = [np.memmap(path, np.uint16, "r", offset) for path in paths]
     found = sum(map(len, shards))
     largest = max((shard[:10_000_000].max() for shard in shards), default=0)  # checking all is slow
     if not found or found != meta.get(f"{split}_tokens", found) or largest >= meta["vocab_size"]:
@@ -95,12 +87,9 @@ def open_split(folder, split, meta):
 
 def open_dataset(folder, block_size, batch_size, seed=0, prompt_loss_batches=0):
     """Open a prepared folder as a TextDataset or a ChatDataset. Raises UserError."""
-    kind = read_meta(folder)["kind"]
-    if kind == "text":
+    if read_meta(folder)["kind"] == "text":
         return TextDataset(folder, block_size, batch_size, seed)
-    if kind == "chat":
-        return ChatDataset(folder, block_size, batch_size, seed, prompt_loss_batches)
-    raise UserError(f"{folder}/meta.json: kind {kind!r} must be 'text' or 'chat'")
+    return ChatDataset(folder, block_size, batch_size, seed, prompt_loss_batches)
 
 
 @functools.lru_cache(4)  # each evaluation calls it, and it reads every batch
@@ -190,22 +179,6 @@ class TextDataset(Dataset):
         return ids[:, :-1], ids[:, 1:].reshape(-1), None
 
 
-class ReadAhead:
-    """A TextDataset that reads its next batches while a GPU computes: reading from a disk can take
-    longer than a step. This rank takes every `stride`-th batch; `ahead` of them are read early."""
-
-    def __init__(self, dataset, stride, ahead):
-        self.dataset, self.steps = dataset, range(0, (ahead + 1) * stride, stride)
-        read = functools.partial(ThreadPoolExecutor(1).submit, dataset.batch)
-        self.read = functools.lru_cache(ahead + 2)(read)  # (split, index) -> Future
-
-    def __getattr__(self, name):
-        return getattr(self.dataset, name)
-
-    def batch(self, split, index):
-        return [self.read(split, index + step) for step in self.steps][0].result()
-
-
 class ChatDataset(Dataset):
     """Chats: whole conversations, each from position 0, batched with others of similar length.
 
@@ -213,7 +186,7 @@ class ChatDataset(Dataset):
     Every epoch sorts by length, ties in random order, cuts at a random offset and shuffles the
     batches. Only the assistant's tokens are targets; in the first `prompt_loss_batches` of training
     the questions' tokens are too. A conversation longer than block_size + 1 is cut there, and left
-    out if no target remains (`dropped` counts these by split).
+    out if no target remains (`dropped` counts these).
     """
 
     kind = "chat"
@@ -223,57 +196,39 @@ class ChatDataset(Dataset):
         self.budget = batch_size * block_size  # tokens per batch, padding included
         self.prompt_loss_batches = prompt_loss_batches
         enc = get_tokenizer(self.tokenizer)
-        self.pad_id, user, _, end = special_ids(enc)
-        self.turns = 1  # of the longest conversation
-        self.bounds, self.targets, self.dropped = {}, {}, {}
-        self.starts, self.lengths, self.row_targets = {}, {}, {}  # of the rows that are kept
-        for split in SPLITS:
-            tokens = self.tokens[split][0]
-            starts = np.flatnonzero(tokens == self.pad_id)  # <|endoftext|> opens a conversation
-            if tokens[0] != self.pad_id or tokens[-1] != end or (tokens[starts + 1] != user).any():
-                raise UserError(f"{folder}/{split}.bin: contains text that is not a conversation; "
-                                "prepare the folder again")
-            lengths = np.minimum(np.diff(starts, append=len(tokens)), block_size + 1)
-            self.targets[split] = supervised(tokens, enc)
-            before = np.append(0, np.cumsum(self.targets[split]))  # targets before each position
-            row_targets = before[starts + lengths] - before[starts]
-            kept = row_targets > 0
-            if not kept.any():
-                raise UserError(f"{folder}/{split}.bin: at block_size={block_size} no conversation "
-                                "has any of the assistant's text; use a larger block_size")
-            self.dropped[split] = int((~kept).sum())
-            self.bounds[split] = np.append(starts, len(tokens))
-            self.starts[split], self.lengths[split] = starts[kept], lengths[kept]
-            self.row_targets[split] = row_targets[kept]
-            self.turns = max(self.turns, int(np.add.reduceat(tokens == user, starts).max()))
-        # The rows of each batch, of all epochs so far, and where the epochs start in that list.
-        self._batches = {split: [] for split in SPLITS}
-        self._epochs = {split: [0] for split in SPLITS}
+        self.pad_id = special_ids(enc)[0]
+        self.splits = {s: ChatSplit(self.tokens[s][0], block_size, enc) for s in SPLITS}
+        self.turns = max(split.turns for split in self.splits.values())
+        if not all(len(split.starts) for split in self.splits.values()):
+            raise UserError(f"{folder}: at block_size={block_size} no conversation of a split has "
+                            "any of the assistant's text; use a larger block_size")
 
     def batches_until(self, split, epoch):
         """Decide which rows share a batch, for all epochs before `epoch`; return the number of
         these batches."""
-        batches, epochs = self._batches[split], self._epochs[split]
-        while len(epochs) <= epoch:
-            rng = np.random.default_rng([self.seed, SPLITS.index(split), len(epochs) - 1])
-            lengths = self.lengths[split]
-            order = np.lexsort((rng.random(len(lengths)), lengths))  # by length, ties at random
+        chats = self.splits[split]
+        while len(chats.epoch_starts) <= epoch:
+            number = len(chats.epoch_starts) - 1
+            rng = np.random.default_rng([self.seed, SPLITS.index(split), number])
+            order = np.lexsort((rng.random(len(chats.lengths)), chats.lengths))  # ties at random
             first_budget = int(rng.integers(self.budget)) + 1  # so that batch boundaries vary
-            plan = cut(order, lengths, self.budget, first_budget)
-            batches += [plan[i] for i in rng.permutation(len(plan))]
-            epochs.append(len(batches))
-        return epochs[epoch]
+            plan = cut(order, chats.lengths, self.budget, first_budget)
+            chats.batches += [plan[i] for i in rng.permutation(len(plan))]
+            chats.epoch_starts.append(len(chats.batches))
+        return chats.epoch_starts[epoch]
 
     def batch_rows(self, split, index):
         """The row numbers of the index-th batch, counted from the first epoch."""
-        while self._epochs[split][-1] <= index:
-            self.batches_until(split, len(self._epochs[split]))
-        return self._batches[split][index]
+        chats = self.splits[split]
+        while len(chats.batches) <= index:
+            self.batches_until(split, len(chats.epoch_starts))
+        return chats.batches[index]
 
     def epochs(self, split, index):
         """Number of epochs in the batches before `index`, as a fraction."""
         self.batch_rows(split, index)
-        return float(np.interp(index, self._epochs[split], range(len(self._epochs[split]))))
+        starts = self.splits[split].epoch_starts
+        return float(np.interp(index, starts, range(len(starts))))
 
     def batch(self, split, index):
         """The index-th batch: ids (B, T) int64, targets (N,) int64, and loss_positions (N,), the
@@ -283,15 +238,15 @@ class ChatDataset(Dataset):
 
     def n_targets(self, split, index):
         """Number of targets in the index-th batch, without reading it."""
-        rows = self.batch_rows(split, index)
+        chats, rows = self.splits[split], self.batch_rows(split, index)
         if split == "train" and index < self.prompt_loss_batches:
-            return int((self.lengths[split][rows] - 1).sum())
-        return int(self.row_targets[split][rows].sum())
+            return int((chats.lengths[rows] - 1).sum())
+        return int(chats.n_targets[rows].sum())
 
     def eval_batches(self, split, max_tokens):
         """Yield fixed conversations, evenly spread, at most about max_tokens in total, in batches
         like those of batch(). max_tokens None: all of them."""
-        lengths = self.lengths[split]
+        lengths = self.splits[split].lengths
         count = len(lengths)
         if max_tokens is not None:
             count = max(1, min(count, int(max_tokens / lengths.mean())))
@@ -301,21 +256,36 @@ class ChatDataset(Dataset):
 
     def padded(self, split, rows, all_tokens=False):
         """The batch of these rows, padded at the end. all_tokens: questions are targets too."""
-        lengths, starts = self.lengths[split][rows], self.starts[split][rows]
+        chats = self.splits[split]
+        lengths, starts = chats.lengths[rows], chats.starts[rows]
         inside = np.arange(lengths.max()) < lengths[:, None]  # (B, T + 1)
         at = np.where(inside, starts[:, None] + np.arange(lengths.max()), 0)
         ids = np.where(inside, self.tokens[split][0][at], self.pad_id).astype(np.int64)
-        is_target = (inside if all_tokens else inside & self.targets[split][at])[:, 1:]
+        is_target = (inside if all_tokens else inside & chats.is_target[at])[:, 1:]
         return ids[:, :-1], ids[:, 1:][is_target], np.flatnonzero(is_target)
-
-    def conversation(self, split, row):
-        """The ids of one whole conversation; `row` is its number in the file."""
-        start, end = self.bounds[split][row:row + 2]
-        return self.tokens[split][0][start:end].tolist()
 
     def conversations(self, split):
         """The ids of every whole conversation, in the order of the file."""
-        return [self.conversation(split, row) for row in range(len(self.bounds[split]) - 1)]
+        tokens = self.tokens[split][0]
+        starts = np.flatnonzero(tokens == self.pad_id)
+        return [ids.tolist() for ids in np.split(tokens, starts[1:])]
+
+
+class ChatSplit:
+    """The rows of a split (those that are not dropped), and its batches of all epochs so far."""
+
+    def __init__(self, tokens, block_size, enc):
+        end_of_text, user, _, _ = special_ids(enc)
+        starts = np.flatnonzero(tokens == end_of_text)  # it opens a conversation
+        lengths = np.minimum(np.diff(starts, append=len(tokens)), block_size + 1)
+        self.is_target = supervised(tokens, enc)
+        before = np.append(0, np.cumsum(self.is_target))  # targets before each position
+        n_targets = before[starts + lengths] - before[starts]
+        kept = n_targets > 0
+        self.starts, self.lengths, self.n_targets = starts[kept], lengths[kept], n_targets[kept]
+        self.dropped = int((~kept).sum())
+        self.turns = int(np.add.reduceat(tokens == user, starts).max())  # of the longest one
+        self.batches, self.epoch_starts = [], [0]  # the rows of each batch, and where epochs start
 
 
 def cut(order, lengths, budget, first_budget=None):

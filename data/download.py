@@ -7,8 +7,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import config
-from config import UserError
-from data.files import name_in_errors
 
 CHUNK = 1 << 18  # bytes
 
@@ -16,15 +14,6 @@ CHUNK = 1 << 18  # bytes
 def hub():
     """The URL of the model hub: huggingface.co, or the mirror that HF_ENDPOINT names."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def gpt2_folder():
-    """The folder of GPT-2's weights: GPT2_CACHE_DIR, or ~/.cache/gpt2. Raises UserError."""
-    try:
-        return Path(os.environ.get("GPT2_CACHE_DIR") or "~/.cache/gpt2").expanduser()
-    except RuntimeError as error:
-        raise UserError("GPT-2's weights need a folder, but this user has no home directory; set "
-                        "the environment variable GPT2_CACHE_DIR to one") from error
 
 
 def name_in(url):
@@ -48,16 +37,16 @@ def fetch(source, folder):
     return download(source, folder / name_in(source)) if is_url else config.local_path(source)
 
 
-def download(url, path, sha256=None, size=None):
+def download(url, path, sha256=None):
     """Download `url` to `path`, unless it exists, and return the path. An interrupted download
-    resumes from `path.part`. Raises OSError, including if the SHA-256 or size differs."""
+    resumes from `path.part`. Raises OSError, including if the SHA-256 differs."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     if path.exists():
         if sha256 and sha256_of(path) != sha256:
             raise OSError(f"{path}: checksum mismatch; delete it to download it again")
-        print(f"{path}: exists, so it is not downloaded again", file=sys.stderr)
         return path
+    print(f"downloading {url} to {path}", file=sys.stderr)
     import requests  # slow
     path.parent.mkdir(parents=True, exist_ok=True)
     for wait in (1, 2, 4, 8, 16, None):  # seconds
@@ -71,8 +60,7 @@ def download(url, path, sha256=None, size=None):
                 raise OSError(f"{url}: {problem}; try again later, or save it as {path}") from error
             print(f"{path.name}: {problem}, trying again", file=sys.stderr)
             time.sleep(wait)
-    part.with_suffix(".etag").unlink()
-    if (size and part.stat().st_size != size) or (sha256 and sha256_of(part) != sha256):
+    if sha256 and sha256_of(part) != sha256:
         part.unlink()
         raise OSError(f"{url}: checksum mismatch; try again later, or save it as {path}")
     os.replace(part, path)
@@ -82,20 +70,16 @@ def download(url, path, sha256=None, size=None):
 def fetch_rest(url, part):
     """Append the missing bytes to `part`. Raises requests.RequestException or OSError."""
     import requests
-    etag, headers = part.with_suffix(".etag"), {"Accept-Encoding": "identity"}
-    if part.exists() and etag.exists():  # If-Range: the rest of the same version, or the whole file
-        headers |= {"Range": f"bytes={part.stat().st_size}-", "If-Range": etag.read_text("utf-8")}
+    headers = {"Accept-Encoding": "identity"}
+    if part.exists():
+        headers["Range"] = f"bytes={part.stat().st_size}-"
     with requests.get(url, headers=headers, stream=True, timeout=60) as response:
         if response.status_code == 416:  # `part` is not shorter than the file
             part.unlink()
         response.raise_for_status()
-        is_page = response.headers.get("Content-Type", "").startswith("text/html")
-        if is_page and not name_in(url).endswith((".html", ".htm")):
+        if response.headers.get("Content-Type", "").startswith("text/html"):
             raise OSError(f"{url}: a web page, perhaps a login page; save the file as {part.stem}")
-        if response.status_code == 200:  # the whole file
-            part.unlink(missing_ok=True)  # before the ETag of another version is written
-            etag.write_text(response.headers.get("ETag", "unknown"), "utf-8")
-        with name_in_errors(part), open(part, "ab") as f:
+        with open(part, "ab" if response.status_code == 206 else "wb") as f:  # 206: the rest
             total = f.tell() + int(response.headers.get("Content-Length", 0))
             for block in response.iter_content(CHUNK):
                 f.write(block)

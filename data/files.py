@@ -10,37 +10,23 @@ from config import UserError
 
 def write_atomically(path, write):
     """Call write(f) on a new binary file, then rename it over `path`: an error, such as a full
-    disk, leaves the earlier file as it was. Symlinks and file modes are kept. Raises OSError."""
+    disk, leaves the earlier file as it was. Symlinks are kept. Raises OSError."""
     path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with name_in_errors(path):
-        if path.exists() and not path.is_file():  # a device or pipe is not replaced
-            with open(path, "wb") as f:
-                return write(f)
-        try:
-            with open(part, "wb") as f:
-                write(f)
-                f.flush()
-                os.fsync(f.fileno())
-            if path.exists():
-                shutil.copymode(path, part)
-            os.replace(part, path)
-        except RuntimeError as error:  # torch.save's, for a failed write
-            raise error.__context__ or error from None
-        finally:
-            part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def name_in_errors(path):
-    """Context manager: add `path` to an OSError without a file name, such as for a full disk."""
+    if path.exists() and not path.is_file():  # a device or pipe is not replaced
+        with open(path, "wb") as f:
+            return write(f)
     try:
-        yield
-    except OSError as error:
-        if error.errno and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except RuntimeError as error:  # torch.save's, for a failed write
+        raise error.__context__ or error from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -79,7 +65,7 @@ def new_files(folder, marker="meta.json"):
     mixture of old and new files cannot be opened. Raises UserError or OSError."""
     folder = Path(folder)
     part = folder / ".part"
-    with lock_folder(folder), name_in_errors(folder):
+    with lock_folder(folder):
         shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
         part.mkdir()
         try:

@@ -4,67 +4,43 @@
     python -m data.fineweb               # all of them, for config/train_gpt2.py: 21 GB
 
 Shards that exist are kept. FineWeb: Penedo et al. 2024; the shards: kjj0/fineweb10B-gpt2 on the
-model hub, in the format of Karpathy's llm.c.
+model hub, in the format of Karpathy's llm.c: a header of 1,024 bytes, then the ids as uint16.
 """
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import config
-from config import UserError
-from data.datasets import write_meta
-from data.download import download, hub, name_in
-from data.files import lock_folder, write_atomically
+from data.datasets import SPLITS, write_meta
+from data.download import download, hub
+from data.files import lock_folder
 from data.tokenizer import GPT2_VOCAB_SIZE, ROLE_TOKENS
 
-URL = "{mirror}/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{split}_{number:06}.bin"
-MAGIC, VERSION = 20240520, 1  # the first numbers of a shard's header; the third counts its tokens
-HEADER_BYTES = 256 * 4
+URL = "{hub}/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{split}_{number:06}.bin"
+HEADER_BYTES = 1024
 
 
 @dataclass
 class Settings:
     shards: int = 103  # training shards of 100 million tokens; there are 103
     out_dir: Path = Path("data/fineweb")  # where train_000.bin ..., val_000.bin and meta.json go
-    url: str = URL  # of a shard; {mirror}, {split} and {number} are filled in
-
-
-def unpack(raw, path):
-    """Turn a downloaded shard into plain uint16 ids at `path`, then delete the download. Raises
-    UserError for a file in a different format."""
-    with open(raw, "rb") as f:
-        header = np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
-        size = HEADER_BYTES + 2 * int(header[2])
-        if tuple(header[:2]) != (MAGIC, VERSION) or raw.stat().st_size != size:
-            raise UserError(f"{raw}: not a complete shard of tokens (its header starts with "
-                            f"{header[:3].tolist()}); delete it and try again")
-        write_atomically(path, lambda out: shutil.copyfileobj(f, out, 1 << 20))
-    raw.unlink()
 
 
 def main(argv):
-    """Download and unpack the shards that are missing. Raises UserError or OSError."""
+    """Download the shards that are missing. Raises UserError or OSError."""
     cfg = config.load(Settings, argv, __doc__)
     config.check(cfg, shards=(1, 103))
     names = ["val_000.bin", *(f"train_{n:03}.bin" for n in range(cfg.shards))]
     with lock_folder(cfg.out_dir):
         for number, name in enumerate(names):  # the hub numbers val 0, and train from 1
-            path, split = cfg.out_dir / name, name.partition("_")[0]
-            if not path.exists():
-                url = cfg.url.format(mirror=hub(), split=split, number=number)
-                unpack(download(url, cfg.out_dir / name_in(url)), path)
-                print(f"{path}: {path.stat().st_size // 2:,} tokens", flush=True)
-            if split == "train":  # from now on the folder can be opened
-                counts = {f"{part}_tokens": sum(shard.stat().st_size // 2 for shard in
-                                                cfg.out_dir.glob(f"{part}_*.bin"))
-                          for part in ("train", "val")}
-                write_meta(cfg.out_dir, {
-                    "kind": "text", "tokenizer": "gpt2", **counts, "source": "fineweb10B-gpt2",
-                    "vocab_size": GPT2_VOCAB_SIZE + len(ROLE_TOKENS)})
-    print(f"{cfg.out_dir}: {counts['train_tokens']:,} training tokens, "
-          f"{counts['val_tokens']:,} validation tokens")
+            split = name.partition("_")[0]
+            download(URL.format(hub=hub(), split=split, number=number), cfg.out_dir / name)
+        train, val = (sum((path.stat().st_size - HEADER_BYTES) // 2
+                          for path in cfg.out_dir.glob(f"{split}_*.bin")) for split in SPLITS)
+        write_meta(cfg.out_dir, {
+            "kind": "text", "tokenizer": "gpt2", "train_tokens": train, "val_tokens": val,
+            "source": "fineweb10B-gpt2", "vocab_size": GPT2_VOCAB_SIZE + len(ROLE_TOKENS),
+            "header_bytes": HEADER_BYTES})
+    print(f"{cfg.out_dir}: {train:,} training tokens, {val:,} validation tokens")
 
 
 if __name__ == "__main__":

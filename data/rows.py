@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 from reprlib import repr as short  # abbreviates what is long or deep
 
-import config
 from config import UserError
 from data.download import fetch
 
@@ -24,17 +23,15 @@ FIELDS = {"messages": ("messages", "conversations", "conversation", "dialog", "d
           "context": ("input", "context"),  # appended to the question, or used as the question
           "answer": ("output", "response", "answer", "completion")}
 SYSTEM = ("system", "system_prompt")  # put before the first question
+KNOWN = {*SYSTEM, "history", "category", *(name for names in FIELDS.values() for name in names)}
 ROLE, CONTENT = ("role", "from", "speaker"), ("content", "value", "text")  # of a message
 WEIGHT = ("train", "weight", "loss_weight")  # of a message: 0 or False excludes it from training
 ROLES = {"user": "user", "human": "user", "prompter": "user", "system": "system",
          "developer": "system", **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard",
                                                  "bot", "chatbot", "model", "ai"), "assistant")}
-# Fields that show that a data set has a different purpose.
-OTHER_DATA = {
-    **dict.fromkeys(("chosen", "chosen_messages", "rejected", "non_preferred_output"),
-                    "preference data"),
-    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "multimodal data"),
-    **dict.fromkeys(("choices", "endings"), "multiple choice")}
+# Fields that show that a data set has a different purpose: no text, or no single answer to learn.
+OTHER_DATA = ("image", "images", "audio", "audios", "video", "videos", "choices", "endings",
+              "chosen", "rejected", "non_preferred_output")
 # White space, the zero-width space and the byte-order mark: removed at both ends of a text.
 BLANKS = "".join(filter(str.isspace, map(chr, range(2**16)))) + "\u200b\ufeff"
 
@@ -55,16 +52,15 @@ def to_messages(row, where, report):
     if not isinstance(row, dict):
         raise BadRow("not an object", where, "must have a question and an answer", row)
     row = without_nulls(row)
-    for name, what in OTHER_DATA.items():
+    for name in OTHER_DATA:
         if row.get(name):
-            raise BadRow(what, where, f"must have one answer in text, not {what}", name)
-    if row.get("label") is False:  # KTO's
-        raise BadRow("marked as a bad answer", where, "must be an answer to learn from",
-                     {"label": False})
-    found, used = find_messages(row, where)
+            raise BadRow(f"has {name!r}", where, "must have a question and an answer in text", name)
+    if row.get("label") is False:  # KTO's, for a bad answer
+        raise BadRow("label is false", where, "must have a good answer", {"label": False})
+    found = find_messages(row, where)
     systems, messages = [check_text(row, name, where).strip(BLANKS) for name in SYSTEM], []
     for number, message in enumerate(found, 1):
-        role, text = read_message(message, f"{where}, message {number}", report)
+        role, text = read_message(message, f"{where}, message {number}")
         if role == "system":
             systems.append(text)
         elif messages and messages[-1]["role"] == role:
@@ -84,22 +80,23 @@ def to_messages(row, where, report):
         report["system text before the question"] += 1
     category = str(row.get("category", ""))
     check_characters([category, *(m["content"] for m in messages)], where)
-    count_unused(row, {*used, *SYSTEM, "category"}, "", report)
+    report.update(f"not used: {short(name)}" for name in row.keys() - KNOWN
+                  if row[name] not in ("", [], {}))
     return messages, category
 
 
 def find_messages(row, where):
-    """Return the messages of a row as the file has them, and the names of the fields used."""
+    """Return the messages of a row as the file has them. Raises BadRow."""
     used = {kind: next((name for name in names if name in row), None)
             for kind, names in FIELDS.items()}
     if name := used["messages"]:
         if not isinstance(row[name], list):
             raise BadRow("wrong type", where, f"{name!r} must be a list of messages", row[name])
-        return row[name], [name]
+        return row[name]
     if not used["answer"] or not (used["question"] or used["context"]):
         raise BadRow("unknown layout", where, "must have 'messages', or a question "
-                     f"{FIELDS['question']} and an answer {FIELDS['answer']}; plain text is for "
-                     "python -m data.text", [*row])
+                     f"{FIELDS['question']} and an answer {FIELDS['answer']} (plain text is "
+                     "for python -m data.text)", [*row])
     messages, history = [], row.get("history", [])  # [["earlier question", "answer"], ...]
     if not isinstance(history, list) or not all(isinstance(pair, list) for pair in history):
         raise BadRow("wrong type", where, "'history' must be a list of pairs", history)
@@ -111,10 +108,10 @@ def find_messages(row, where):
             messages += row[name]
         elif name:
             messages.append({"role": role, "content": check_text(row, name, where)})
-    return messages, ["history", *used.values()]
+    return messages
 
 
-def read_message(message, where, report):
+def read_message(message, where):
     """Return (role, text) of one message. Raises BadRow."""
     if not isinstance(message, dict):
         raise BadRow("wrong type", where, "must be an object", message)
@@ -130,7 +127,6 @@ def read_message(message, where, report):
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text"
                                       for part in text):
         text = "\n".join(check_text(part, first_of(CONTENT, part), where) for part in text)
-    count_unused(message, {role_field, text_field, *WEIGHT}, "message's ", report)
     return role, check_text({text_field: text}, text_field, where).strip(BLANKS)
 
 
@@ -161,20 +157,14 @@ def check_characters(texts, where):
                      error.object[error.start]) from error
 
 
-def count_unused(row, used, whose, report):
-    """Count in `report` the non-empty fields of a row that are not used."""
-    report.update(f"not used: {whose}{short(name)}" for name in row.keys() - used
-                  if row[name] not in ("", [], {}))
-
-
 def read_sources(sources, folder, drop, report):
     """Return (conversations, paths) of comma-separated files or URLs. A URL is downloaded
     into `folder` first. For drop and report see read_conversations. Raises UserError or OSError."""
-    names = [sources] if config.is_file(sources) else sources.split(",")
-    paths, conversations = [fetch(name.strip(), folder) for name in names], []
+    paths = [fetch(name.strip(), folder) for name in sources.split(",")]
     if len(set(paths)) < len(paths):
         raise UserError(f"source={sources}: two sources have the same file name; list each "
                         "file once, or rename one")
+    conversations = []
     for path in paths:
         try:
             found = read_conversations(path, report, drop)
@@ -207,7 +197,7 @@ def read_rows(path):
     """Return the rows of a JSON, JSON-lines or CSV file, gzipped or not, as Python values of any
     type. Raises UserError, or OSError if there is no file."""
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir():  # "" is one: /save and /load without a name
         raise IsADirectoryError(f"{path}: is a folder; name a file in it")
     content = path.read_bytes()
     try:
@@ -217,9 +207,9 @@ def read_rows(path):
         if ".csv" in path.suffixes:
             return list(csv.DictReader(io.StringIO(text), restkey="(no name)", strict=True))
         return parse_json(text)
-    except (ValueError, RecursionError, csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (ValueError, csv.Error, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: cannot be read: {error}; expected JSON, JSON lines or CSV in "
-                        "UTF-8, gzipped or not") from error
+                        "UTF-8, gzipped or not (plain text is for python -m data.text)") from error
 
 
 def parse_json(text):

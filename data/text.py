@@ -69,7 +69,7 @@ def read_json_lines(path, lines):
             try:
                 text = json.loads(line)["text"].replace("\r\n", "\n")
                 text.encode("utf-8")  # raises a ValueError for a lone surrogate
-            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
                 raise UserError(f"{path}, line {number}: must be a row of JSON lines, {{\"text\": "
                                 "\"...\"}; if the JSON itself is the text, name it .txt") from error
             yield separator + text

@@ -111,7 +111,7 @@ def main(argv):
     """Download HellaSwag's validation set, unless it exists. Raises OSError."""
     if argv:
         return print(__doc__ or "")
-    path = config.repo_folder() / "data" / "hellaswag" / "hellaswag_val.jsonl"
+    path = "data/hellaswag/hellaswag_val.jsonl"
     print(config.shell_command("python", "chat.py", f"--score={download(URL, path, SHA256)}"))
 
 

@@ -57,7 +57,7 @@ def print_sample(cfg, model, dataset):
     enc, prompt = get_tokenizer(dataset.tokenizer), cfg.sample_prompt
     if dataset.kind == "chat":
         if prompt is None:
-            prompt = decode_conversation(dataset.conversation("val", 0), enc)[0]["content"]
+            prompt = decode_conversation(dataset.conversations("val")[0], enc)[0]["content"]
         ids = encode_prompt([{"role": "user", "content": prompt}], enc)
     else:
         prompt = "\n" if prompt is None else prompt

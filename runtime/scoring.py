@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-import config
 from config import UserError
 from data import conversation as chats
 from data.datasets import open_dataset, read_meta, row_categories
@@ -109,8 +108,7 @@ def write_scores(cfg, n_rows, summary, answers):
         raise UserError(f"score={cfg.score}: no rows fit into this model's context; shorten them")
     if n_rows > len(answers):
         note(f"rows left out because they exceed this model's context: {n_rows - len(answers)}")
-    folder = (config.repo_folder() / "out" / Path(cfg.init_from).name if cfg.init_from else
-              cfg.checkpoint.parent)
+    folder = Path("out", Path(cfg.init_from).name) if cfg.init_from else cfg.checkpoint.parent
     path = cfg.score_file or folder / "score.json"
     write_json(path, {"model": cfg.init_from or str(cfg.checkpoint), "scored": str(cfg.score),
                       "summary": summary, "answers": answers})

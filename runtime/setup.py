@@ -7,7 +7,7 @@ import torch
 import config
 import model as gpt
 from config import UserError
-from data.datasets import ReadAhead, folder_tokenizer, open_dataset, read_meta
+from data.datasets import folder_tokenizer, open_dataset, read_meta
 from data.tokenizer import get_tokenizer
 from runtime import resume
 from runtime.checkpoint import load_model, load_pretrained
@@ -69,8 +69,6 @@ def set_up(cfg, device, make_model):
     torch.set_float32_matmul_precision("high")
     # cuDNN's attention makes a new plan for every shape, and chats have hundreds.
     torch.backends.cuda.enable_cudnn_sdp(dataset.kind == "text")
-    if device.type == "cuda" and dataset.kind == "text":
-        dataset = ReadAhead(dataset, world_size, cfg.gradient_accumulation // world_size)
     return model, dataset, resumed
 
 

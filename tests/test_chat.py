@@ -382,7 +382,7 @@ def test_a_wrong_setting_is_a_user_error(flags, message):
 
 
 def test_errors_for_a_missing_default_checkpoint_and_int8_on_a_gpu_name_a_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr(chat.config, "REPO", tmp_path)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="best.pt: no such checkpoint. Run make chat"):
         chat.main([])
     monkeypatch.setattr(chat, "pick_device", lambda device, dtype: (torch.device("cuda"), torch.float32, ""))

@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_as_it_was(tmp_path):
     before = path.read_bytes()
     with limit_file_size(20_000):
         for size in (100_000, 6_000):  # far over the limit, and over it with the last few bytes
-            with pytest.raises(OSError, match=re.escape(str(path))):
+            with pytest.raises(OSError, match="File too large"):
                 save_checkpoint(path, {"model": {"w": torch.zeros(size)}})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]

@@ -13,7 +13,6 @@ from data.conversation import (
     assemble,
     decode_conversation,
     encode_conversation,
-    encode_conversations,
     encode_prompt,
     prompt_ids,
     read_conversations,
@@ -62,8 +61,6 @@ def read(row, report):
 def test_two_turns_by_hand():
     assert special_ids(BYTES) == (START, USER, ASSISTANT, END)
     assert encode_conversation(TWO_TURNS, BYTES) == TWO_IDS
-    assert [*encode_conversations([TWO_TURNS, chat("A", "B"), TWO_TURNS[:2]], BYTES)] == [
-        TWO_IDS, [256, 257, 65, 259, 258, 66, 259], TWO_IDS[:10]]
     assert encode_prompt(TWO_TURNS[:1], BYTES) == [256, 257, 72, 105, 259, 258]
     assert encode_prompt(TWO_TURNS[:3], BYTES) == TWO_IDS[:16]
     pairs = [(m["role"], list(m["content"].encode())) for m in TWO_TURNS]
@@ -153,11 +150,11 @@ def test_messages_without_a_partner_are_left_out_and_counted(texts, left, report
     ({"messages": [{"role": "tool", "content": "a"}, *TWO_TURNS]}, "unknown role", "'role' must be one of user.*found 'tool'"),
     ({"messages": []}, "no answer to a question", "user"), ({"conversations": said("a")}, "no answer to a question", "user"),
     ({"conversations": said(">a")}, "no answer to a question", "user"),
-    ({"prompt": "a", "completion": "b", "label": False}, "marked as a bad answer", "'label': False"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference data", "one answer in text, not preference data, found 'chosen'"),
-    ({"input": {"messages": []}, "preferred_output": [], "non_preferred_output": [1]}, "preference data", "preference"),
-    ({**GOOD, "images": ["a.png"]}, "multimodal data", "one answer in text, not multimodal data, found 'images'"),
-    ({"question": "a", "choices": ["b", "c"], "answer": "B"}, "multiple choice", "'choices'"),
+    ({"prompt": "a", "completion": "b", "label": False}, "label is false", "'label': False"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "has 'chosen'", "must have a question and an answer in text, found 'chosen'"),
+    ({"input": {"messages": []}, "preferred_output": [], "non_preferred_output": [1]}, "has 'non_preferred_output'", "non_preferred"),
+    ({**GOOD, "images": ["a.png"]}, "has 'images'", "'images'"),
+    ({"question": "a", "choices": ["b", "c"], "answer": "B"}, "has 'choices'", "'choices'"),
     ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "weight": 0}]}, "excluded from training", "message 2: .*'weight'"),
     ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "loss_weight": 0.0}]}, "excluded from training", "message 2"),
     ({"messages": [TWO_TURNS[0], {**TWO_TURNS[1], "train": False}]}, "excluded from training", "message 2: .*'train'"),
@@ -176,8 +173,7 @@ def test_unused_fields_are_counted_and_a_category_is_kept():
     report = Counter()
     row = {**GOOD, "id": "x", "Meta": None, "empty": "", "tools": [1], "category": 3}
     assert to_messages(row, "here", report) == (chat("a", "b"), "3")
-    to_messages({"messages": [{**m, "name": "Al"} for m in TWO_TURNS], "id": 1, "category": "c"}, "here", report)
-    assert report == {"not used: 'id'": 2, "not used: 'tools'": 1, "not used: message's 'name'": 4}
+    assert report == {"not used: 'id'": 1, "not used: 'tools'": 1}
 
 
 FIELDS = ["instruction", "input", "output", "context", "Response", "prompt", "completion", "question", "answer", "history",
@@ -249,8 +245,7 @@ def test_csv_with_a_header_is_read(tmp_path):
     (b"PK\x03\x04ab", "JSON lines or CSV"), (b'[{"instruction": "caf\xe9"}]', "position 21: .*in UTF-8"),
     (json.dumps([GOOD]).encode("utf-16"), "position 0: .*in UTF-8"), (b'[{"a": 1},\n{"a": 2},\n]', "line [23] "),
     (b'[{"a": 1}, {"b": ', "Expecting value: line 1 "), (b'{"a": 1}\n{"a": 2}\n{"a": "b', "Unterminated.* line 3 "),
-    (b'[\n{"a": 1,\n"input" ""}]', "Expecting ':' delimiter: line 3 "), (b"[" * 100_000, "recursion"),
-    (b'{"a": ' * 100_000, "recursion"), (b"[" + b"1" * 5000 + b"]", "digits")])
+    (b'[\n{"a": 1,\n"input" ""}]', "Expecting ':' delimiter: line 3 "), (b"[" + b"1" * 5000 + b"]", "digits")])
 def test_a_file_that_cannot_be_read_gives_a_one_line_error_with_the_place(tmp_path, content, part):
     path = tmp_path / "rows.json"
     path.write_bytes(content)

@@ -13,7 +13,6 @@ from tests.conftest import limit_file_size, serving
 
 BODY = bytes(range(256)) * 40
 SHA256 = hashlib.sha256(BODY).hexdigest()
-OLD = bytes(reversed(BODY))  # an earlier version of the file
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -42,18 +41,15 @@ def test_the_checksum_of_several_files_is_that_of_their_bytes_in_order(tmp_path)
 
 def whole(request, body=BODY, **headers):
     """Answer with the whole file, whatever the request's Range is."""
-    return 200, {"Content-Length": len(body), "ETag": f'"{body[0]}"'} | headers, body
+    return 200, {"Content-Length": len(body)} | headers, body
 
 
 def part(request, body=BODY, sent=None):
     """Answer with the requested range, like a server that can resume; break the connection after `sent` bytes."""
-    tag = f'"{body[0]}"'
     start = int(re.fullmatch(r"bytes=(\d+)-", request["Range"] or "bytes=0-")[1])
-    if request["If-Range"] not in (None, tag):
-        start = 0
     if start >= len(body):
         return 416, {"Content-Length": 0}, b""
-    return 206 if start else 200, {"Content-Length": len(body) - start, "ETag": tag}, body[start:][:sent]
+    return 206 if start else 200, {"Content-Length": len(body) - start}, body[start:][:sent]
 
 
 def status(code):
@@ -87,7 +83,7 @@ def interrupt(server, path):
     server.answers = [functools.partial(part, sent=7000), status(404)]
     with pytest.raises(OSError, match="404"):
         download(server.url, path)
-    assert not path.exists() and names(path.parent) == ["file.bin.etag", "file.bin.part"]
+    assert not path.exists() and names(path.parent) == ["file.bin.part"]
     server.ranges.clear()
 
 
@@ -104,7 +100,7 @@ def test_names_and_checksums(tmp_path, monkeypatch):
 @pytest.mark.parametrize("headers", [{"Content-Length": len(BODY)}, {}])
 def test_a_file_arrives_complete_in_a_new_folder(tmp_path, serve, headers):
     server = serve(lambda request: (200, headers, BODY))
-    path = download(server.url, tmp_path / "new" / "file.bin", sha256=SHA256, size=len(BODY))
+    path = download(server.url, tmp_path / "new" / "file.bin", sha256=SHA256)
     assert path == tmp_path / "new" / "file.bin" and path.read_bytes() == BODY
     assert names(path.parent) == ["file.bin"] and server.ranges == [None]
 
@@ -117,26 +113,22 @@ def test_a_broken_connection_resumes_where_it_stopped(tmp_path, serve):
     assert names(tmp_path) == ["file.bin"] and server.waits == [1, 2]
 
 
-@pytest.mark.parametrize("answer, body", [
-    (part, BODY), (whole, BODY),  # a server that ignores Range
-    (functools.partial(part, body=OLD), OLD)])  # a different version by now
-def test_a_later_run_resumes_an_interrupted_one_if_the_file_is_the_same(tmp_path, serve, answer, body):
+@pytest.mark.parametrize("answer", [part, whole])  # whole: a server that ignores Range
+def test_a_later_run_resumes_an_interrupted_one(tmp_path, serve, answer):
     server = serve(part)
     interrupt(server, tmp_path / "file.bin")
     server.answers = [answer]
-    assert download(server.url, tmp_path / "file.bin").read_bytes() == body
+    assert download(server.url, tmp_path / "file.bin").read_bytes() == BODY
     assert re.fullmatch("bytes=[67]000-", server.ranges[0]) and len(server.ranges) == 1 and names(tmp_path) == ["file.bin"]
 
 
-def test_a_part_that_is_as_long_as_the_file_or_of_unknown_origin_is_downloaded_again(tmp_path, serve):
+def test_a_part_that_is_as_long_as_the_file_is_downloaded_again(tmp_path, serve):
     server = serve(part)
     interrupt(server, tmp_path / "file.bin")
     (tmp_path / "file.bin.part").write_bytes(BODY)
     server.answers = [part]
     assert download(server.url, tmp_path / "file.bin", sha256=SHA256).read_bytes() == BODY
     assert server.ranges == [f"bytes={len(BODY)}-", None]
-    (tmp_path / "b.bin.part").write_bytes(OLD[:7000])
-    assert download(server.url, tmp_path / "b.bin").read_bytes() == BODY and server.ranges[2:] == [None]
 
 
 @pytest.mark.parametrize("code", [500, 503, 429, 408])
@@ -153,7 +145,7 @@ def test_a_server_that_cannot_send_the_file_is_an_error(tmp_path, serve, capsys,
     with pytest.raises(OSError, match=f"^{re.escape(f'{server.url}: {problem}; try again later, or save it as {path}')}$"):
         download(server.url, path)
     assert server.waits == waits and len(server.ranges) == len(waits) + 1 and not path.exists()
-    assert len(capsys.readouterr().err.splitlines()) == len(waits)
+    assert len(capsys.readouterr().err.splitlines()) == 1 + len(waits)
 
 
 def test_an_unreachable_server_is_an_error(tmp_path, serve):
@@ -162,11 +154,10 @@ def test_an_unreachable_server_is_an_error(tmp_path, serve):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("wanted", [{"sha256": "0" * 64}, {"size": len(BODY) + 1}])
-def test_a_wrong_file_is_not_kept(tmp_path, serve, wanted):
+def test_a_wrong_file_is_not_kept(tmp_path, serve):
     server = serve(whole)
     with pytest.raises(OSError, match="checksum mismatch"):
-        download(server.url, tmp_path / "file.bin", **wanted)
+        download(server.url, tmp_path / "file.bin", sha256="0" * 64)
     assert names(tmp_path) == []
 
 
@@ -176,23 +167,20 @@ def test_a_login_page_is_not_accepted_as_the_file(tmp_path, serve):
     with pytest.raises(OSError, match=f"^{re.escape(server.url)}: a web page, .*file.bin$"):
         download(server.url, tmp_path / "file.bin")
     assert names(tmp_path) == [] and len(server.ranges) == 1
-    assert download(server.url.replace("file.bin", "a.html"), tmp_path / "a.html").read_bytes() == page
 
 
-def test_a_file_that_exists_is_not_downloaded_again(tmp_path, serve, capsys):
+def test_a_file_that_exists_is_not_downloaded_again(tmp_path, serve):
     server, path = serve(whole), tmp_path / "file.bin"
     path.write_bytes(b"mine")
     assert download(server.url, path).read_bytes() == b"mine" and server.ranges == []
-    assert capsys.readouterr().err == f"{path}: exists, so it is not downloaded again\n"
     with pytest.raises(OSError, match=f"^{re.escape(str(path))}: checksum mismatch"):
         download(server.url, path, sha256=SHA256)
 
 
-def test_a_full_disk_names_the_file_and_a_later_run_resumes(tmp_path, serve, monkeypatch):
+def test_after_a_full_disk_a_later_run_resumes(tmp_path, serve):
     server = serve(part)
-    with limit_file_size(4500), pytest.raises(OSError) as caught:
+    with limit_file_size(4500), pytest.raises(OSError, match="File too large"):
         download(server.url, tmp_path / "file.bin")
-    assert caught.value.filename == str(tmp_path / "file.bin.part")
     assert download(server.url, tmp_path / "file.bin", sha256=SHA256).read_bytes() == BODY and server.ranges[1]
 
 
@@ -201,4 +189,4 @@ def test_progress_is_shown_on_a_terminal(tmp_path, serve, capsys, monkeypatch):
     monkeypatch.setattr(data.download.sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(data.download, "CHUNK", 1_000_000)
     download(server.url, tmp_path / "file.bin")
-    assert capsys.readouterr().err == "\rfile.bin: 1.0 of 3.0 MB \rfile.bin: 2.0 of 3.0 MB \rfile.bin: 3.0 of 3.0 MB \n"
+    assert capsys.readouterr().err.split("\n", 1)[1] == "\rfile.bin: 1.0 of 3.0 MB \rfile.bin: 2.0 of 3.0 MB \rfile.bin: 3.0 of 3.0 MB \n"

@@ -15,9 +15,9 @@ FOLDER = "/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
 NAMES = {"val_000.bin": "fineweb_val_000000.bin"} | {f"train_00{n}.bin": f"fineweb_train_00000{n + 1}.bin" for n in range(3)}
 
 
-def shard(ids, magic=20240520, version=1, count=None):
+def shard(ids):
     """llm.c's format: 256 int32, then the ids as uint16, all little-endian."""
-    header = [magic, version, len(ids) if count is None else count, *[0] * 253]
+    header = [20240520, 1, len(ids), *[0] * 253]
     return np.array(header, "<i4").tobytes() + np.array(ids, "<u2").tobytes()
 
 
@@ -31,7 +31,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(404)
         start = int(re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "bytes=0-")[1])
         self.send_response(206 if start else 200)
-        self.send_header("ETag", '"1"')
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         is_cut = self.server.asked.count(self.server.asked[-1]) <= self.server.cuts
@@ -65,25 +64,11 @@ def test_shards_become_a_dataset_of_exactly_their_ids_and_a_second_run_downloads
     assert [server.asked.count(name) for name in NAMES.values()] == [cuts + 1] * 4
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*NAMES, "meta.json"])
     for name, ids in server.ids.items():
-        assert np.fromfile(tmp_path / name, "<u2").tolist() == ids
+        assert np.fromfile(tmp_path / name, "<u2", offset=1024).tolist() == ids
     dataset = open_dataset(tmp_path, 64, 4)
     n_tokens = sum(len(server.ids[name]) for name in NAMES if "train" in name)
     assert (dataset.kind, dataset.vocab_size, dataset.n_tokens("train")) == ("text", 50260, n_tokens)
-
-
-@pytest.mark.parametrize("wrong", [
-    shard([1, 2, 3], magic=20240521), shard([1, 2, 3], version=2), shard([1, 2, 3], count=4), shard([1, 2, 3], count=-1),
-    shard([1, 2, 3])[:-1], shard([])[:1020], b"\x28"], ids=["magic", "version", "long", "negative", "odd", "header", "byte"])
-def test_a_file_of_a_different_format_is_refused_until_it_is_deleted(tmp_path, server, wrong):
-    name = NAMES["train_000.bin"]
-    good, server.files[name] = server.files[name], wrong
-    for _ in range(2):
-        with pytest.raises(UserError, match=f"{name}: not a complete shard.*delete it"):
-            main(["--shards=1", f"--out_dir={tmp_path}"])
-    server.files[name] = good
-    (tmp_path / name).unlink()
-    main(["--shards=1", f"--out_dir={tmp_path}", "--url={mirror}" + FOLDER + "fineweb_{split}_{number:06}.bin"])
-    assert np.fromfile(tmp_path / "train_000.bin", "<u2").tolist() == server.ids["train_000.bin"]
+    assert dataset.tokens["train"][1].tolist() == server.ids["train_001.bin"]
 
 
 def test_an_impossible_number_of_shards_is_refused(tmp_path):

@@ -126,7 +126,7 @@ def test_gpt2s_weights_in_a_folder_are_scored(gpt2_vocabulary, tmp_path, monkeyp
     hf.save_pretrained(tmp_path / "my_gpt2")
     hf = hf.double().eval()
     row = {"ctx": "A man is sitting on a roof. he", "endings": ["is using wrap.", "starts pulling up a roof."], "label": 1}
-    monkeypatch.setattr(chat.config, "REPO", tmp_path)
+    monkeypatch.chdir(tmp_path)
     chat.main([f"--init_from={tmp_path / 'my_gpt2'}", f"--score={write(tmp_path / 'row.jsonl', [row])}", "--device=cpu"])
     saved = json.loads((tmp_path / "out" / "my_gpt2" / "score.json").read_text(encoding="utf-8"))
     assert saved["answers"][0]["log_likelihoods"] == pytest.approx(

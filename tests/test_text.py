@@ -142,5 +142,5 @@ def test_mistakes_give_a_one_line_error(tmp_path, monkeypatch):
             ["--val_fraction=1.5"], "error: val_fraction=1.5: must be at most 1"), (["--val_fraction=0"], f"error: {tmp_path / 'a.txt'}: "):
         assert error_of_script(monkeypatch, data.text, [*flags, *more]).startswith(message)
     with limit_file_size(5000):
-        assert error_of_script(monkeypatch, data.text, flags) == f"error: {tmp_path / 'out'}: File too large"
+        assert error_of_script(monkeypatch, data.text, flags) == "error: [Errno 27] File too large"
     assert list((tmp_path / "out").iterdir()) == []

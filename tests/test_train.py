@@ -463,7 +463,7 @@ def test_an_error_in_a_readers_edit_keeps_its_traceback(toys, tmp_path, monkeypa
 def test_a_full_disk_ends_the_run_with_a_one_line_error_and_keeps_the_last_save(toys, tmp_path, script):
     run(toys, script, tmp_path, max_iters=4)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
-    with limit_file_size(5000), pytest.raises(OSError, match=re.escape(str(tmp_path))):
+    with limit_file_size(5000), pytest.raises(OSError, match="File too large"):
         run(toys, script, tmp_path, resume=True)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
 

@@ -9,11 +9,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-import chat
 from config import UserError
 from data.safetensors import read_safetensors, write_safetensors
 from model import crop_block_size, load_gpt2
-from tests.conftest import error_of_script, serving
+from tests.conftest import serving
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: these tests need no hub
 transformers = pytest.importorskip("transformers")
@@ -117,13 +116,12 @@ OPTIONS = [
     ("activation_function", "relu"), ("activation_function", "gelu"), ("scale_attn_weights", False),
     ("scale_attn_by_inverse_layer_idx", True), ("layer_norm_epsilon", 1e-6), ("add_cross_attention", True),
     ("tie_word_embeddings", False), ("n_inner", 100), ("model_type", "gpt_neo"), ("n_layer", 1),
-    ("quantization_config", {"bits": 4}), ("vocab_size", 99), ("n_head", 3), ("n_head", 0), ("n_head", -2),
-    ("n_head", None), ("n_head", "many"), ("n_head", 1.0), ("n_head", float("nan"))]
+    ("quantization_config", {"bits": 4}), ("vocab_size", 99), ("n_head", 3)]
 
 
 @pytest.mark.parametrize("config, message", [
     *[({key: value}, f"{key}={value!r}") for key, value in OPTIONS],
-    *[(text, "it or its config.json is damaged") for text in ("", "{", "[]", "null", "[" * 100_000)]], ids=lambda x: str(x)[:40])
+    *[(text, "it or its config.json is damaged") for text in ("", "{")]], ids=lambda x: str(x)[:40])
 def test_a_config_that_is_damaged_or_computes_something_else_is_refused(config, message, tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     if isinstance(config, dict):
@@ -222,10 +220,6 @@ def test_a_checkpoint_of_nanogpt_is_read(bias, compiled, tmp_path):
     gpt = load_gpt2(tmp_path / "ckpt.pt")
     assert gpt.config.bias == bias
     assert_same_logits(gpt, hf, tolerance=0.002)
-    checkpoint["model_args"]["use_relu"] = True  # of a fork
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="unknown model_args .*use_relu"):
-        load_gpt2(tmp_path)
 
 
 # ---- damaged and hostile files ----
@@ -286,17 +280,12 @@ def test_a_file_without_gpt2s_weights_is_refused(value, tmp_path):
     assert not loads(tmp_path)
 
 
-HEADERS = [b"", b"{}", b"[]", b"null", b"7", b"{", b"\xff\xfe{}", b"[" * 200_000, b'{"a":' * 200_000,
-           b'{"a": ' + b"9" * 10_000 + b"}", b'{"wte.weight": null}', b'{"wte.weight": "F32"}', b'{"wte.weight": {}}']
-EMPTY = {"data_offsets": [0, 0]}
-FIELDS = {"ln_f.weight": [
-    {"dtype": "F33"}, {"dtype": None}, {"dtype": []}, {"dtype": "F16"}, {"shape": ["64"]}, {"shape": [64.5]}, {"shape": 65},
-    {"shape": None}, {"shape": [-1]}, {"shape": [-8, -8]}, {"shape": [64, 0]}, {"shape": [2**63, 2]}, {"shape": [10**4000]},
-    {"shape": [2, 32]}, {"shape": [0, 10**30], **EMPTY}, {"data_offsets": [0]}, {"data_offsets": "ab"}, {"data_offsets": [0.0, 256.0]},
-    {"data_offsets": [-256, 0]}, {"data_offsets": [256, 0]}, {"data_offsets": [0, 257]}, {"data_offsets": [2**64, 2**64 + 256]}],
-    "h.0.attn.c_attn.weight": [{"shape": [64, 3, 64]}, {"shape": [192, 64]}], "wpe.weight": [{"shape": [128, 32]}],
-    "wte.weight": [{"shape": [1280]}, {"shape": [40, 32]}, {"shape": [20, 0], **EMPTY}, None],  # None: the tensor is missing
-    "ln_f.bias": [None], "h.0.mlp.c_proj.weight": [None], "extra": [{}], "h.": [{}], "h.999999999.ln_1.weight": [{}]}
+HEADERS = [b"", b"{}", b"[]", b"{", b"\xff\xfe{}", b'{"wte.weight": null}', b'{"wte.weight": {}}']
+FIELDS = {  # None: the tensor is missing
+    "ln_f.weight": [{"dtype": "F33"}, {"dtype": "F16"}, {"shape": [65]}, {"shape": [2, 32]}, {"data_offsets": [0, 257]}],
+    "h.0.attn.c_attn.weight": [{"shape": [192, 64]}], "wpe.weight": [{"shape": [128, 32]}],
+    "wte.weight": [{"shape": [1280]}, {"shape": [40, 32]}, None], "ln_f.bias": [None], "h.0.mlp.c_proj.weight": [None],
+    "extra": [{}], "h.": [{}]}
 
 
 @pytest.mark.parametrize("change", HEADERS + [(name, entry) for name in FIELDS for entry in FIELDS[name]], ids=lambda x: str(x)[:40])
@@ -330,16 +319,10 @@ def test_a_model_by_name_is_downloaded_once(tiny, tiny_folder, tmp_path, monkeyp
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serving(server):
         assert_same_logits(load_gpt2("gpt2"), tiny)
-        assert f"downloading gpt2 into {tmp_path / 'cache' / 'gpt2'}" in capsys.readouterr().err
+        assert f"to {tmp_path / 'cache' / 'gpt2' / 'model.safetensors'}" in capsys.readouterr().err
         with pytest.raises(OSError, match="gpt2-xl/resolve.*404"):
             load_gpt2("gpt2-xl")
     assert_same_logits(load_gpt2("gpt2"), tiny)  # without a server
-
-
-def test_without_a_home_directory_the_error_names_the_variable_to_set(monkeypatch):
-    monkeypatch.delenv("GPT2_CACHE_DIR", raising=False)
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as without HOME or a passwd entry
-    assert "no home directory; set the environment variable GPT2_CACHE_DIR" in error_of_script(monkeypatch, chat, ["--init_from=gpt2"])
 
 
 def test_a_folder_without_weights_is_refused_with_the_alternatives(tmp_path):
