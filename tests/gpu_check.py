@@ -14,7 +14,7 @@ import json
 import time
 import traceback
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -84,6 +84,10 @@ class Check:
 
     def memory(self):
         return f"{torch.cuda.max_memory_allocated(self.device) / 2**30 if self.on_gpu else 0:.1f} GiB"
+
+    @cached_property
+    def uninterrupted(self):
+        return small_run(self, out="uninterrupted")
 
     def run(self, script, recipe=None, out="out", **settings):
         """Run train.py or finetune.py in this process; return the steps in its log.csv, [{column: number}, ...]."""
@@ -197,14 +201,13 @@ def reply(check):
 
 def small_run(check, script=train, **settings):
     """Train a small model with dropout and Muon; the schedule does not depend on max_iters."""
-    return check.run(script, data_dir=check.folder / "bytes", block_size=check.cfg.block_size // 4, dropout=0.1,
+    return check.run(script, data_dir=check.folder / "bytes", block_size=check.cfg.block_size // 4, n_layer=2, dropout=0.1,
                      decay="constant", eval_interval=check.cfg.steps, gradient_accumulation=2, **settings)
 
 
 def resumed(check):
-    straight = small_run(check, out="straight")
     small_run(check, out="resumed", max_iters=check.cfg.steps)
-    return compare(small_run(check, out="resumed", resume=True), straight)
+    return compare(small_run(check, out="resumed", resume=True), check.uninterrupted)
 
 
 def two_processes(check):
@@ -212,7 +215,7 @@ def two_processes(check):
         return "one GPU: not run"
     both = SimpleNamespace(main=lambda argv: python(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *argv))
-    return compare(small_run(check, both, out="both"), small_run(check, out="alone"))
+    return compare(small_run(check, both, out="both"), check.uninterrupted)
 
 
 ROWS = {"GPT-2 step": partial(gpt2, compiled=False),
