@@ -2,15 +2,12 @@
 
     make bench                                     # prepare what the parts need, then run all: an hour
     python -m tests.bench finetune decode          # some parts
-    python -m tests.bench decode --json=bench.json
 
 Parts, and about how many minutes they take on two cores: train, prefill, start and int8 1 each, step 3, decode 4,
 vary 6, finetune 9, rules 24. vary and rules train models and print what they learn, not speeds.
 
-A row of the table: what is measured, ours and the peer as median (min to max), their ratio, above 1 if ours is
-better, and the share of the machine's limit that ours reaches: of the FLOP/s of a large matrix product, or of the
-memory bandwidth, measured in alternation with the rest. These are not tests: speeds vary by a third from minute to
-minute, and only ratios are meaningful.
+A row of the table: what is measured, ours and the peer as median (min to max), and their ratio, above 1 if ours is
+better. These are not tests: speeds vary by a third from minute to minute, and only ratios are meaningful.
 """
 import contextlib
 import functools
@@ -62,7 +59,6 @@ class Settings:
     rows: int = 400  # of Alpaca, for finetuning
     checkpoint: Path = Path("out/chat/best.pt")  # of the model whose int8 weights are evaluated
     runs: int = 3  # repetitions of each measurement; short ones have more
-    json: Path | None = None  # write the table to this file, too
 
 
 # ---- measuring ----
@@ -83,15 +79,13 @@ def per_second(count, seconds):
     return {name: [count / second for second in values] for name, values in seconds.items()}
 
 
-def line(what, ours, peer, unit, smaller=False, share=None):
-    """Print and return a row of the table. ours, peer: lists of measurements. smaller: whether less is better. share:
-    of the machine's limit."""
+def line(what, ours, peer, unit, smaller=False):
+    """Print and return a row of the table. ours, peer: lists of measurements. smaller: whether less is better."""
     medians = [statistics.median(values) for values in (ours, peer)]
     ratio = medians[1] / medians[0] if smaller else medians[0] / medians[1]
     cells = [f"{m:,.4g} ({min(v):,.4g} to {max(v):,.4g})" for m, v in zip(medians, (ours, peer))]
-    print(f"{what:<52}{cells[0]:>28}{cells[1]:>28} {unit:<10}{ratio:>6.2f}{'' if share is None else f'{share:>7.0%}'}",
-          flush=True)
-    return {"what": what, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "share": share}
+    print(f"{what:<52}{cells[0]:>28}{cells[1]:>28} {unit:<10}{ratio:>6.2f}", flush=True)
+    return {"what": what, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio}
 
 
 def quiet(main, *argv):
@@ -112,25 +106,6 @@ def temporary_folder():
     """Context manager: a temporary folder, as a Path."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
-
-
-SIDE, PRODUCTS = 2048, 8  # of the large matrices; how many products, a second in all
-READ = 2**29  # bytes that are read to measure the memory bandwidth
-
-
-def large_product():
-    """Return a function that multiplies large float32 matrices, to measure the FLOP/s of this machine."""
-    a, b, c = torch.randn(3, SIDE, SIDE)
-
-    def multiply():
-        for _ in range(PRODUCTS):
-            torch.mm(a, b, out=c)
-    return multiply
-
-
-def mfu(flops, seconds, product):
-    """Return the MFU: the share of the large product's FLOP/s. seconds: those of `flops`; product: large_product's."""
-    return flops / statistics.median(seconds) / (PRODUCTS * 2 * SIDE**3 / statistics.median(product))
 
 
 # ---- models ----
@@ -182,9 +157,8 @@ def forward_backward(cfg):
         peer.zero_grad()
 
     in_turn(1, ours=ours, peer=theirs)  # warmup
-    seconds = in_turn(cfg.runs, ours=ours, peer=theirs, product=large_product())
-    share = mfu(model.flops(4 * T, 4 * T, 4 * T**2), seconds["ours"], seconds["product"])
-    yield line(f"forward + backward, 124M, 4 x {T}; transformers", seconds["ours"], seconds["peer"], "s", True, share)
+    seconds = in_turn(cfg.runs, ours=ours, peer=theirs)
+    yield line(f"forward + backward, 124M, 4 x {T}; transformers", seconds["ours"], seconds["peer"], "s", True)
 
 
 def nanogpt_loss(model):
@@ -254,11 +228,9 @@ def alternate_steps(folder, batch_size, runs, count=20, T=64):
         for _ in range(count):
             nanogpt()
 
-    seconds = in_turn(runs, ours=ours, peer=theirs, product=large_product())
+    seconds = in_turn(runs, ours=ours, peer=theirs)
     ms = {name: [1000 * second / count for second in values] for name, values in seconds.items()}
-    flops = count * model.flops(T * batch_size, T * batch_size, batch_size * T**2)
-    share = mfu(flops, seconds["ours"], seconds["product"])
-    return line(f"AdamW step, Shakespeare, batch {batch_size}; nanoGPT", ms["ours"], ms["peer"], "ms", True, share)
+    return line(f"AdamW step, Shakespeare, batch {batch_size}; nanoGPT", ms["ours"], ms["peer"], "ms", True)
 
 
 # ---- generating ----
@@ -326,7 +298,7 @@ def decode(cfg):
         [first], [all_] = in_turn(1, first=lambda: generate(1), all=lambda: generate(n_new + 1)).values()
         return all_ - first
 
-    functions = {"transformers": transformers, "read": torch.ones(READ // 4).sum}
+    functions = {"transformers": transformers}
     for name in ours:
         for n, new in DECODE:
             functions[f"{name} {n}"] = functools.partial(time_decode, ours[name], ids[:n], new)
@@ -334,16 +306,13 @@ def decode(cfg):
                 functions[f"llama.cpp {name} {n}"] = functools.partial(
                     llamas[name], ids[:n], new + 1, "predicted_ms")
     seconds = in_turn(max(cfg.runs, 5), **functions)
-    bandwidth = READ / statistics.median(seconds["read"])
-    weights = ours["float32"].num_params() - ours["float32"].wpe.weight.numel()  # each token reads all of them
-    for name, n_bytes in (("float32", 4), ("int8", 1)):
+    for name in ours:
         for n, new in DECODE:
             speed, case = per_second(new, seconds), f"{name} {n}"
-            share = weights * n_bytes * statistics.median(speed[case]) / bandwidth
             peers = [other for other in ("transformers" if n == context else "", f"llama.cpp {case}") if other in speed]
             for other in peers:
                 yield line(f"decode, 124M, {name}, {new} tokens after {n}; {other.split()[0]}", speed[case],
-                           speed[other], "tokens/s", share=share)
+                           speed[other], "tokens/s")
 
 
 def prefill(cfg):
@@ -355,18 +324,16 @@ def prefill(cfg):
     def transformers():
         peer(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
 
-    functions = {"transformers": transformers, "product": large_product()}
+    functions = {"transformers": transformers}
     for name in ours:
         functions[name] = lambda model=ours[name]: list(model.generate(ids, 1, temperature=0))
         if llamas[name]:
             functions[f"llama.cpp {name}"] = functools.partial(llamas[name], ids, 1, "prompt_ms")
     seconds = in_turn(max(cfg.runs, 5), **functions)
     speed = per_second(T, seconds)
-    flops = ours["float32"].flops(1, T, T**2) / 3  # forward only
     for name, other in (("float32", "transformers"), ("float32", "llama.cpp float32"), ("int8", "llama.cpp int8")):
         if other in speed:
-            yield line(f"prefill, 124M, {T} tokens, {name}; {other.split()[0]}", speed[name], speed[other], "tokens/s",
-                       share=mfu(flops, seconds[name], seconds["product"]))
+            yield line(f"prefill, 124M, {T} tokens, {name}; {other.split()[0]}", speed[name], speed[other], "tokens/s")
 
 
 def start(cfg):
@@ -525,15 +492,13 @@ def main(argv):
     cfg = config.load(Settings, [arg for arg in argv if arg.startswith("-")], __doc__)
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
           "float32")
-    print(f"{'what; the peer':<52}{'ours':>28}{'peer':>28} {'':<10}{'ratio':>6}{'share':>7}")
-    results = []
+    print(f"{'what; the peer':<52}{'ours':>28}{'peer':>28} {'':<10}{'ratio':>6}")
     for name in names:
         try:
-            results += PARTS[name](cfg)
+            for _ in PARTS[name](cfg):
+                pass  # it has printed the row
         except ModuleNotFoundError as error:
             raise UserError(f"{name}: needs {error.name}; pip install -r requirements-dev.txt") from error
-        if cfg.json:
-            write_json(cfg.json, results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from tests import bench
 def toy(monkeypatch, tmp_path):
     """Return settings of a benchmark of toy models."""
     for name, value in {"GPT2": GPTConfig(block_size=32, n_layer=1, n_head=2, n_embd=32), "DECODE": ((8, 4), (16, 4)),
-                        "SIDE": 64, "PRODUCTS": 1, "READ": 2**16, "llama": lambda model, dtype: None}.items():
+                        "llama": lambda model, dtype: None}.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(bench.alternate_steps, "__defaults__", (1, 16))
     (tmp_path / "text.txt").write_text("To be, or not to be, that is the question.\n" * 100)

@@ -100,16 +100,6 @@ def np_attention(x, w, name="", n_head=NH):
     return np_linear(np.concatenate([np_one_head(*head) for head in heads], axis=1), w, f"{name}c_proj")
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_a_later_token_cannot_change_an_earlier_logit(fused):
-    gpt, ids = toy(fused=fused), random_ids(1, T)
-    changed = ids.clone()
-    changed[0, 9] = (ids[0, 9] + 1) % V
-    before, after = gpt(ids)[0, :, :V], gpt(changed)[0, :, :V]
-    torch.testing.assert_close(before[:9], after[:9], rtol=0, atol=1e-6)
-    assert all((before[t] - after[t]).abs().max() > 1e-4 for t in range(9, T))
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_fused_and_written_out_attention_have_the_same_logits_and_gradients(dropout):
     ids, targets = random_ids(3, T), random_ids(3, T, seed=3)
@@ -208,30 +198,11 @@ def test_the_loss_is_the_sum_of_minus_log_probabilities():
     assert gpt(ids, targets.flatten()).item() == pytest.approx(by_hand, abs=1e-3)
 
 
-def test_loss_positions_select_what_counts_toward_the_loss():
-    gpt, ids = toy(), random_ids(2, 6)
-    picked = [(0, 2), (0, 5), (1, 0), (1, 4)]  # row, position
-    wanted = [11, 5, 69, 0]
-    by_hand = 0.0
-    for (row, t), target in zip(picked, wanted):
-        by_hand -= math.log(np_softmax(np_gpt(ids[row], arrays(gpt))[:, :V])[t, target])
-    positions = torch.tensor([row * 6 + t for row, t in picked])
-    assert gpt(ids, torch.tensor(wanted), positions).item() == pytest.approx(by_hand, abs=1e-3)
-
-
 def gradients(gpt, *batches):
     gpt.zero_grad()
     for ids, targets in batches:
         gpt(ids, targets.flatten()).backward()
     return {name: p.grad.clone() for name, p in gpt.named_parameters()}
-
-
-def test_the_gradient_of_eight_rows_is_the_sum_of_each_rows():
-    gpt, ids, targets = toy(), random_ids(8, T), random_ids(8, T, seed=3)
-    at_once = gradients(gpt, (ids, targets))
-    one_by_one = gradients(gpt, *((ids[i:i + 1], targets[i:i + 1]) for i in range(8)))
-    for name in at_once:
-        torch.testing.assert_close(at_once[name], one_by_one[name], rtol=1e-4, atol=1e-4)
 
 
 def test_projections_into_the_residual_stream_start_smaller():
@@ -324,12 +295,6 @@ def test_an_interrupted_generate_leaves_a_usable_cache():
     assert greedy(gpt, [3, 1, 4, *begun], 5, cache) == greedy_without_cache(gpt, [3, 1, 4], 7)[2:]
 
 
-def test_the_same_seed_gives_the_same_ids():
-    gpt = toy()
-    first, again, other = (list(gpt.generate([1, 2], 20, seed=seed)) for seed in (7, 7, 8))
-    assert first == again != other and len(first) == 20
-
-
 def test_generate_does_not_touch_the_training_rng():
     gpt, before = toy(), torch.get_rng_state()
     for seed in (3, None):
@@ -388,7 +353,6 @@ def choices(logits, monkeypatch, **knobs):
 
 @pytest.mark.parametrize("top_k, top_p, left", [
     (2, 1.0, {1, 3}),
-    (0, 0.35, {1}),  # 0.40 is enough
     (0, 0.60, {1, 3}),  # 0.40 + 0.30
     (0, 0.80, {1, 3, 4}),  # 0.40 + 0.30 + 0.15
     (3, 0.80, {1, 3}),  # of the 0.85 that top_k leaves: 0.70 / 0.85 is over 0.80

@@ -20,7 +20,6 @@ from tests.conftest import POSIX
 from tests.processes import exit_codes, start
 from tests.toy_runs import (
     ROWS,
-    SCRIPTS,
     TEXT,
     Crash,
     assert_same_run,
@@ -89,19 +88,12 @@ def test_a_finetuning_run_resumes_without_its_base_model(toys, tmp_path):
     assert run(toys, finetune, tmp_path / "out", resume=True, **settings)["step"] == 12
 
 
-def test_resume_without_a_last_pt_prints_that_it_starts_from_scratch(toys, tmp_path, capsys):
+def test_resume_starts_from_scratch_without_a_last_pt_and_changes_nothing_in_a_finished_run(toys, tmp_path, capsys):
     run(toys, train, tmp_path / "a", resume=True)
     assert "last.pt: no such checkpoint; starting from scratch" in capsys.readouterr().out
-    run(toys, train, tmp_path / "b")
+    for resume in (False, True):
+        run(toys, train, tmp_path / "b", resume=resume)
     assert_same_run(tmp_path / "a", tmp_path / "b")
-
-
-@SCRIPTS
-def test_resuming_a_finished_run_changes_nothing(toys, tmp_path, script):
-    run(toys, script, tmp_path / "out", max_iters=4)
-    shutil.copytree(tmp_path / "out", tmp_path / "before")
-    run(toys, script, tmp_path / "out", max_iters=4, resume=True)
-    assert_same_run(tmp_path / "out", tmp_path / "before")
 
 
 def test_rates_and_lengths_may_change_on_resume_and_momentum_buffers_stay(toys, tmp_path, monkeypatch):

@@ -3,7 +3,6 @@ import contextlib
 import math
 import re
 import shlex
-import sys
 from dataclasses import replace
 
 import pytest
@@ -19,7 +18,6 @@ from data.datasets import open_dataset
 from model import GPT, GPTConfig
 from runtime import devices, report, setup
 from runtime.checkpoint import load_checkpoint, load_model
-from runtime.log import bits_per_byte
 from tests.conftest import POSIX, limit_file_size
 from tests.toy_runs import (
     CPU,
@@ -242,11 +240,6 @@ def test_early_stopping_after_patience_evaluations_without_a_lower_val_loss(toys
     assert again["step"] == 6, "a run that has stopped early stays stopped"
 
 
-def test_bits_per_byte_by_hand():
-    assert bits_per_byte(math.log(4), 10, 5) == pytest.approx(4)  # 2 bits for each of 10 targets, over 5 bytes
-    assert math.isnan(bits_per_byte(1.0, 3, 0))
-
-
 def test_eval_only_prints_the_loss_over_all_of_both_splits_and_writes_nothing(toys, tmp_path, capsys):
     outputs = []
     for script in (train, finetune):
@@ -368,16 +361,6 @@ def test_out_of_memory_gives_a_one_line_error_that_recommends_a_smaller_batch(to
     monkeypatch.setattr(train, "train_step", fail)
     with pytest.raises(UserError, match="^out of memory; .*--batch_size.*--gradient_accumulation.*--block_size"):
         run(toys, train, tmp_path)
-
-
-def test_an_error_in_a_readers_edit_keeps_its_traceback(toys, tmp_path, monkeypatch):
-    def forward(self, x):
-        a, b = x.split(4, dim=2)
-        return a + b
-    monkeypatch.setattr(model.MLP, "forward", forward)
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags(toys, train, tmp_path)])
-    with pytest.raises(ValueError, match="too many values to unpack"):  # not SystemExit
-        config.run(train.main)
 
 
 @SCRIPTS
