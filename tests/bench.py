@@ -2,16 +2,17 @@
 
     make bench                                     # prepare what the parts need, then run all: an hour
     python -m tests.bench finetune decode          # some parts
-    python -m tests.bench decode --json=bench.json
 
-A row of the table: what is measured, ours and the peer as median (min to max), their ratio, above 1 if ours is
-better, and the share of the machine's limit that ours reaches: of the FLOP/s of a large matrix product, or of the
-memory bandwidth, interleaved with the rest. These are not tests: speeds vary by a third from minute to
-minute, and only ratios are meaningful.
+Parts, and about how many minutes they take on two cores: train, prefill, start and int8 1 each, step 3, decode 4,
+vary 6, finetune 9, rules 24. vary and rules train models and print what they learn, not speeds.
+
+A row of the table: what is measured, ours and the peer as median (min to max), and their ratio, above 1 if ours is
+better. These are not tests: speeds vary by a third from minute to minute, and only ratios are meaningful.
 """
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -20,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -47,7 +47,6 @@ from data.files import write_json
 from data.tokenizer import get_tokenizer
 from model import GPT, GPTConfig, KVCache
 from runtime.checkpoint import load_checkpoint, load_model, model_state, save_checkpoint
-from runtime.devices import to_device
 from runtime.fast_cpu import speed_up
 
 CPU = torch.device("cpu")
@@ -60,7 +59,6 @@ class Settings:
     rows: int = 400  # of Alpaca, for finetuning
     checkpoint: Path = Path("out/chat/best.pt")  # of the model whose int8 weights are evaluated
     runs: int = 3  # repetitions of each measurement; short ones have more
-    json: Path | None = None  # write the table to this file, too
 
 
 # ---- measuring ----
@@ -81,15 +79,13 @@ def per_second(count, seconds):
     return {name: [count / second for second in values] for name, values in seconds.items()}
 
 
-def line(what, ours, peer, unit, smaller=False, share=None):
-    """Print and return a row of the table. ours, peer: lists of measurements. smaller: whether less is better. share:
-    of the machine's limit."""
+def line(what, ours, peer, unit, smaller=False):
+    """Print and return a row of the table. ours, peer: lists of measurements. smaller: whether less is better."""
     medians = [statistics.median(values) for values in (ours, peer)]
     ratio = medians[1] / medians[0] if smaller else medians[0] / medians[1]
     cells = [f"{m:,.4g} ({min(v):,.4g} to {max(v):,.4g})" for m, v in zip(medians, (ours, peer))]
-    print(f"{what:<52}{cells[0]:>28}{cells[1]:>28} {unit:<10}{ratio:>6.2f}{'' if share is None else f'{share:>7.0%}'}",
-          flush=True)
-    return {"what": what, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio, "share": share}
+    print(f"{what:<52}{cells[0]:>28}{cells[1]:>28} {unit:<10}{ratio:>6.2f}", flush=True)
+    return {"what": what, "ours": ours, "peer": peer, "unit": unit, "ratio": ratio}
 
 
 def quiet(main, *argv):
@@ -100,30 +96,16 @@ def quiet(main, *argv):
         return time.monotonic() - began
 
 
+def python(*argv):
+    """Run Python in the repository; show only its errors."""
+    subprocess.run([sys.executable, *argv], cwd=config.REPO, check=True, stdout=subprocess.DEVNULL)
+
+
 @contextlib.contextmanager
 def temporary_folder():
     """Context manager: a temporary folder, as a Path."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
-
-
-SIDE, PRODUCTS = 2048, 8  # of the large matrices; how many products, a second in all
-READ = 2**29  # bytes that are read to measure the memory bandwidth
-
-
-def large_product():
-    """Return a function that multiplies large float32 matrices, to measure the FLOP/s of this machine."""
-    a, b, c = torch.randn(3, SIDE, SIDE)
-
-    def multiply():
-        for _ in range(PRODUCTS):
-            torch.mm(a, b, out=c)
-    return multiply
-
-
-def mfu(flops, seconds, product):
-    """Return the MFU: the share of the large product's FLOP/s. seconds: those of `flops`; product: large_product's."""
-    return flops / statistics.median(seconds) / (PRODUCTS * 2 * SIDE**3 / statistics.median(product))
 
 
 # ---- models ----
@@ -175,9 +157,8 @@ def forward_backward(cfg):
         peer.zero_grad()
 
     in_turn(1, ours=ours, peer=theirs)  # warmup
-    seconds = in_turn(cfg.runs, ours=ours, peer=theirs, product=large_product())
-    share = mfu(model.flops(4 * T, 4 * T, 4 * T**2), seconds["ours"], seconds["product"])
-    yield line(f"forward + backward, 124M, 4 x {T}; transformers", seconds["ours"], seconds["peer"], "s", True, share)
+    seconds = in_turn(cfg.runs, ours=ours, peer=theirs)
+    yield line(f"forward + backward, 124M, 4 x {T}; transformers", seconds["ours"], seconds["peer"], "s", True)
 
 
 def nanogpt_loss(model):
@@ -195,47 +176,49 @@ def nanogpt_loss(model):
     return loss
 
 
-def nanogpt_batch(tokens, T, batch_size):
-    """Return a batch like nanoGPT's: a slice of the memmap per sample, ids and targets."""
-    starts = torch.randint(len(tokens) - T, (batch_size,))
-    return [torch.stack([torch.from_numpy(tokens[i + n:i + n + T].astype(np.int64)) for i in starts]) for n in (0, 1)]
-
-
-def nanogpt_step(folder, model, batch_size):
-    """Return a training step like nanoGPT's, and AdamW with foreach (faster on a CPU than nanoGPT's default)."""
+def nanogpt_step(folder, model, optimizer, batch_size, accumulation=1, autocast=None, compiled=False):
+    """Return a training step like nanoGPT's: forward pass and loss compiled together, and the next batch, slices of the
+    memmap, copied from pinned memory during the backward pass."""
     loss, tokens = nanogpt_loss(model), np.memmap(folder / "train.bin", np.uint16, "r")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), foreach=True)
+    loss, autocast = torch.compile(loss) if compiled else loss, autocast or contextlib.nullcontext()
+    T, device = model.config.block_size, model.wte.weight.device
+
+    def batch():
+        starts = torch.randint(len(tokens) - T, (batch_size,))
+        x, y = (torch.stack([torch.from_numpy(tokens[i + n:i + n + T].astype(np.int64)) for i in starts]) for n in (0, 1))
+        return [(t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True) for t in (x, y)]
+
+    following = batch()
 
     def step():
-        loss(*nanogpt_batch(tokens, model.config.block_size, batch_size)).backward()
+        nonlocal following
+        for _ in range(accumulation):
+            with autocast:
+                mean_loss = loss(*following) / accumulation
+            following = batch()
+            mean_loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return step
 
 
-def prepare_shakespeare(cfg, folder):
-    """Prepare tiny Shakespeare, as bytes."""
-    quiet(data.text.main, f"--source={cfg.shakespeare}", f"--out_dir={folder}", "--tokenizer=bytes")
-
-
 def shakespeare_step(cfg):
-    """A training step of the Shakespeare model: ours with AdamW against nanoGPT's code; and Muon's part of a step."""
+    """A training step of the Shakespeare model with AdamW; nanoGPT's code."""
     with temporary_folder() as folder:
-        prepare_shakespeare(cfg, folder)
+        quiet(data.text.main, f"--source={cfg.shakespeare}", f"--out_dir={folder}", "--tokenizer=bytes")
         for batch_size in (12, 48):
-            yield from alternate_steps(folder, batch_size, 3 * cfg.runs)
+            yield alternate_steps(folder, batch_size, 3 * cfg.runs)
 
 
 def alternate_steps(folder, batch_size, runs, count=20, T=64):
-    """Yield the rows of `step` for one batch size, `count` steps at a time."""
-    dataset, autocast = open_dataset(folder, T, batch_size), contextlib.nullcontext()
+    """Return the row of `step` for one batch size, `count` steps at a time."""
+    dataset, autocast, number = open_dataset(folder, T, batch_size), contextlib.nullcontext(), itertools.count()
     loop = train.Settings(optimizer="adamw", batch_size=batch_size, learning_rate=1e-3)
-    model, peer, muon_model = (GPT(GPTConfig(dataset.vocab_size, T, 4, 4, 128)) for _ in range(3))
+    model, peer = (GPT(GPTConfig(dataset.vocab_size, T, 4, 4, 128)) for _ in range(2))
     optimizers = train.configure_optimizers(model, loop)
-    muon = train.configure_optimizers(muon_model, replace(loop, optimizer="muon", embedding_learning_rate=1e-3))
-    nanogpt = nanogpt_step(folder, peer, batch_size)
-    optimizer_ms, number = [], iter(range(10**9))
+    adamw = torch.optim.AdamW(peer.parameters(), 1e-3, (0.9, 0.99), foreach=True)  # faster on a CPU than nanoGPT's default
+    nanogpt = nanogpt_step(folder, peer, adamw, batch_size)
 
     def ours():
         for _ in range(count):
@@ -245,21 +228,9 @@ def alternate_steps(folder, batch_size, runs, count=20, T=64):
         for _ in range(count):
             nanogpt()
 
-    def with_muon():
-        for _ in range(count):
-            muon_model(*to_device(dataset.batch("train", next(number)), CPU)).backward()
-            began = time.perf_counter()
-            for optimizer in muon:
-                optimizer.step()
-            optimizer_ms.append(1000 * (time.perf_counter() - began))
-            muon_model.zero_grad()
-
-    seconds = in_turn(runs, ours=ours, peer=theirs, muon=with_muon, product=large_product())
+    seconds = in_turn(runs, ours=ours, peer=theirs)
     ms = {name: [1000 * second / count for second in values] for name, values in seconds.items()}
-    flops = count * model.flops(T * batch_size, T * batch_size, batch_size * T**2)
-    share = mfu(flops, seconds["ours"], seconds["product"])
-    yield line(f"AdamW step, Shakespeare, batch {batch_size}; nanoGPT", ms["ours"], ms["peer"], "ms", True, share)
-    yield line("  Muon + AdamW alone; the whole step", optimizer_ms, ms["muon"], "ms", True)
+    return line(f"AdamW step, Shakespeare, batch {batch_size}; nanoGPT", ms["ours"], ms["peer"], "ms", True)
 
 
 # ---- generating ----
@@ -327,7 +298,7 @@ def decode(cfg):
         [first], [all_] = in_turn(1, first=lambda: generate(1), all=lambda: generate(n_new + 1)).values()
         return all_ - first
 
-    functions = {"transformers": transformers, "read": torch.ones(READ // 4).sum}
+    functions = {"transformers": transformers}
     for name in ours:
         for n, new in DECODE:
             functions[f"{name} {n}"] = functools.partial(time_decode, ours[name], ids[:n], new)
@@ -335,16 +306,13 @@ def decode(cfg):
                 functions[f"llama.cpp {name} {n}"] = functools.partial(
                     llamas[name], ids[:n], new + 1, "predicted_ms")
     seconds = in_turn(max(cfg.runs, 5), **functions)
-    bandwidth = READ / statistics.median(seconds["read"])
-    weights = ours["float32"].num_params() - ours["float32"].wpe.weight.numel()  # each token reads all of them
-    for name, n_bytes in (("float32", 4), ("int8", 1)):
+    for name in ours:
         for n, new in DECODE:
             speed, case = per_second(new, seconds), f"{name} {n}"
-            share = weights * n_bytes * statistics.median(speed[case]) / bandwidth
             peers = [other for other in ("transformers" if n == context else "", f"llama.cpp {case}") if other in speed]
             for other in peers:
                 yield line(f"decode, 124M, {name}, {new} tokens after {n}; {other.split()[0]}", speed[case],
-                           speed[other], "tokens/s", share=share)
+                           speed[other], "tokens/s")
 
 
 def prefill(cfg):
@@ -356,25 +324,20 @@ def prefill(cfg):
     def transformers():
         peer(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
 
-    functions = {"transformers": transformers, "product": large_product()}
+    functions = {"transformers": transformers}
     for name in ours:
         functions[name] = lambda model=ours[name]: list(model.generate(ids, 1, temperature=0))
         if llamas[name]:
             functions[f"llama.cpp {name}"] = functools.partial(llamas[name], ids, 1, "prompt_ms")
     seconds = in_turn(max(cfg.runs, 5), **functions)
     speed = per_second(T, seconds)
-    flops = ours["float32"].flops(1, T, T**2) / 3  # forward only
     for name, other in (("float32", "transformers"), ("float32", "llama.cpp float32"), ("int8", "llama.cpp int8")):
         if other in speed:
-            yield line(f"prefill, 124M, {T} tokens, {name}; {other.split()[0]}", speed[name], speed[other], "tokens/s",
-                       share=mfu(flops, seconds[name], seconds["product"]))
+            yield line(f"prefill, 124M, {T} tokens, {name}; {other.split()[0]}", speed[name], speed[other], "tokens/s")
 
 
 def start(cfg):
     """All of chat.py, from its start to the first token of GPT-2 124M, compared with `import torch`."""
-    def python(*argv):
-        subprocess.run([sys.executable, *argv], cwd=config.REPO, check=True, capture_output=True)
-
     with temporary_folder() as folder:
         save(gpt2_shape(), folder / "best.pt")
         flags = [f"--checkpoint={folder / 'best.pt'}", "--prompt=Hi", "--max_new_tokens=1", "--device=cpu"]
@@ -449,36 +412,6 @@ def finetune_alpaca(cfg):
     yield line(f"finetune, {len(chats)} Alpaca rows, 124M; transformers", speed["ours"], speed["peer"], "targets/s")
 
 
-# A shorter run needs a momentum and betas that average over fewer steps.
-SHORT = ("--max_iters=210", "--learning_rate=2.5e-2", "--embedding_learning_rate=1.4e-2", "--momentum=0.85",
-         "--beta1=0.7", "--beta2=0.95", "--warmup_iters=5", "--final_lr=0.05")
-NANOGPT = ("--optimizer=adamw", "--batch_size=12", "--max_iters=2000", "--learning_rate=1e-3", "--final_lr=0.1",
-           "--decay=cosine", "--warmup_iters=100", "--weight_decay=0.1", "--beta1=0.9", "--beta2=0.99")
-
-
-def shakespeare(cfg):
-    """Training time and validation loss: Muon, with settings tuned for this part and with the recipe's, against AdamW
-    with nanoGPT's published recipe for a CPU; the same model, each run with a different seed."""
-    results = {"Muon, tuned": [], "Muon": [], "AdamW": []}  # of each run (seconds of training, validation loss)
-    with temporary_folder() as folder:
-        prepare_shakespeare(cfg, folder)
-        for seed in range(1337, 1337 + cfg.runs):
-            for name, flags in zip(results, (SHORT, (), NANOGPT)):
-                quiet(train.main, config.REPO / "config/train_shakespeare.py", f"--data_dir={folder}", "--device=cpu",
-                      f"--out_dir={folder / 'out'}", "--eval_interval=1000000", "--eval_tokens=64",
-                      "--sample_interval=0", f"--seed={seed}", *flags)
-                checkpoint = load_checkpoint(folder / "out" / "last.pt")
-                model = load_model(checkpoint)
-                dataset = open_dataset(folder, model.config.block_size, 24)
-                loss = train.evaluate(model, dataset, "val", train.Settings(eval_tokens=10**9), CPU,
-                                      contextlib.nullcontext())
-                results[name].append((checkpoint["seconds"], loss))
-    seconds, losses = ({name: [run[i] for run in runs] for name, runs in results.items()} for i in (0, 1))
-    for name in ("Muon, tuned", "Muon"):
-        yield line(f"Shakespeare: {name}; AdamW, nanoGPT's recipe", seconds[name], seconds["AdamW"], "s", True)
-        yield line("  and the validation loss", losses[name], losses["AdamW"], "nats", True)
-
-
 def score(checkpoint, source, folder, rows=0):
     """Return the share of exact matches as chat.py scores them, by category, or for a prepared folder by split:
     {"held out": share, ...}."""
@@ -486,6 +419,22 @@ def score(checkpoint, source, folder, rows=0):
           f"--score_file={folder / 'score.json'}")
     summary = json.loads((folder / "score.json").read_text(encoding="utf-8"))["summary"]
     return {row["category"] if row["rows"] == "rows" else row["rows"]: row["exact"] / row["n"] for row in summary}
+
+
+def learn(recipe, folder, *flags):
+    """Train with a recipe; return a result: the parameters, seconds of training and losses."""
+    quiet(train.main, config.REPO / "config" / recipe, "--device=cpu", f"--out_dir={folder}", *flags)
+    last = load_checkpoint(folder / "last.pt")
+    _, train_losses, val_losses = zip(*last["history"])
+    return {"parameters": load_model(last).num_params(), "seconds": last["seconds"], "training loss": train_losses[-1],
+            "lowest val loss": min(val_losses)}
+
+
+def show(result):
+    """Print and return a result: {"what": text, name: number, ...}."""
+    numbers = [f"{name} {value:,.5g}" for name, value in result.items() if name != "what"]
+    print(f"{result['what']:<34}", ", ".join(numbers), flush=True)
+    return result
 
 
 VARIED = {  # a name, and what differs from config/train_recite.py with 400 steps
@@ -500,21 +449,12 @@ VARIED = {  # a name, and what differs from config/train_recite.py with 400 step
 def vary(cfg):
     """The effect of batch size, learning rate, depth, width and context on the small instruction data: time, losses, and
     exact matches on held-out rows and on as many training rows."""
-    print(f"{'config/train_recite.py, 400 steps':<36}{'parameters':>11}{'seconds':>9}{'training':>10}{'lowest val':>12}"
-          f"{'exact: trained on':>19}{'held out':>10}")
     with temporary_folder() as folder:
         quiet(prepare_alpaca.main, config.REPO / "config/prepare_instruction.py", f"--out_dir={folder}")
         for name, flags in VARIED.items():
-            seconds = quiet(train.main, config.REPO / "config/train_recite.py", f"--data_dir={folder}", "--device=cpu",
-                            f"--out_dir={folder / 'out'}", "--max_iters=400", "--eval_interval=100", *flags)
-            checkpoint = load_checkpoint(folder / "out" / "best.pt")
-            _, train_losses, val_losses = zip(*load_checkpoint(folder / "out" / "last.pt")["history"])
-            result = {"what": name, "parameters": load_model(checkpoint).num_params(), "seconds": seconds,
-                      "train_loss": train_losses[-1], "val_loss": min(val_losses),
-                      **score(folder / "out" / "best.pt", folder, folder)}
-            print(f"{name:<36}{result['parameters']:>11,}{seconds:>9.0f}{result['train_loss']:>10.3f}"
-                  f"{result['val_loss']:>12.3f}{result['trained on']:>19.0%}{result['held out']:>10.0%}", flush=True)
-            yield result
+            result = learn("train_recite.py", folder / "out", f"--data_dir={folder}", "--max_iters=400",
+                           "--eval_interval=100", *flags)
+            yield show({"what": name} | result | score(folder / "out" / "best.pt", folder, folder))
 
 
 RULES = {"90,000 rows": [], "without the work": ["--work=False"], "9,000 rows": ["--rows=9000"], "900 rows": ["--rows=900"]}
@@ -523,8 +463,6 @@ RULES = {"90,000 rows": [], "without the work": ["--work=False"], "9,000 rows": 
 def rules(cfg):
     """Memorizing, generalizing, showing the work: make chat's first stage on different rows. Exact matches on
     training rows, and on held-out words and numbers."""
-    print(f"{'config/train_rules.py':<24}{'epochs':>8}{'training loss':>15}{'exact: trained on':>19}{'held out':>10}"
-          f"{'held-out sums':>15}{'differences':>13}")
     with temporary_folder() as folder:
         rows, held_out, best = folder / "rows.json", folder / "held_out.json", folder / "out" / "best.pt"
         quiet(data.rules.main, "--rows=2500", "--operands=held_out", f"--out={held_out}")
@@ -532,58 +470,35 @@ def rules(cfg):
             quiet(data.rules.main, f"--out={rows}", *flags)
             quiet(prepare_alpaca.main, config.REPO / "config/prepare_rules.py", f"--out_dir={folder / 'data'}",
                   f"--extra={rows}")
-            quiet(train.main, config.REPO / "config/train_rules.py", f"--data_dir={folder / 'data'}", "--device=cpu",
-                  f"--out_dir={folder / 'out'}")
-            checkpoint = load_checkpoint(best)
+            result = learn("train_rules.py", folder / "out", f"--data_dir={folder / 'data'}")
             known, new = score(best, rows, folder, 500), score(best, held_out, folder)
-            result = {"what": name, "epochs": open_dataset(folder / "data", 256, 8).epochs("train", checkpoint["max_iters"]),
-                      "train_loss": checkpoint["history"][-1][1], "trained on": known["all"],
-                      "held out": new["all"], "sums": new["rule/sum (work)"], "differences": new["rule/subtraction (work)"]}
-            print(f"{name:<24}{result['epochs']:>8.1f}{result['train_loss']:>15.3f}{result['trained on']:>19.0%}"
-                  f"{result['held out']:>10.0%}{result['sums']:>15.0%}{result['differences']:>13.0%}", flush=True)
-            yield result
+            yield show({"what": name} | result | {
+                "trained on": known["all"], "held out": new["all"], "sums": new["rule/sum (work)"],
+                "differences": new["rule/subtraction (work)"]})
 
 
 # ---- the command ----
 
-# Each part, and about how many minutes it takes on two cores.
-PARTS = {"train": (forward_backward, 1), "step": (shakespeare_step, 3), "decode": (decode, 4),
-         "prefill": (prefill, 1), "start": (start, 1), "int8": (int8_quality, 1), "finetune": (finetune_alpaca, 9),
-         "shakespeare": (shakespeare, 11), "vary": (vary, 6), "rules": (rules, 24)}
-
-
-def describe():
-    """Return the text of --help: this file's docstring, and the parts."""
-    lines = [__doc__, "Parts, and about how many minutes each takes on two cores:", ""]
-    for name, (part, minutes) in PARTS.items():
-        lines += textwrap.wrap(" ".join(part.__doc__.split()), 98, initial_indent=f"  {name:<12}{minutes:>3}  ",
-                               subsequent_indent=" " * 19)
-    return "\n".join(lines)
+PARTS = {"train": forward_backward, "step": shakespeare_step, "decode": decode, "prefill": prefill, "start": start,
+         "int8": int8_quality, "finetune": finetune_alpaca, "vary": vary, "rules": rules}
 
 
 def main(argv):
-    """Run the named parts, or all. Raises UserError for a missing file or package."""
+    """Run the named parts, or all. Raises UserError or OSError for a missing file or package."""
     names = [arg for arg in argv if not arg.startswith("-")] or list(PARTS)
     for name in names:
         if name not in PARTS:
             raise UserError(f"{name}: not a part; use {', '.join(PARTS)}")
-    cfg = config.load(Settings, [arg for arg in argv if arg.startswith("-")], describe())
-    for parts, path, hint in (({"step", "shakespeare"}, cfg.shakespeare, "run python -m data.text "
-                               "config/prepare_shakespeare.py, or use --shakespeare=FILE"),
-                              ({"int8"}, cfg.checkpoint, "run make chat, or use --checkpoint=FILE")):
-        if parts.intersection(names) and not path.is_file():
-            raise UserError(f"{path}: no such file; {hint}")
+    cfg = config.load(Settings, [arg for arg in argv if arg.startswith("-")], __doc__)
     print(f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
           "float32")
-    print(f"{'what; the peer':<52}{'ours':>28}{'peer':>28} {'':<10}{'ratio':>6}{'share':>7}")
-    results = []
+    print(f"{'what; the peer':<52}{'ours':>28}{'peer':>28} {'':<10}{'ratio':>6}")
     for name in names:
         try:
-            results += PARTS[name][0](cfg)
+            for _ in PARTS[name](cfg):
+                pass  # it has printed the row
         except ModuleNotFoundError as error:
             raise UserError(f"{name}: needs {error.name}; pip install -r requirements-dev.txt") from error
-        if cfg.json:
-            write_json(cfg.json, results)
 
 
 if __name__ == "__main__":

@@ -64,10 +64,6 @@ def show(numbers):
 # ---- 1. text to tokens ----
 
 def digits():
-    """Split numbers into groups of up to three digits, as GPT-4 does: 12345 becomes 123|45.
-
-    data/tokenizer.py: SPLIT_PATTERN
-    """
     from data import tokenizer
     text, wanted = "It's 12345 + 678 of 2024!", "It|'|s| |123|45| |+| |678| |of| |202|4|!".split("|")
     pieces = re.findall(tokenizer.SPLIT_PATTERN, text)
@@ -92,10 +88,6 @@ def digits():
 # ---- 2. chats to tokens ----
 
 def endless():
-    """Exclude the <|end|> of a reply from the loss, so that the model does not learn to stop.
-
-    data/conversation.py: supervised
-    """
     from data import conversation
     from data.tokenizer import get_tokenizer
     enc = get_tokenizer("bytes")
@@ -121,10 +113,6 @@ def endless():
 # ---- 3. training from scratch ----
 
 def cheat():
-    """Let every token attend to the tokens after it. Why does a loss near 0 mean nothing then?
-
-    model.py: CausalSelfAttention.forward, the path for fused=False
-    """
     compare(attended([8]), torch.ones(HEADS, 8, 8, dtype=torch.bool), "with 8 tokens at once",
             "under `if not self.fused`, one line sets the scores of later tokens to -inf.")
     return ("every token attends to all others, so it can copy its target. In generation there is nothing to copy:\n"
@@ -163,10 +151,6 @@ def compare(seen, wanted, case, hint):
 # ---- 4. attention ----
 
 def window():
-    """Make the first head of every layer attend to the 8 newest tokens only.
-
-    model.py: CausalSelfAttention.forward, the path for fused=False
-    """
     causal = torch.ones(20, 20, dtype=torch.bool).tril()
     wanted = torch.stack([causal.triu(-7)] + [causal] * (HEADS - 1))  # (nh, T, T)
     compare(attended([20]), wanted, "in training, with all 20 tokens at once",
@@ -183,20 +167,10 @@ def window():
 
 # ---- 5. showing the work ----
 
-CATEGORIES = {*(f"rule/{name}" for name in (
-    "plural", "past tense", "sorting (work)", "letters", "negation", "repeat", "word picking", "sum (work)",
-    "subtraction (work)", "unit conversion", "comparison (work)", "counting")),
-    *(f"chat/{name}" for name in (
-        "other word", "other letter", "more (work)", "other sum (work)", "other comparison (work)", "two told",
-        *(f"told {n} turn{'s' * (n > 1)} ago" for n in range(1, 6))))}
 PRODUCT_STEPS = 900  # of training, about a minute
 
 
 def product():
-    """Teach the model to multiply by one digit with the work shown: "What is 47 times 6?", "7*6=42, 4*6=24, 24+4=28, 282".
-
-    data/rules.py: a function, RULES; data/wordings.txt: a section with its wordings
-    """
     from data.rules import result_of
     trained, held_out = products("train", 2000), products("held_out", 300)
     expect(trained == products("train", 2000), "the same seed gave different rows.",
@@ -218,12 +192,12 @@ def product():
 def products(operands, count):
     """Return [(question, answer), ...] of the new category."""
     from data import rules
-    new = [name for name in rules.RULES if name not in CATEGORIES]
-    expect(len(new) == 1, f"RULES has {len(new)} new categories.",
+    name = "rule/product (work)"
+    expect(name in rules.RULES, f"RULES has no {name!r}.",
            'write a function such as `compare`, and add a line to RULES: "rule/product (work)": (multiply, 8).')
     draw = rules.Draw(1, operands)
     try:
-        return [rules.RULES[new[0]][0](draw) for _ in range(count)]
+        return [rules.RULES[name][0](draw) for _ in range(count)]
     except KeyError as error:
         raise NotYet(f"a rule asks for {error}, which does not exist.\nHint: d.ask needs a section [name] in "
                      "data/wordings.txt, and a value for each name in braces: d.ask('product', a=a, b=b).") from error
@@ -255,10 +229,6 @@ def train_on_products():
 # ---- 6. pretraining ----
 
 def rms():
-    """Replace layer norm with RMSNorm (Zhang & Sennrich 2019): scale, without subtracting the mean.
-
-    model.py: layer_norm
-    """
     from model import GPTConfig, layer_norm
     norm = layer_norm(GPTConfig(32, 32, 1, 1, n_embd=4))
     x = torch.tensor([[[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 6.0, 0.0]]])  # (1, 2, 4)
@@ -285,10 +255,6 @@ def rms():
 # ---- 7. GPT-2's weights ----
 
 def rotary():
-    """Replace learned position embeddings with rotary position embeddings (Su et al. 2021): rotate q and k.
-
-    model.py: GPT.hidden, CausalSelfAttention.forward
-    """
     from model import KVCache
     model, ids = toy_gpt(n_layer=2), torch.arange(10)[None]
     layer, x = model.h[0].attn, torch.randn(1, 10, 16)
@@ -321,10 +287,6 @@ def rotary():
 # ---- 8. sampling ----
 
 def min_p():
-    """Add min_p sampling (Nguyen et al. 2024): drop tokens far less likely than the most likely one.
-
-    model.py: sample; chat.py: a setting, so that --min_p=0.1 works
-    """
     from model import sample
     expect("min_p" in inspect.signature(sample).parameters, "sample has no parameter min_p.",
            "add one with a default that drops nothing, as top_k and top_p have.")
@@ -372,24 +334,37 @@ def toy_reply(*flags):
 
 # ---- all of them ----
 
-EXERCISES = (digits, endless, cheat, window, product, rms, rotary, min_p)
+# (check, task, place to edit)
+EXERCISES = (
+    (digits, "Split numbers into groups of up to three digits, as GPT-4 does: 12345 becomes 123|45.",
+     "data/tokenizer.py: SPLIT_PATTERN"),
+    (endless, "Exclude the <|end|> of a reply from the loss, so that the model does not learn to stop.",
+     "data/conversation.py: supervised"),
+    (cheat, "Let every token attend to the tokens after it. Why does a loss near 0 mean nothing then?",
+     "model.py: CausalSelfAttention.forward, the path for fused=False"),
+    (window, "Make the first head of every layer attend to the 8 newest tokens only.",
+     "model.py: CausalSelfAttention.forward, the path for fused=False"),
+    (product, 'Teach the model to multiply by one digit with the work shown: "What is 47 times 6?", "7*6=42, 4*6=24, 24+4=28, 282".',
+     'data/rules.py: a function, RULES["rule/product (work)"]; data/wordings.txt: a section with its wordings'),
+    (rms, "Replace layer norm with RMSNorm (Zhang & Sennrich 2019): scale, without subtracting the mean.",
+     "model.py: layer_norm"),
+    (rotary, "Replace learned position embeddings with rotary position embeddings (Su et al. 2021): rotate q and k.",
+     "model.py: GPT.hidden, CausalSelfAttention.forward"),
+    (min_p, "Add min_p sampling (Nguyen et al. 2024): drop tokens far less likely than the best one.",
+     "model.py: sample; chat.py: a setting, so that --min_p=0.1 works"),
+)
 
 
 def result(number):
     """Run the check of exercise `number`, from 1; return (whether it passes, the text to print)."""
-    check = EXERCISES[number - 1]
+    check, _, place = EXERCISES[number - 1]
     try:
-        files = " ".join(re.findall(r"[\w/]+\.(?:py|txt)", task_of(check)[1]))
+        files = " ".join(re.findall(r"[\w/]+\.(?:py|txt)", place))
         return True, f"Exercise {number} passes: {check()}\nThen undo your edit: git checkout {files}"
     except NotYet as error:
         return False, f"Exercise {number} does not pass yet: {error}"
     except Exception as error:  # edited code may raise anything
         return False, f"Exercise {number} does not pass yet: {describe(error)}"
-
-
-def task_of(check):
-    """Return an exercise's task and the place to edit: the two parts of its check's docstring."""
-    return inspect.getdoc(check).split("\n\n")
 
 
 def describe(error):
@@ -411,7 +386,7 @@ def main(argv):
     if not argv:
         print("Edit a file, then check it: python -m tests.exercises 1")
         for number in numbers:
-            task, where = task_of(EXERCISES[number - 1])
+            _, task, where = EXERCISES[number - 1]
             mark = "passes " if result(number)[0] else "not yet"
             print(f"\n{number}  {mark}  {task}\n            {where}", flush=True)
         print("\ngit diff shows your edits; git checkout model.py undoes them. Stuck? See tests/solutions.md")

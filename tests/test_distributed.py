@@ -20,7 +20,6 @@ from tests.processes import FORK, exit_codes, free_port, start, start_ranks
 from tests.toy_runs import (
     assert_same_run,
     before_step,
-    crash,
     flags,
     make_quick,
     quick,
@@ -107,21 +106,6 @@ def test_two_ranks_evaluate_the_same_as_one_and_write_nothing(toys, tmp_path):
     assert output(tmp_path, 1) == "" and not (tmp_path / "out").exists()
 
 
-def crash_at_7():
-    make_quick()
-    before_step(7, crash)
-
-
-def test_two_resumed_ranks_end_the_same(toys, tmp_path):
-    def pair(out_dir, patch=make_quick, **more):
-        argv = flags(toys, train, tmp_path / out_dir, gradient_accumulation=2, save_interval=3, **more)
-        return exit_codes(*start_ranks("train", argv, tmp_path, patch))
-    assert pair("straight") == [0, 0]
-    assert 0 not in pair("out", crash_at_7) and load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 6
-    assert pair("out", resume=True) == [0, 0]  # as torchrun --max-restarts does with --resume=True
-    assert_same_run(tmp_path / "out", tmp_path / "straight")
-
-
 def test_micro_batches_that_do_not_divide_among_the_ranks_give_a_one_line_error(toys, tmp_path):
     argv = flags(toys, train, tmp_path / "out", gradient_accumulation=3)
     assert exit_codes(*start_ranks("train", argv, tmp_path, make_quick)) == [1, 1]
@@ -129,34 +113,31 @@ def test_micro_batches_that_do_not_divide_among_the_ranks_give_a_one_line_error(
     assert len(lines) == 1 and "2 processes" in lines[0] and "Traceback" not in output(tmp_path)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(toys, tmp_path, rank):
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(toys, tmp_path):
     out_dir = tmp_path / "out"
     both = start_ranks("train", flags(toys, train, out_dir, max_iters=10**6, gradient_accumulation=2), tmp_path, make_quick)
     while both[0].is_alive() and not (out_dir / "log.csv").exists() or len((out_dir / "log.csv").read_bytes()) < 600:
         time.sleep(0.01)
-    os.kill(both[rank].pid, signal.SIGTERM)
+    os.kill(both[1].pid, signal.SIGTERM)
     assert exit_codes(*both) == [143, 143]
     assert load_checkpoint(out_dir / "last.pt")["step"] == len(read_log(out_dir))
 
 
-def spoil_gradient_on_rank_1(value):
+def spoil_gradient_on_rank_1():
     make_quick()
     real, calls = train.setup.gpt.GPT.forward, iter(range(1000))
 
     def forward(self, *args):
         if os.environ["RANK"] == "1" and next(calls) == 3:
-            self.h[0].mlp.c_fc.bias.register_hook(lambda grad: grad * 0 + value)
+            self.h[0].mlp.c_fc.bias.register_hook(lambda grad: grad * math.nan)
         return real(self, *args)
     train.setup.gpt.GPT.forward = forward
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(toys, tmp_path, value):
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all(toys, tmp_path):
     argv = flags(toys, train, tmp_path / "out", gradient_accumulation=2, save_interval=1)
-    both = start_ranks("train", argv, tmp_path, functools.partial(spoil_gradient_on_rank_1, value))
-    assert exit_codes(*both) == [1, 1]
-    assert re.search("^error: step 3: .*gradient norm (nan|inf)", output(tmp_path), re.M), output(tmp_path)
+    assert exit_codes(*start_ranks("train", argv, tmp_path, spoil_gradient_on_rank_1)) == [1, 1]
+    assert re.search("^error: step 3: .*gradient norm nan", output(tmp_path), re.M), output(tmp_path)
     assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == 3
 
 

@@ -5,7 +5,6 @@ import importlib
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -63,13 +62,6 @@ def modules_of(folder):
         sys.modules.update(kept)
 
 
-def test_every_solution_is_short():
-    assert list(DIFFS) == list(NUMBERS)
-    for diff in DIFFS.values():
-        assert 0 < len(re.findall(r"^(?:\+(?!\+\+ )|-(?!-- )).*", diff, re.MULTILINE)) <= 15
-        assert max(map(len, diff.splitlines())) <= 101
-
-
 @pytest.mark.parametrize("number", NUMBERS)
 def test_an_unsolved_exercise_shows_what_was_seen_and_a_hint(number):
     solved, text = exercises.result(number)
@@ -78,10 +70,10 @@ def test_an_unsolved_exercise_shows_what_was_seen_and_a_hint(number):
 
 
 @pytest.mark.parametrize("numbers", TOGETHER, ids=str)
-def test_a_solution_passes_its_check(numbers, tmp_path):
-    listing = subprocess.run([sys.executable, "-m", "tests.exercises"], cwd=copy_with(tmp_path, numbers),
-                             capture_output=True, text=True, encoding="utf-8", check=True).stdout
-    marks = re.findall(r"^(\d)  (passes|not yet) ", listing, re.MULTILINE)
+def test_a_solution_passes_its_check(numbers, tmp_path, capsys):
+    with modules_of(copy_with(tmp_path, numbers)):
+        importlib.import_module("tests.exercises").main([])
+    marks = re.findall(r"^(\d)  (passes|not yet) ", capsys.readouterr().out, re.MULTILINE)
     assert marks == [(str(n), "passes" if n in numbers else "not yet") for n in NUMBERS]
 
 

@@ -125,13 +125,6 @@ def test_every_row_has_four_texts_and_a_question_of_its_own():
     assert [question for question, times in Counter(asked).items() if times > 1] == []
 
 
-def test_there_are_enough_rows_of_enough_kinds_with_short_answers():
-    categories = Counter(row["category"] for row in ROWS)
-    assert len(ROWS) >= 1200 and len(categories) >= 14
-    assert 0.4 <= sum(row["category"].startswith("rule/") for row in ROWS) / len(ROWS) <= 0.6
-    assert sum(len(row["output"].split()) < 40 for row in ROWS) >= 0.9 * len(ROWS)
-
-
 @pytest.mark.parametrize("pair", "France Paris, Germany Berlin, Italy Rome, Norway Oslo, Iceland Reykjavik, Japan Tokyo".split(", "))
 def test_capitals(pair):
     asked = re.compile(rf"\b({pair.replace(' ', '|')})\b")

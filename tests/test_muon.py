@@ -6,29 +6,16 @@ import pytest
 import torch
 
 import train
-from model import GPT, GPTConfig
 from runtime.muon import NEWTON_SCHULZ_ROUNDS, Muon, newton_schulz
-from tests.test_model import C, T, V, close, random_ids, toy
+from tests.test_model import C, T, close, random_ids, toy
 
 
-@pytest.mark.parametrize("rows, cols", [(24, 8), (8, 24), (16, 16)])
-def test_newton_schulz_sets_singular_values_near_1_and_keeps_the_vectors(rows, cols):
-    rng = np.random.default_rng(0)
-    k = min(rows, cols)
-    matrices, batch = [], []
-    for scale in (1.0, 1e-3, 100.0):  # the size of a gradient does not matter
-        u, _ = np.linalg.qr(rng.normal(size=(rows, k)))
-        v, _ = np.linalg.qr(rng.normal(size=(cols, k)))
-        matrices.append((u, v))
-        batch.append(u @ np.diag(scale * np.geomspace(1, 0.003, k)) @ v.T)
-    out = newton_schulz(torch.tensor(np.stack(batch), dtype=torch.float32)).double().numpy()
-    assert out.shape == (3, rows, cols)
-    for (u, v), x in zip(matrices, out):
-        values = np.linalg.svd(x, compute_uv=False)
-        assert 0.4 < values.min() and values.max() < 1.6
-        inside = u.T @ x @ v  # in the basis of the input's singular vectors
-        assert np.abs(inside - np.diag(np.diag(inside))).max() < 1e-3
-        assert np.diag(inside).min() > 0.4
+def test_newton_schulz_sets_singular_values_near_1():
+    x = np.diag(np.geomspace(1, 0.003, 8))
+    values = np.diag(np_orthogonalize(x))
+    assert 0.4 < values.min() and values.max() < 1.6
+    for scale in (1e-3, 100):  # the size of a gradient does not matter
+        close(newton_schulz(torch.tensor(scale * x, dtype=torch.float32)[None])[0], np.diag(values), atol=0.02)
 
 
 def np_orthogonalize(x):
@@ -77,11 +64,12 @@ RATES = dict(learning_rate=0.01, embedding_learning_rate=0.003, weight_decay=0.1
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name):
     gpt = toy()
-    gpt.h[0].experts = torch.nn.Parameter(torch.randn(4, C, 2 * C))
+    gpt.h[0].experts = torch.nn.Parameter(torch.randn(4, C, 2 * C))  # a reader's edits: nothing uses it,
+    gpt.h[1].attn.c_proj.weight.requires_grad = False  # and this is frozen
     optimizers = train.configure_optimizers(gpt, train.Settings(optimizer=name, **RATES))
     groups = [(type(o).__name__, group) for o in optimizers for group in o.param_groups]
     held = [id(p) for _, group in groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in gpt.parameters())
+    assert sorted(held) == sorted(id(p) for p in gpt.parameters() if p.requires_grad)
     in_blocks = {id(p) for p in gpt.h.parameters()}
     for optimizer, group in groups:
         assert group["peak_lr"] == group["lr"] == (0.003 if (name, optimizer) == ("muon", "AdamW") else 0.01)
@@ -90,32 +78,9 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(name):
             by_muon = name == "muon" and id(p) in in_blocks and p.dim() >= 2
             assert (optimizer == "Muon") == by_muon
     assert optimizers[-1].defaults["fused"]
-
-
-class Edited(GPT):
-    """A reader's edit: an untied head, a layer outside of the blocks, gains of several shapes, a matrix that nothing
-    uses, and one that is frozen."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.lm_head = torch.nn.Linear(C, config.padded_vocab_size, bias=False)
-        self.gain, self.gains = torch.nn.Parameter(torch.tensor(1.5)), torch.nn.Parameter(torch.ones(2, 1, C // 2))
-        self.h[0].unused = torch.nn.Linear(C, C)
-        self.h[1].attn.c_proj.weight.requires_grad = False
-
-    def head(self, x):
-        return self.lm_head(x * self.gain * self.gains.reshape(C))
-
-
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_parameters_that_a_reader_adds_are_trained(name):
-    torch.manual_seed(0)
-    gpt = Edited(GPTConfig(V, T, 2, 2, C))
     before = {name: p.detach().clone() for name, p in gpt.named_parameters()}
-    optimizers = train.configure_optimizers(gpt, train.Settings(optimizer=name, **RATES | {"weight_decay": 0.0}))
-    for _ in range(2):
-        gpt(random_ids(2, T), random_ids(2, T, seed=3).flatten()).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-    kept = {name for name, p in gpt.named_parameters() if p.equal(before[name])}
-    assert kept == {"h.0.unused.weight", "h.0.unused.bias", "h.1.attn.c_proj.weight"}
+    gpt(random_ids(2, T), random_ids(2, T, seed=3).flatten()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    same = {name for name, p in gpt.named_parameters() if p.equal(before[name])}
+    assert same - {"h.0.experts"} == {"h.1.attn.c_proj.weight"}  # AdamW has no step without a gradient, Muon may decay

@@ -13,7 +13,7 @@ import prepare_alpaca
 from config import UserError
 from data.datasets import open_dataset
 from data.tokenizer import get_tokenizer, train_bpe
-from tests.conftest import error_of_script, limit_file_size
+from tests.conftest import error_of_script
 
 START, USER, ASSISTANT, END = 256, 257, 258, 259  # of the bytes tokenizer
 
@@ -252,13 +252,3 @@ def test_a_vocabulary_that_16_bits_cannot_hold_is_refused(tmp_path):
         main([*flags, "--vocab_size=65532"])
         with pytest.raises(UserError, match="vocab_size=65533: .*16-bit"):
             main([*flags, "--vocab_size=65533"])
-
-
-@pytest.mark.parametrize("limit", [200, 1800], ids=["train.bin", "chat_corpus.txt"])
-def test_a_full_disk_gives_a_one_line_error_and_leaves_the_earlier_files_as_they_were(tmp_path, monkeypatch, limit):
-    before = files(prepare(tmp_path, rows_of(6)))
-    (tmp_path / "rows.json").write_text(json.dumps(rows_of(34)), encoding="utf-8")
-    with limit_file_size(limit):
-        assert "File too large" in error_of_script(monkeypatch, prepare_alpaca, [
-            f"--source={tmp_path / 'rows.json'}", f"--out_dir={tmp_path / 'out'}", "--tokenizer=bytes"])
-    assert files(tmp_path / "out") == before

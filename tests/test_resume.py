@@ -1,4 +1,5 @@
 """A resumed run equals an uninterrupted one, bit for bit, after crashes, kill -9, signals and broken pipes."""
+import contextlib
 import os
 import random
 import re
@@ -19,7 +20,6 @@ from tests.conftest import POSIX
 from tests.processes import exit_codes, start
 from tests.toy_runs import (
     ROWS,
-    SCRIPTS,
     TEXT,
     Crash,
     assert_same_run,
@@ -40,22 +40,22 @@ from tests.toy_runs import (
 __all__ = ["quick", "toys"]  # fixtures
 
 
-@pytest.fixture(autouse=True)
-def unwrap(monkeypatch):
-    """Undo before_step after each test."""
-    monkeypatch.setattr(train, "train_step", train.train_step)
+@contextlib.contextmanager
+def ended_at(step, act=crash):
+    """Context manager: call act(), which ends the run, before a step."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((Crash, SystemExit)) as ended:
+        patch.setattr(train, "train_step", train.train_step)  # to undo before_step
+        before_step(step, act)
+        yield ended
 
 
-@SCRIPTS
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_a_run_that_crashes_often_resumes_from_its_last_save_and_ends_the_same(toys, tmp_path, monkeypatch, script, optimizer):
+@pytest.mark.parametrize("script, optimizer", [(train, "muon"), (finetune, "adamw")], ids=["train", "finetune"])
+def test_a_run_that_crashes_often_resumes_from_its_last_save_and_ends_the_same(toys, tmp_path, script, optimizer):
     settings = dict(save_interval=3, optimizer=optimizer, gradient_accumulation=2)
     run(toys, script, tmp_path / "straight", **settings)
     out_dir, saved = tmp_path / "out", None
     for step in (0, 2, 5, 6, 11):
-        with monkeypatch.context() as patch, pytest.raises(Crash):
-            patch.setattr(train, "train_step", train.train_step)
-            before_step(step, crash)
+        with ended_at(step):
             run(toys, script, out_dir, resume=saved is not None, **settings)
         assert len(read_log(out_dir)) == step
         saved = step // 3 * 3  # also at evaluations, after steps 5 and 10
@@ -65,15 +65,12 @@ def test_a_run_that_crashes_often_resumes_from_its_last_save_and_ends_the_same(t
     assert_same_run(out_dir, tmp_path / "straight")
 
 
-@SCRIPTS
-@pytest.mark.parametrize("steps", [[4], [0, 1, 7, 11]])
-def test_a_run_stopped_by_signals_resumes_and_ends_the_same(toys, tmp_path, monkeypatch, script, steps):
+@pytest.mark.parametrize("script, steps", [(train, [0, 1, 7, 11]), (finetune, [4])], ids=["train", "finetune"])
+def test_a_run_stopped_by_signals_resumes_and_ends_the_same(toys, tmp_path, script, steps):
     settings = dict(gradient_accumulation=2, max_iters=12)
     run(toys, script, tmp_path / "straight", **settings)
     for number, step in enumerate(steps):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-            patch.setattr(train, "train_step", train.train_step)
-            before_step(step, lambda: signal.raise_signal(signal.SIGTERM))
+        with ended_at(step, lambda: signal.raise_signal(signal.SIGTERM)) as stopped:
             run(toys, script, tmp_path / "out", resume=number > 0, **settings)
         assert stopped.value.code == 128 + signal.SIGTERM
         assert load_checkpoint(tmp_path / "out" / "last.pt")["step"] == step + 1
@@ -82,30 +79,21 @@ def test_a_run_stopped_by_signals_resumes_and_ends_the_same(toys, tmp_path, monk
     assert_same_run(tmp_path / "out", tmp_path / "straight")
 
 
-def test_a_finetuning_run_resumes_without_its_base_model(toys, tmp_path, monkeypatch):
+def test_a_finetuning_run_resumes_without_its_base_model(toys, tmp_path):
     shutil.copy(toys / "base" / "best.pt", tmp_path / "base.pt")
     settings = dict(init_from=tmp_path / "base.pt", save_interval=3)
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(train, "train_step", train.train_step)
-        before_step(4, crash)
+    with ended_at(4):
         run(toys, finetune, tmp_path / "out", **settings)
     (tmp_path / "base.pt").unlink()
     assert run(toys, finetune, tmp_path / "out", resume=True, **settings)["step"] == 12
 
 
-def test_resume_without_a_last_pt_prints_that_it_starts_from_scratch(toys, tmp_path, capsys):
+def test_resume_starts_from_scratch_without_a_last_pt_and_changes_nothing_in_a_finished_run(toys, tmp_path, capsys):
     run(toys, train, tmp_path / "a", resume=True)
     assert "last.pt: no such checkpoint; starting from scratch" in capsys.readouterr().out
-    run(toys, train, tmp_path / "b")
+    for resume in (False, True):
+        run(toys, train, tmp_path / "b", resume=resume)
     assert_same_run(tmp_path / "a", tmp_path / "b")
-
-
-@SCRIPTS
-def test_resuming_a_finished_run_changes_nothing(toys, tmp_path, script):
-    run(toys, script, tmp_path / "out", max_iters=4)
-    shutil.copytree(tmp_path / "out", tmp_path / "before")
-    run(toys, script, tmp_path / "out", max_iters=4, resume=True)
-    assert_same_run(tmp_path / "out", tmp_path / "before")
 
 
 def test_rates_and_lengths_may_change_on_resume_and_momentum_buffers_stay(toys, tmp_path, monkeypatch):
@@ -148,14 +136,12 @@ def test_resuming_with_different_data_is_refused_and_with_a_moved_copy_is_not(to
 # kill -9
 
 @POSIX
-@pytest.mark.parametrize("script, save_interval", [("train", 1), ("finetune", 3)])
-def test_a_run_killed_ten_times_ends_as_if_uninterrupted(toys, tmp_path, script, save_interval):
+def test_a_run_killed_ten_times_ends_as_if_uninterrupted(toys, tmp_path):
     """Kill a run ten times: after a few more rows of log.csv or, every other time, while last.pt is written."""
     kills, out_dir, output = 10, tmp_path / "out", tmp_path / "output"
-    module = {"train": train, "finetune": finetune}[script]
-    settings = dict(eval_interval=20, max_iters=6 * kills, save_interval=save_interval)
-    straight = start(script, flags(toys, module, tmp_path / "straight", **settings), output, make_quick)
-    moments, while_saving = random.Random(save_interval), 0
+    settings = dict(eval_interval=20, max_iters=6 * kills, save_interval=3)
+    straight = start("finetune", flags(toys, finetune, tmp_path / "straight", **settings), output, make_quick)
+    moments, while_saving = random.Random(3), 0
 
     def rows():
         path = out_dir / "log.csv"
@@ -168,7 +154,7 @@ def test_a_run_killed_ten_times_ends_as_if_uninterrupted(toys, tmp_path, script,
         for path in saving():
             path.unlink()  # what an earlier kill left
         wanted = rows() + moments.randrange(6)
-        child = start(script, flags(toys, module, out_dir, resume=True, **settings), output, make_quick)
+        child = start("finetune", flags(toys, finetune, out_dir, resume=True, **settings), output, make_quick)
         while child.is_alive() and not (saving() if number % 2 else rows() > wanted):
             time.sleep(0.0005)
         while_saving += bool(saving())
@@ -178,7 +164,7 @@ def test_a_run_killed_ten_times_ends_as_if_uninterrupted(toys, tmp_path, script,
             if (out_dir / name).exists():
                 load_checkpoint(out_dir / name)  # whole
     assert while_saving > 1, "no kill hit a save"
-    last = start(script, flags(toys, module, out_dir, resume=True, **settings), output, make_quick)
+    last = start("finetune", flags(toys, finetune, out_dir, resume=True, **settings), output, make_quick)
     assert exit_codes(straight, last) == [0, 0], output.read_text(encoding="utf-8")
     assert_same_run(out_dir, tmp_path / "straight")
 
@@ -227,8 +213,7 @@ class BrokenAfter:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # /dev/null stays open as stdout
-@SCRIPTS
-@pytest.mark.parametrize("text", ["step     4/12", "val"])
+@pytest.mark.parametrize("script, text", [(train, "step     4/12"), (finetune, "val")], ids=["train", "finetune"])
 def test_a_run_stopped_by_a_broken_pipe_saves_and_resumes(toys, tmp_path, monkeypatch, script, text):
     run(toys, script, tmp_path / "straight")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
@@ -262,7 +247,6 @@ def test_a_save_interval_in_minutes(toys, tmp_path, monkeypatch):
         now += 40
         return real(*args)
     monkeypatch.setattr(train, "train_step", step)
-    before_step(5, crash)
-    with pytest.raises(Crash):
+    with ended_at(5):
         run(toys, train, tmp_path, save_interval="1m")
     assert load_checkpoint(tmp_path / "last.pt")["step"] in (3, 4)

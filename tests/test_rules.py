@@ -110,7 +110,7 @@ ANSWERS = {
 @pytest.mark.parametrize("operands", OPERANDS)
 def test_every_answer_is_correct(operands):
     asked = set()
-    for _, turns in chats_of(1, operands):
+    for _, turns in chats_of(2, operands):
         told, section, slots, last_answer = {}, None, {}, None
         for question, answer in turns:
             last, (section, slots) = (section, slots), parse(question)
@@ -130,30 +130,29 @@ def test_every_answer_is_correct(operands):
             last_answer = answer
     if operands == "train":
         assert asked == {section for section, _ in patterns()}
-        assert {category for category, _ in chats_of(1, operands)} == set(rules.RULES)
+        assert {category for category, _ in chats_of(2, operands)} == set(rules.RULES)
     else:
-        assert len({str(turns) for _, turns in chats_of(1, operands)}) == 2000, "a question is repeated"
+        assert len({str(turns) for _, turns in chats_of(2, operands)}) == 2000, "a question is repeated"
 
 
 # ---- the split ----
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_nothing_held_out_is_trained_on(seed):
+def test_nothing_held_out_is_trained_on():
     """An operand is held out if the hash picks it and no hand-written row has it; computed here independently."""
     text = WRITTEN.read_text(encoding="utf-8") + (drawing.FOLDER / "wordings.txt").read_text(encoding="utf-8")
     numbers = [re.findall(r"\d+", m["content"]) for messages, _ in read_conversations(WRITTEN) for m in messages]
     known = {*words_in(text), *(" ".join(sorted(two, key=int)) for two in numbers if len(two) == 2)}
 
     def held_out(operand):
-        return operand not in known and zlib.crc32(f"{seed} {operand}".encode()) % 10 == 0
+        return operand not in known and zlib.crc32(f"2 {operand}".encode()) % 10 == 0
 
     def slots_of(operands):
-        return [parse(question) for _, turns in chats_of(seed, operands) for question, _ in turns]
+        return [parse(question) for _, turns in chats_of(2, operands) for question, _ in turns]
 
     def pairs(operands):
         return {" ".join(map(str, ordered(s))) for section, s in slots_of(operands) if section in ("sum", "subtraction", "comparison")}
 
-    trained = {word for _, turns in chats_of(seed, "train") for question, _ in turns for word in words_in(question)}
+    trained = {word for _, turns in chats_of(2, "train") for question, _ in turns for word in words_in(question)}
     assert not trained & MADE_UP and not [word for name in ("verbs", "adjectives", "names", "colors", "animals")
                                           for word in map(str.lower, section_of_words(name)) if held_out(word.split()[0]) and word.split()[0] in trained]
     assert not any(map(held_out, pairs("train"))) and all(map(held_out, pairs("held_out")))
@@ -162,7 +161,7 @@ def test_nothing_held_out_is_trained_on(seed):
                  for word in s["w"].split(", ")]
         assert len(words) > 300 and all(held_out(word) or word in MADE_UP for word in words) and not trained & set(words)
     assert max(int(s["a"]) for section, s in slots_of("held_out") if section == "sum") < 105, "as large as in training"
-    for _, turns in chats_of(seed, "train"):
+    for _, turns in chats_of(2, "train"):
         for (_, total), (question, _) in itertools.pairwise(turns):
             if parse(question)[0] == "more":
                 assert not held_out(" ".join(map(str, sorted([int(total.split(", ")[-1]), int(parse(question)[1]["b"])]))))
@@ -184,11 +183,11 @@ def test_no_invented_word_is_rude_or_irregular():
 def test_the_exam_is_about_words_and_numbers_that_are_in_no_training_row():
     lists = set(words_in(WORDS + WRITTEN.read_text(encoding="utf-8") + (drawing.FOLDER / "wordings.txt").read_text(encoding="utf-8")))
     assert not {*exam.WORDS, *map(str.lower, exam.NAMES)} & {*lists, *INVENTED}
-    trained = {" ".join(re.findall(r"\d+", question)) for _, turns in chats_of(1, "train") for question, _ in turns}
-    chats = exam.alone(exam.Examiner(1))
+    trained = {" ".join(re.findall(r"\d+", question)) for _, turns in chats_of(2, "train") for question, _ in turns}
+    chats = exam.alone(exam.Examiner(2))
     pairs = {" ".join(re.findall(r"\d+", question)) for [(_, question, _)] in chats} - {""}
     assert len(chats) >= 400 and len(pairs) > 100 and not trained & pairs
-    assert all(len(chat) == 10 for chat in exam.sessions(exam.Examiner(1), 5))
+    assert all(len(chat) == 10 for chat in exam.sessions(exam.Examiner(2), 5))
 
 
 @pytest.mark.parametrize("answer, result", [("4+7=11, 5+9=14, 14+1=15, 151", "151"), ("4=4, 7>2, 42<47, 47", "47"), ("a, b", "a, b"),

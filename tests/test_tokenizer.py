@@ -95,13 +95,6 @@ def test_any_text_survives_encoding(bpe, text):
     assert get_tokenizer("bytes").encode_ordinary(text) == list(text.encode("utf-8"))
 
 
-def test_every_id_of_a_trained_tokenizer_has_its_own_bytes(bpe):
-    pieces = [bpe.decode_single_token_bytes(i) for i in range(300)]
-    assert len(set(pieces)) == 300 and pieces[:256] == [bytes([i]) for i in range(256)]
-    for i, (left, right) in enumerate(train_bpe([PARAGRAPH] * 2, 300)["merges"]):
-        assert pieces[256 + i] == pieces[left] + pieces[right]
-
-
 def test_role_tokens_are_the_ids_after_the_ordinary_ones_and_typed_ones_never_become_them(bpe, gpt2_vocabulary):
     for enc, first in ((get_tokenizer("bytes"), 256), (bpe, 300), (gpt2_vocabulary, 50256)):
         assert [enc.encode_single_token(token) for token in SPECIAL] == list(range(first, first + 4))
