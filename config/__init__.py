@@ -21,6 +21,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 RENAMED = {"read_iters": "prompt_loss_iters", "bpe_bytes": "bpe_chars",
            "space_behind": "trailing_space"}  # since version 1.0
+NANOGPT = {"eval_iters": "eval_tokens", "lr_decay_iters": "max_iters", "min_lr": "final_lr",
+           "dataset": "data_dir", "start": "prompt"}  # nanoGPT's settings, and the closest here
 
 
 class UserError(Exception):
@@ -40,13 +42,14 @@ def load(settings_class, argv, doc="", start=None, typed="the command line"):
         is_flag = arg.startswith("-")
         key, equals, text = arg.lstrip("-").partition("=")
         if is_flag and not equals:
-            raise UserError(f"{arg}: has no value; write {arg}=VALUE, such as {arg}=True")
+            raise UserError(f"{arg}: has no value; write {arg}=VALUE")
         source = typed if is_flag else arg
         for name, value in ({key: text} if is_flag else read_config(arg)).items():
             name = RENAMED.get(name, name)
             if name not in kinds:
-                close = difflib.get_close_matches(name, kinds, 1, cutoff=0.5)
-                hint = f"did you mean {close[0]!r}?" if close else "--help lists all settings"
+                close = difflib.get_close_matches(NANOGPT.get(name, name), kinds, 1, cutoff=0.6)
+                hint = "--help lists all settings" if is_flag else "prefix your own names with _"
+                hint = f"did you mean {close[0]!r}?" if close else hint
                 raise UserError(f"{source}: there is no setting {name!r}; {hint}")
             value = parse(value, kinds[name]) if is_flag else value
             values[name] = cast(name, value, kinds[name], source)

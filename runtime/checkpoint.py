@@ -53,14 +53,16 @@ def load_pretrained(source, dropout=0.0):
     """Load a trained model: return (GPT, tokenizer spec, number of questions in the longest
     training chat, 0 for plain text). source: a checkpoint's .pt, or GPT-2's weights: gpt2,
     gpt2-medium, gpt2-large, gpt2-xl (downloaded once), or a folder or file that data/weights.py
-    reads. Raises UserError or OSError."""
+    reads. A run's folder stands for its best.pt. Raises UserError or OSError."""
     path = local_path(str(source))
+    if (path / "best.pt").is_file():  # the folder of a run
+        path = path / "best.pt"
     if path.suffix == ".pt" and path.name != "ckpt.pt":  # ckpt.pt is nanoGPT's
         checkpoint = load_checkpoint(path)
         turns = checkpoint.get("turns", 1) if checkpoint["kind"] == "chat" else 0
         return load_model(checkpoint, dropout, path), checkpoint["tokenizer"], turns
     model = load_gpt2(source if source in GPT2_NAMES else path, dropout=dropout)
     if model.config.vocab_size != GPTConfig.vocab_size:
-        raise UserError(f"{source}: its {model.config.vocab_size} token ids are not GPT-2's; use "
-                        "the checkpoint that it was made from")
+        raise UserError(f"{source}: its {model.config.vocab_size} token ids are not GPT-2's, and "
+                        "their tokenizer is unknown; use a best.pt of train.py")
     return model, "gpt2", 0

@@ -35,6 +35,8 @@ def load_settings(settings_class, argv, doc, may_be_0=()):
     if not re.fullmatch(r"0*[1-9]\d*|\d*\.?\d+m", str(cfg.save_interval)):
         raise UserError(f"save_interval={cfg.save_interval}: must be a number of steps (500) or of "
                         "minutes (10m)")
+    if cfg.init_from == "resume":  # as in nanoGPT
+        raise UserError("init_from=resume: use --resume=True")
     if cfg.eval_only and (cfg.resume or cfg.init_from == "scratch"):
         raise UserError("eval_only=True: name the model to evaluate, and leave out --resume: "
                         f"{config.shell_command(f'--init_from={cfg.out_dir}/best.pt')}, or gpt2")

@@ -109,7 +109,8 @@ def run_command(session, cfg, line, print_reply):
         case "/set":
             flags = ["--" + change.lstrip("-") for change in rest.split()]
             if fixed := {flag[2:].partition("=")[0] for flag in flags}.difference(cfg.CHANGEABLE):
-                raise UserError(f"{min(fixed)}: cannot be set here; /set lists what can be")
+                raise UserError(f"{min(fixed)}: cannot be set here; /set lists what can be; "
+                                "write /set temperature=0.7")
             cfg = config.load(type(cfg), flags, start=cfg, typed="/set")
             note("  ".join(f"{key}={getattr(cfg, key)}" for key in cfg.CHANGEABLE))
         case "/save":

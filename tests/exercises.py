@@ -357,10 +357,8 @@ EXERCISES = (
 
 def result(number):
     """Run the check of exercise `number`, from 1; return (whether it passes, the text to print)."""
-    check, _, place = EXERCISES[number - 1]
     try:
-        files = " ".join(re.findall(r"[\w/]+\.(?:py|txt)", place))
-        return True, f"Exercise {number} passes: {check()}\nThen undo your edit: git checkout {files}"
+        return True, f"Exercise {number} passes: {EXERCISES[number - 1][0]()}"
     except NotYet as error:
         return False, f"Exercise {number} does not pass yet: {error}"
     except Exception as error:  # edited code may raise anything
@@ -383,7 +381,7 @@ def main(argv):
     """List the exercises, or check one, with exit code 1 if it does not pass. Raises UserError for a wrong number."""
     torch.set_num_threads(1)
     numbers = range(1, len(EXERCISES) + 1)
-    if not argv:
+    if argv in ([], ["--help"], ["-h"]):
         print("Edit a file, then check it: python -m tests.exercises 1")
         for number in numbers:
             _, task, where = EXERCISES[number - 1]
@@ -393,12 +391,16 @@ def main(argv):
         return
     if len(argv) > 1 or argv[0] not in map(str, numbers):
         raise UserError(f"{' '.join(argv)}: not an exercise; use a number from 1 to {len(EXERCISES)}")
-    is_right, text = result(int(argv[0]))
+    passes, text = result(int(argv[0]))
     for line in text.splitlines():  # commands are indented, and not wrapped
         print(line if line.startswith(" ") else textwrap.fill(line, 100, break_on_hyphens=False))
-    if is_right and argv == ["5"]:
+    if passes and argv == ["5"]:
+        print("Training a small model for a minute ...", flush=True)
         print(textwrap.fill(train_on_products(), 100))
-    raise SystemExit(not is_right)
+    if passes:
+        files = re.findall(r"[\w/]+\.(?:py|txt)", EXERCISES[int(argv[0]) - 1][2])
+        print("Then undo your edit: git checkout", *files)
+    raise SystemExit(not passes)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
     python -m tests.gpu_check                     # eight minutes at most, with a GPU of 40 GB or more
     python -m tests.gpu_check --batch_size=4      # with 16 GB
+    python -m tests.gpu_check --device=cpu --n_layer=1 --n_head=2 --n_embd=64 --block_size=64 --merges=300 --rows=30 \
+        --batch_size=2 --steps=1                  # a minute on a CPU, to try this script
 
 It downloads nothing, since weights and data are random. Its temporary files take 4 GB. A training speed is that of
 the second half of the steps in log.csv. MFU is relative to the data sheet's peak, as in train.py's log. A row that

@@ -91,7 +91,7 @@ def test_settings_of_version_1_0_load_under_their_new_name(tmp_path):
     ("--zzzqqq=1", "there is no setting 'zzzqqq'; --help lists all settings"), ("--steps=1.5", "steps=1.5 is of type float, not int"),
     ("--steps=True", "steps=True is of type bool, not int"), ("--rate=None", "rate=None is of type NoneType, not float"),
     ("--resume=1", "resume=1 is of type int, not bool"), ("--limit=x", "limit='x' is of type str, not int or None"),
-    ("--data_dir=", "data_dir='' is of type str, not Path"), ("--resume", "has no value; write --resume=VALUE, such as --resume=True"),
+    ("--data_dir=", "data_dir='' is of type str, not Path"), ("--resume", "has no value; write --resume=VALUE"),
     ("config/train_recitee.py", "not a config file (config/ has them); settings are --NAME=VALUE"),
     ("README.md", "not a config file (config/ has them); settings are --NAME=VALUE"),
 ])
