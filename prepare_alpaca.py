@@ -168,7 +168,7 @@ def encode_split(conversations, enc, cfg, report):
         rows.append((np.array(ids, np.uint16), messages, category))
     if not rows:
         raise UserError(f"{cfg.source}: the training or validation split is empty ({dict(report)});"
-                        f" use more rows, or more than max_tokens={cfg.max_tokens}")
+                        f" use more rows, or a max_tokens above {cfg.max_tokens}")
     return rows
 
 

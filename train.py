@@ -121,7 +121,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
             loss, norm, (targets, tokens, pairs) = train_step(
                 wrapped, optimizers, dataset, state.step, cfg, device, autocast)
             save_due = resume.save_is_due(cfg, state.step + 1, saved_at)
-            loss, tokens, pairs, save_due, stop = all_reduce(  # sums; any rank can save or stop
+            loss, tokens, pairs, save_due, stop = all_reduce(  # any rank can request a save or stop
                 device, loss, tokens, pairs, save_due, bool(signals))
             seconds = time.perf_counter() - began
 

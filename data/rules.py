@@ -4,8 +4,8 @@
     python -m data.rules --rows=2500 --operands=held_out --out=data/rules/held_out.json
     python -m data.rules --rows=1200 --operands=made_up --out=data/rules/made_up.json
 
-Test questions use only words and numbers that no training row has (data/operands.py). All rows use
-wordings from data/wordings.txt, and none repeats a hand-written row's question word for word.
+Test questions use only held-out words, numbers and pairs of numbers (data/operands.py). All rows
+use wordings from data/wordings.txt, and none repeats a hand-written row's question word for word.
 
 Where one step is too hard for a small model, the answer shows its work (Nye et al. 2021), in steps
 of one digit or letter each: "4+7=11, 5+9=14, 14+1=15, 151" for 54 plus 97.

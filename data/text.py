@@ -3,7 +3,7 @@
     python -m data.text config/prepare_shakespeare.py    # downloads tiny Shakespeare
     python -m data.text --source=my.txt --out_dir=data/mine --tokenizer=bpe
 
-A source is a UTF-8 text, JSON lines ({"text": "..."}), either one gzipped, or a folder of such
+A source is UTF-8 text or JSON lines ({"text": "..."}), gzipped or not, or a folder of such
 files. <|endoftext|> in a text becomes the token that separates documents. One is added between the
 rows of JSON lines and between the files of a folder.
 """

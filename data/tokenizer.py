@@ -253,7 +253,7 @@ def main(argv):
             ("3. Characters", "None is unknown, but there are 150,000.", r"[\s\S]"),
             ("4. Bytes", "256 ids cover everything, but texts get long.", "bytes"),
             ("5. BPE, learned here", f"{len(learned['merges'])} merges of frequent "
-             f"neighbors in {source.name}: common words are one piece, nothing is unknown.",
+             f"neighbors in {source.name}: common words are one piece, and nothing is unknown.",
              learned),
             ("6. GPT-2's BPE", "The same method with 50,000 merges, learned on 40 GB of web "
              "pages.", "gpt2")):

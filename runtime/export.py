@@ -25,7 +25,7 @@ BLOCK = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
 class Settings:
     checkpoint: Path = Path("out/chat/best.pt")  # what to export
     out: Path = Path("out/chat/hf")  # a folder for transformers, or FILE.gguf for llama.cpp
-    dtype: str = "float32"  # type of FILE.gguf's matrices: float32, float16, q8_0 (8.5 bits each)
+    dtype: str = "float32"  # GGUF matrix type: float32, float16 or q8_0 (8.5 bits per weight)
 
 
 def main(argv):

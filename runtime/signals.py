@@ -18,8 +18,8 @@ def stop_signals():
         times.append(time.monotonic())
         if len(times) == 1:
             with contextlib.suppress(OSError):  # printing to a closed terminal fails
-                print(f"\n{signal.Signals(number).name}: finishing the step, then saving (press "
-                      "again to quit immediately)", file=sys.stderr, flush=True)
+                print(f"\n{signal.Signals(number).name}: finishing the step, then saving "
+                      "(Ctrl-C now quits immediately)", file=sys.stderr, flush=True)
         elif times[-1] - times[0] >= 1:  # a shell and torchrun may both send the first
             raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""An exam for the model of `make chat`: plain questions about words and numbers that are in no training row.
+"""An exam for the model of `make chat`: plain questions about words and pairs of numbers in no training row.
 
     python -m tests.exam                                  # up to 420 questions, each asked alone
     python -m tests.exam --sessions=True                  # in 120 chats of ten, with names to remember

@@ -180,7 +180,7 @@ def product():
         expect(len(numbers) == 2 and min(numbers) <= 9, f"{question!r} is not about a number and a digit.",
                "d.numbers(2, 99, 9) draws both; the question names each once.")
         expect(result_of(answer) == str(numbers[0] * numbers[1]), f"{question!r} has the answer {answer!r}.",
-               "the last term is the product, separated by a comma: 28 is the tens, 2 the last digit of 42.")
+               "end with a comma and the product, as in 7*6=42, 4*6=24, 24+4=28, 282: the 28 tens, then the 2 of 42.")
         expect(max(numbers) <= 9 or answer.count("=") > 1, f"{question!r} has the answer {answer!r}, without steps.",
                "multiply each digit by the factor, then add the carry; see add_in_steps.")
     pairs, unseen = ({tuple(sorted(re.findall(r"\d+", question))) for question, _ in rows} for rows in (trained, held_out))
