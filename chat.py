@@ -11,7 +11,7 @@
 
 Only replies go to standard output, everything else to standard error. A base model, trained on
 plain text, continues your text instead of answering. If the context is full, old turns are dropped
-(`chat_prompt`), a reply stops (`reply`), and a base model's context slides (`window_start`).
+(`chat_prompt`), a reply stops (`reply`), and a base model's context slides (`model.window_start`).
 """
 import codecs
 import gc
@@ -54,9 +54,9 @@ class Settings:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps
     dtype: str = "auto"  # auto, float32, bfloat16, or int8 (int8 weights, CPU only)
 
-    # Not settings, since they have no annotation: arguments of `sample`; what /set may change.
-    SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")
-    CHANGEABLE = (*SAMPLING, "max_new_tokens", "seed", "turns")
+    # Not settings, since they have no annotation.
+    SAMPLING = ("temperature", "top_k", "top_p", "repetition_penalty")  # passed to model.sample
+    CHANGEABLE = (*SAMPLING, "max_new_tokens", "seed", "turns")  # what /set may change
 
     def __post_init__(self):
         config.check(self, turns=(0, None), max_new_tokens=(1, None), temperature=(0, None),
@@ -82,7 +82,7 @@ class ChatSession:
         at <|end|>, after max_new_tokens, or when the context is full: self.stop says which.
         The turn is in self.history from the start, even if the caller stops early. Raises UserError
         if the logits are not finite."""
-        if self.trained_turns:
+        if self.trained_turns:  # a chat model
             self.prompt, question = self.chat_prompt(question, cfg)
             # + 1: the last token is not fed back to the model, so it needs no position.
             limit = min(cfg.max_new_tokens, self.model.config.block_size - len(self.prompt) + 1)
@@ -120,9 +120,9 @@ class ChatSession:
         """Return the prompt and the question (truncated if it is too long), both as ids. Print a
         note if the model does not see all messages."""
         self.turns, block_size = cfg.turns or self.trained_turns, self.model.config.block_size
-        limit = block_size - min(cfg.max_new_tokens, block_size // 4)  # leaves room for the reply
+        max_prompt = block_size - min(cfg.max_new_tokens, block_size // 4)  # room for the reply
         earlier = self.history[-(self.turns - 1):] if self.turns > 1 else []  # [-0:] would be all
-        turns, kept = trim(earlier, question, limit, self.enc)
+        turns, kept = trim(earlier, question, max_prompt, self.enc)
         n_dropped = len(earlier) - len(turns)
         if len(kept) < len(question):
             terminal.note("(the message is too long for this model, which reads only the last "
@@ -138,12 +138,12 @@ def chat_ids(turns, question, enc):
     return prompt_ids([*turns_to_messages(turns), ("user", question)], enc)
 
 
-def trim(turns, question, limit, enc):
-    """Drop whole turns, oldest first, until the prompt has at most `limit` ids; return the turns
+def trim(turns, question, max_prompt, enc):
+    """Drop whole turns, oldest first, until the prompt has at most max_prompt ids; return the turns
     and the question. A question that is too long by itself is cut at the start."""
-    while turns and len(chat_ids(turns, question, enc)) > limit:
+    while turns and len(chat_ids(turns, question, enc)) > max_prompt:
         turns = turns[1:]
-    too_many = len(chat_ids(turns, question, enc)) - limit
+    too_many = len(chat_ids(turns, question, enc)) - max_prompt
     return turns, question[max(too_many, 0):]
 
 
@@ -162,6 +162,8 @@ def print_reply(session, question, cfg):
     print(json.dumps(record, ensure_ascii=False) if cfg.json else "", flush=True)
     if not n_tokens:
         terminal.note("(the reply is empty)")
+    elif session.stop == "context":
+        terminal.note("(the reply stops here: the context is full)")
 
 
 def chat(session, cfg):

@@ -6,7 +6,7 @@
     python finetune.py --init_from=out/mine/best.pt --data_dir=data/my_chats --out_dir=out/my_chat
 
 The loop, checkpoints, --resume and signals are train.py's. Only the defaults differ, and the
-number of steps comes from epochs. The loss covers the assistant's text and its <|end|> only
+number of steps comes from epochs. The loss covers the assistant's text and its <|end|>
 (`supervised` in data/conversation.py marks them, data/datasets.py turns them into targets).
 """
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ class Settings(train.LoopSettings):
 def main(argv):
     """Finetune as the settings say. Raises UserError or OSError for a mistake that a user can
     fix."""
-    cfg = setup.load_settings(Settings, argv, __doc__, ("max_iters", "eval_interval"))
+    cfg = setup.load_settings(Settings, argv, __doc__, may_be_0=("max_iters", "eval_interval"))
     if read_meta(cfg.data_dir)["kind"] != "chat":
         raise UserError(f"data_dir={cfg.data_dir}: contains plain text; finetune on chats "
                         "(prepare_alpaca.py), or train on text with train.py --init_from")

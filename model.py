@@ -73,7 +73,7 @@ class CausalSelfAttention(nn.Module):
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        # Rotary positions (RoPE) would rotate q and k here.
+        # Rotary positions (RoPE) would rotate q and k here, from position `start` on; drop wpe.
         if cache is not None:
             k, v = cache.store(k, v, start)  # (B, nh, S, hs)
         S = k.shape[2]
@@ -84,9 +84,9 @@ class CausalSelfAttention(nn.Module):
             weights = self.attn_dropout(scores.softmax(dim=-1))  # each row sums to 1
             y = weights @ v  # (B, nh, T, hs)
         else:
-            # The same in one fused kernel, which never stores the (T, S) weights. is_causal masks
-            # later tokens. After cached tokens, several new ones need an explicit mask, and a
-            # single one may attend to everything.
+            # The same in one fused kernel, which never stores the (T, S) weights. is_causal is for
+            # T = S. After cached tokens, several new ones need an explicit mask, and a single one
+            # needs none: it may attend to everything.
             mask = causal_mask(T, S, x.device) if start and T > 1 else None
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=start == 0,
@@ -97,7 +97,8 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Process each token by itself: widen to 4 C channels, apply a nonlinearity (GELU, Hendrycks &
-    Gimpel 2016, with GPT-2's tanh approximation), project back to C. SwiGLU would add a gate."""
+    Gimpel 2016, with GPT-2's tanh approximation), project back to C. SwiGLU, of x instead:
+    c_proj(F.silu(gate(x)) * c_fc(x)), where gate is another Linear like c_fc."""
 
     def __init__(self, config):
         super().__init__()
@@ -151,7 +152,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """Initial weights as in nanoGPT: normal(0, 0.02), biases 0, norms 1 (PyTorch's default)."""
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 * n_layer of these add to the residual stream
+            if name.endswith("c_proj.weight"):  # 2 * n_layer of these are summed up
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() >= 2 and name.endswith("weight"):
                 nn.init.normal_(p, std=0.02)
@@ -179,9 +180,9 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, loss_positions=None):
         """Return the logits (B, T, padded V), or with targets the loss.
 
-        idx: token ids (B, T). targets: the next token ids (N,), one for each position that counts
-        toward the loss. loss_positions: the flat indices b * T + t (N,) of those positions; None:
-        all B * T. The loss is a sum over targets, in nats.
+        idx: token ids (B, T). targets: N next token ids, one for each position that counts toward
+        the loss. loss_positions: the flat indices b * T + t (N,) of those positions; None: all
+        B * T. The loss is a sum over targets, in nats.
         """
         x = self.hidden(idx)  # (B, T, C)
         if targets is None:
@@ -213,7 +214,7 @@ class GPT(nn.Module):
                 window = ids[window_start(len(ids), self.config.block_size):]
                 start = cache.keep_prefix(window)
                 new = torch.tensor([window[start:]], device=self.wte.weight.device)  # (1, T)
-                x = self.hidden(new, cache, start)  # (1, T, C), prefill; then T = 1 each time
+                x = self.hidden(new, cache, start)  # (1, T, C); T is 1 after the prompt
                 cache.ids = window
                 logits = self.head(x[:, -1])[0, :self.config.vocab_size]  # (V,), without padding
                 next_id = sample(logits.float().cpu(), window, generator, exempt=stop_ids,
@@ -231,9 +232,9 @@ class GPT(nn.Module):
 
     def flops(self, targets, tokens, pairs):
         """Floating-point operations of a training step on `tokens` tokens, `targets` of which reach
-        the output head; `pairs` is the sum of T * T over its rows. Each weight of a matrix costs 6
-        FLOPs per token (2 forward, 4 backward), attention 12 * C per pair and layer (Chowdhery et
-        al. 2022, "PaLM", appendix B)."""
+        the output head; `pairs`, of a query and a key, is the sum of T * T over its rows. Each
+        weight of a matrix costs 6 FLOPs per token (2 forward, 4 backward), attention 12 * C per
+        pair and layer (Chowdhery et al. 2022, "PaLM", appendix B)."""
         matrices = sum(p.numel() for p in self.h.parameters() if p.dim() >= 2)
         in_weights = 6 * (matrices * tokens + self.wte.weight.numel() * targets)
         return in_weights + 12 * self.config.n_layer * self.config.n_embd * pairs
@@ -306,7 +307,8 @@ def seeded_generator(seed):
 
 def sample(logits, context, generator, *, temperature=1.0, top_k=0, top_p=1.0,
            repetition_penalty=1.0, exempt=()):
-    """Choose the next token id from logits (V,), which may be modified in place.
+    """Choose the next token id from logits (V,), which it modifies. A new argument also needs a
+    setting in chat.py, named in SAMPLING.
 
     repetition_penalty: above 1, ids in `context` become less likely (Keskar et al. 2019), except
     those in `exempt`, so that replies can end. temperature: 0 takes the most likely id, 1 samples
@@ -326,7 +328,8 @@ def sample(logits, context, generator, *, temperature=1.0, top_k=0, top_p=1.0,
     if top_p < 1:
         probs, order = probs.sort(descending=True)
         ids = ids[order]
-        probs[probs.cumsum(-1) - probs >= top_p] = 0  # where more likely ids already make up top_p
+        before = probs.cumsum(-1) - probs  # the probability of all more likely ids
+        probs[before >= top_p] = 0
     return int(ids[torch.multinomial(probs, 1, generator=generator)])
 
 
@@ -379,7 +382,7 @@ def grow_embedding(table, config):
 
 
 class SkipInit(TorchFunctionMode):
-    """Context manager: leave new modules uninitialized, for weights that will be loaded.
+    """Context manager: save the time of initializing new modules whose weights will be loaded.
     PyTorch calls this in place of each torch function; nn.init passes `tensor` by keyword."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

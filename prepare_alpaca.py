@@ -39,7 +39,7 @@ class Settings:
     vocab_size: int = 1024  # size of a bpe vocabulary, without the four special tokens
     trailing_space: bool = False  # bpe joins a space to the word before it: fewer tokens
     val_fraction: float = 0.05  # fraction of each category's rows held out for validation
-    seed: int = 1337  # chooses the held-out rows
+    seed: int = 1337  # chooses the held-out rows, and the order in which rows are joined
     max_tokens: int = 1024  # longest conversation, in tokens
     too_long: str = "cut"  # longer conversations: cut (inside an answer, then <|end|>) or drop
     drop_duplicates: bool = True  # keep only the first of identical rows
@@ -57,7 +57,7 @@ def main(argv):
     # A conversation is a pair: its messages, and the category that they belong to.
     conversations, paths = read_sources(cfg.source, cfg.out_dir, drop, report)
     kept = select(conversations, cfg.drop_duplicates, report)
-    splits = split_rows(kept, cfg.val_fraction, cfg.seed, report)
+    splits = split_rows(kept, cfg.val_fraction, cfg.seed)
     splits["train"] *= cfg.repeat
     if cfg.extra:
         splits["train"] += read_sources(str(cfg.extra), cfg.out_dir, drop, report)[0]
@@ -70,9 +70,10 @@ def main(argv):
         rows = {split: encode_split(splits[split], enc, cfg, report) for split in SPLITS}
         write_text(folder / "chat_corpus.txt", "".join(
             f"{chats.to_text(messages)}\n\n" for split in SPLITS for _, messages, _ in rows[split]))
+        written = write_chats(folder, rows)  # train.bin and val.bin
         meta = {"kind": "chat", "tokenizer": name, "vocab_size": enc.n_vocab, "seed": cfg.seed,
                 "source": ",".join(path.name for path in paths),
-                "sha256": ",".join(map(sha256_of, paths)), **write_chats(folder, rows),
+                "sha256": ",".join(map(sha256_of, paths)), **written,
                 "supervised_tokens": report["supervised tokens"],
                 "longest": report["longest conversation read"]}
         write_meta(folder, meta)
@@ -92,7 +93,7 @@ def select(conversations, drop_duplicates, report):
         question, _, row_input = messages[0]["content"].rpartition("\n")  # see data/rows.py
         if NO_INPUT.fullmatch(row_input):
             messages = [{"role": "user", "content": question}, *messages[1:]]
-        texts = tuple(m["content"] for m in messages)
+        texts = tuple(m["content"] for m in messages)  # question, answer, question, ...
         if not all(texts[1::2]):
             report["dropped: empty output"] += 1
         elif not all(texts[::2]):
@@ -105,17 +106,17 @@ def select(conversations, drop_duplicates, report):
     return kept
 
 
-def split_rows(conversations, val_fraction, seed, report):
+def split_rows(conversations, val_fraction, seed):
     """Return {"train": [...], "val": [...]}. Hold out a random share of each category's rows, or
     of all rows if there are many categories. Rows with the same question share a split."""
     total = len(conversations)
-    questions, categories = defaultdict(list), defaultdict(list)  # of row numbers; of lists of them
+    questions = defaultdict(list)  # {first question: the numbers of its rows}
     for number, (messages, _) in enumerate(conversations):
         questions[messages[0]["content"]].append(number)
+    categories = defaultdict(list)  # {category: the lists in `questions` of its rows}
     for numbers in questions.values():
-        categories[conversations[numbers[0]][1]].append(numbers)
-        if len(numbers) > 1:
-            report["rows that share a question"] += len(numbers)
+        _, category = conversations[numbers[0]]
+        categories[category].append(numbers)
     if len(categories) > val_fraction * total:  # too many to hold out a row of each
         categories = {"": list(questions.values())}
     held_out, rng = set(), random.Random(seed)
@@ -123,7 +124,7 @@ def split_rows(conversations, val_fraction, seed, report):
         size = sum(map(len, groups))
         quota = min(max(round(size * val_fraction), 1), size - 1)  # at least one, but never all
         for numbers in rng.sample(groups, min(quota, len(groups))):
-            if len(numbers) <= quota:
+            if len(numbers) <= quota:  # larger groups stay in training
                 held_out.update(numbers)
                 quota -= len(numbers)
     if total and not held_out:  # every question has more rows than the quota: split one
@@ -137,7 +138,7 @@ def join_rows(conversations, max_turns, rng):
     model learns to answer after earlier turns. A chat has its last row's category, since its last
     answer is the one that is scored."""
     joined, max_messages = [], 0
-    for messages, category in rng.sample(conversations, len(conversations)):
+    for messages, category in rng.sample(conversations, len(conversations)):  # shuffled
         if joined and len(joined[-1][0]) + len(messages) <= max_messages:
             joined[-1] = joined[-1][0] + messages, category
         else:

@@ -38,8 +38,8 @@ class LoopSettings:
     resume: bool = False  # continue from out_dir/last.pt, if there is one
     eval_only: bool = False  # only evaluate init_from's model: loss, perplexity, bits per byte
     # one step
-    batch_size: int = 8  # windows per micro-batch; chats fill batch_size * block_size tokens
-    gradient_accumulation: int = 1  # micro-batches per step: a multiple of the world size
+    batch_size: int = 8  # windows per micro-batch, or chats of batch_size * block_size tokens
+    gradient_accumulation: int = 1  # micro-batches per step: a multiple of the number of processes
     max_iters: int = 2000  # steps
     prompt_loss_iters: int = 0  # for this many initial steps, the loss covers prompts too
     dropout: float = 0.0  # fraction of activations zeroed in training; slows overfitting
@@ -91,7 +91,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
     optimizers = configure_optimizers(model, cfg, dtype)
     state = resume.restore(resumed, optimizers)
     autocast = mixed_precision(device, dtype)  # matrix products in bfloat16 on a GPU
-    wrapped = distributed.wrap_model(model, dataset, cfg.compile)  # compiled, in DDP
+    wrapped = distributed.wrap_model(model, dataset, cfg.compile)  # the same weights
     logger = Logger(cfg.out_dir / "log.csv", state.step, device, dtype)
     stop, saved_at = False, time.monotonic()
     save_due = not resumed  # once at the start, to find out whether the disk has room
@@ -111,7 +111,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
                 logger.log(report.log_row(cfg, dataset, state))
                 break
 
-            # 2. Save everything that an exact resume needs. A resumed run continues from here.
+            # 2. Save everything that an exact resume needs.
             if save_due:
                 resume.save(cfg, "last.pt", model, dataset, state, optimizers)
                 saved_at = time.monotonic()
@@ -158,9 +158,9 @@ def train_step(model, optimizers, dataset, step, cfg, device, autocast):
     # With gradient accumulation a step has several of them, which the ranks take round-robin.
     rank, world_size = rank_and_world_size()
     first = step * cfg.gradient_accumulation
-    numbers = range(first, first + cfg.gradient_accumulation)
-    n_targets = sum(dataset.n_targets("train", i) for i in numbers)
-    mine = numbers[rank::world_size]
+    micro_batches = range(first, first + cfg.gradient_accumulation)
+    n_targets = sum(dataset.n_targets("train", i) for i in micro_batches)
+    mine = micro_batches[rank::world_size]
     step_loss, n_tokens, n_pairs = 0.0, 0, 0
     for i in mine:
         idx, targets, loss_positions = to_device(dataset.batch("train", i), device)

@@ -184,8 +184,8 @@ class ChatDataset(Dataset):
 
     A batch has as many conversations as fit into batch_size * block_size tokens, padding included.
     Every epoch sorts by length, ties in random order, cuts at a random offset and shuffles the
-    batches. Only the assistant's tokens are targets; in the first `prompt_loss_batches` of training
-    the questions' tokens are too. A conversation longer than block_size + 1 is cut there, and left
+    batches. Only supervised tokens are targets; in the first `prompt_loss_batches` of training,
+    every token after the first is. A conversation longer than block_size + 1 is cut there, and left
     out if no target remains (`dropped` counts these).
     """
 
@@ -210,7 +210,8 @@ class ChatDataset(Dataset):
         while len(chats.epoch_starts) <= epoch:
             number = len(chats.epoch_starts) - 1
             rng = np.random.default_rng([self.seed, SPLITS.index(split), number])
-            order = np.lexsort((rng.random(len(chats.lengths)), chats.lengths))  # ties at random
+            # Rows of similar length share a batch: sort by length, ties at random, then cut.
+            order = np.lexsort((rng.random(len(chats.lengths)), chats.lengths))
             first_budget = int(rng.integers(self.budget)) + 1  # so that batch boundaries vary
             plan = cut(order, chats.lengths, self.budget, first_budget)
             chats.batches += [plan[i] for i in rng.permutation(len(plan))]

@@ -32,8 +32,8 @@ class FastLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear in int8: weights with a scale per output, activations with a scale per token. CPUs
-    without VNNI add two products in 16 bits, so weights, which need less precision, have 7 bits."""
+    """nn.Linear in int8: weights with a scale per output, activations with a scale per token. The
+    weights have 7 bits: CPUs without VNNI add two products in 16 bits, where 8 would overflow."""
 
     def __init__(self, weight, bias=None):
         super().__init__()

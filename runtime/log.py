@@ -33,7 +33,7 @@ def peak_flops(device, dtype):
 
 
 class Logger:
-    """Write log.csv and print progress lines, on rank 0. wandb could take the same rows."""
+    """Write log.csv and print progress lines, on rank 0."""
 
     COLUMNS = ("step", "epoch", "loss", "lr", "norm", "tokens", "seconds", "tokens_per_second",
                "mfu", "train_loss", "val_loss", "val_bits_per_byte")
@@ -52,7 +52,7 @@ class Logger:
             row = row | {"tokens_per_second": row["tokens"] / row["seconds"],
                          "mfu": row["flops"] / row["seconds"] / self.peak}
             self.sums.update({name: row[name] for name in ("tokens", "seconds", "flops")}, steps=1)
-        # wandb.log(row) would go here, behind `if is_rank_0()`.
+        # wandb.log(row) would go here, behind `if is_rank_0()`, and wandb.init() into __init__.
         values = (f"{row[name]:.8g}" if name in row else "" for name in self.COLUMNS)
         with open(self.path, "a", encoding="utf-8", newline="\n") as f:
             f.write(",".join(values) + "\n")

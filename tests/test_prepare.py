@@ -81,7 +81,7 @@ def test_the_report_counts_what_is_kept_and_dropped(tmp_path, capsys):
 
 def test_duplicates_are_kept_on_request(tmp_path, capsys):
     folder = prepare(tmp_path, rows_of(5) + rows_of(5), "--drop_duplicates=False", "--val_fraction=0.2")
-    assert len(all_chats(folder)) == 10 and report(capsys)["rows that share a question"] == 10
+    assert len(all_chats(folder)) == 10
 
 
 @pytest.mark.parametrize("placeholder", ["<noinput>", "No input", "noinput", "No input.", '"<noinput>"', "(noinput)"])
@@ -111,13 +111,12 @@ def test_every_category_has_its_share_held_out_and_one_seed_gives_the_same_rows(
     assert held_out[0] == held_out[1] != held_out[2]
 
 
-def test_rows_that_share_their_first_question_are_in_one_split(tmp_path, capsys):
+def test_rows_that_share_their_first_question_are_in_one_split(tmp_path):
     rows = [row(f"question {i // 3}", f"answer {i}") for i in range(300)]
     for seed in range(5):
         folder = prepare(tmp_path, rows, "--val_fraction=0.1", f"--seed={seed}")
         train, val = ({question for question, _ in read_chats(folder, split)} for split in ("train", "val"))
         assert not train & val and len(train | val) == 100 and len(val) == 10
-        assert report(capsys)["rows that share a question"] == 300
 
 
 @pytest.mark.parametrize("rows, wanted", [
