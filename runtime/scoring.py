@@ -108,7 +108,8 @@ def write_scores(cfg, n_rows, summary, answers):
         raise UserError(f"score={cfg.score}: no rows fit into this model's context; shorten them")
     if n_rows > len(answers):
         note(f"rows left out because they exceed this model's context: {n_rows - len(answers)}")
-    folder = Path("out", Path(cfg.init_from).name) if cfg.init_from else cfg.checkpoint.parent
+    folder = Path("out", Path(cfg.init_from).name) if cfg.init_from else cfg.checkpoint
+    folder = folder.parent if folder.suffix == ".pt" else folder
     path = cfg.score_file or folder / "score.json"
     write_json(path, {"model": cfg.init_from or str(cfg.checkpoint), "scored": str(cfg.score),
                       "summary": summary, "answers": answers})
