@@ -432,7 +432,8 @@ def learn(recipe, folder, *flags):
 
 def show(result):
     """Print and return a result: {"what": text, name: number, ...}."""
-    numbers = [f"{name} {value:,.5g}" for name, value in result.items() if name != "what"]
+    numbers = [f"{name} {value:,}" if isinstance(value, int) else f"{name} {value:.3f}"
+               for name, value in result.items() if name != "what"]
     print(f"{result['what']:<34}", ", ".join(numbers), flush=True)
     return result
 
