@@ -97,8 +97,8 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Process each token by itself: widen to 4 C channels, apply a nonlinearity (GELU, Hendrycks &
-    Gimpel 2016, with GPT-2's tanh approximation), project back to C. SwiGLU, of x instead:
-    c_proj(F.silu(gate(x)) * c_fc(x)), where gate is another Linear like c_fc."""
+    Gimpel 2016, with GPT-2's tanh approximation), project back to C. SwiGLU would
+    return c_proj(F.silu(gate(x)) * c_fc(x)) instead, where gate is another Linear like c_fc."""
 
     def __init__(self, config):
         super().__init__()
@@ -232,7 +232,7 @@ class GPT(nn.Module):
 
     def flops(self, targets, tokens, pairs):
         """Floating-point operations of a training step on `tokens` tokens, `targets` of which reach
-        the output head; `pairs`, of a query and a key, is the sum of T * T over its rows. Each
+        the output head; `pairs` counts pairs of a query and a key: T * T for each row. Each
         weight of a matrix costs 6 FLOPs per token (2 forward, 4 backward), attention 12 * C per
         pair and layer (Chowdhery et al. 2022, "PaLM", appendix B)."""
         matrices = sum(p.numel() for p in self.h.parameters() if p.dim() >= 2)

@@ -123,7 +123,7 @@ def read_message(message, where):
                      role)
     role = ROLES[role.lower()]
     if role == "assistant" and any(message.get(name) == 0 for name in WEIGHT):  # or False
-        raise BadRow("excluded from training", where, "must not have 'weight' 0", message)
+        raise BadRow("excluded from training", where, "must not be excluded from training", message)
     if isinstance(text, list) and all(isinstance(part, dict) and part.get("type") == "text"
                                       for part in text):
         text = "\n".join(check_text(part, first_of(CONTENT, part), where) for part in text)

@@ -104,7 +104,7 @@ def read_sizes(config, weights):
     fixed = {key: (size,) for key, size in (sizes | {"n_inner": 4 * n_embd}).items()}
     for key, values in (SUPPORTED | fixed).items():
         if config.get(key) not in (None, *values):
-            raise ValueError(f"{key}={config[key]!r}, but model.py computes {values[0]!r}")
+            raise ValueError(f"{key}={config[key]!r}: must be {values[0]!r}")
     n_head = config.get("n_head") or max(n_embd // 64, 1)
     if n_embd % n_head:
         raise ValueError(f"n_head={n_head!r} does not divide n_embd={n_embd}")

@@ -1,11 +1,11 @@
-"""An exam for the model of `make chat`: plain questions about words and pairs of numbers in no training row.
+"""An exam for the model of `make chat`: plain questions about words and pairs of numbers that are new to it.
 
     python -m tests.exam                                  # up to 420 questions, each asked alone
     python -m tests.exam --sessions=True                  # in 120 chats of ten, with names to remember
     python -m tests.exam --checkpoint=out/rules/best.pt --show=True    # a different model; show its wrong answers
 
 None of the words below are in data/words.txt, and the pairs of numbers are held out by data/rules.py. An answer that
-shows its work is judged by its last term. The greedy answer is scored.
+shows its work is judged by its result alone. The greedy answer is scored.
 """
 import random
 from collections import defaultdict

@@ -268,8 +268,8 @@ def rotary():
         y, swapped = layer(x), layer(x[:, [1, 0, *range(2, 10)]])
         expect((y[0, -1] - swapped[0, -1]).abs().max() > 1e-5,
                "the first two of 10 tokens were swapped, and the output of the last one stayed the same.",
-               "rotate q and k where the comment in CausalSelfAttention.forward says so, before the two paths, at "
-               "position p by p times an angle.")
+               "rotate q and k where the comment in CausalSelfAttention.forward says so, before the two paths: at "
+               "position p, by p times an angle.")
         change = (y - layer(x, None, 7)).abs().max()
         expect(change < 1e-3, f"the outputs of the same 10 tokens, 7 positions later, differ by up to {change:.2f}.",
                "scores depend on distances alone if both q and k, but not v, are rotated by the same angles. Rotating "
