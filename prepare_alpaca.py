@@ -3,6 +3,7 @@
     python prepare_alpaca.py config/prepare_instruction.py    # this repository's small data set
     python prepare_alpaca.py                                  # Stanford Alpaca, 52,002 rows, 23 MB
     python prepare_alpaca.py --source=my.jsonl,more.csv --out_dir=data/mine
+    python finetune.py --data_dir=data/mine --out_dir=out/mine    # then finetune GPT-2 on them
 
 A source is a JSON, JSON-lines or CSV file. Each row has a question and an answer, or a list of
 messages; data/rows.py lists the field names. The script writes train.bin, val.bin, meta.json and
