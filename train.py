@@ -91,7 +91,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
     optimizers = configure_optimizers(model, cfg, dtype)
     state = resume.restore(resumed, optimizers)
     autocast = mixed_precision(device, dtype)  # matrix products in bfloat16 on a GPU
-    wrapped = distributed.wrap_model(model, dataset, cfg.compile)  # the same weights
+    wrapped = distributed.wrap_model(model, dataset, cfg.compile)  # in DDP; same weights
     logger = Logger(cfg.out_dir / "log.csv", state.step, device, dtype)
     stop, saved_at = False, time.monotonic()
     save_due = not resumed  # once at the start, to find out whether the disk has room
@@ -121,7 +121,7 @@ def train(cfg, model, dataset, device, dtype, resumed=None):
             loss, norm, (targets, tokens, pairs) = train_step(
                 wrapped, optimizers, dataset, state.step, cfg, device, autocast)
             save_due = resume.save_is_due(cfg, state.step + 1, saved_at)
-            loss, tokens, pairs, save_due, stop = all_reduce(  # any rank can request a save or stop
+            loss, tokens, pairs, save_due, stop = all_reduce(  # sums; any rank can ask to stop
                 device, loss, tokens, pairs, save_due, bool(signals))
             seconds = time.perf_counter() - began
 

@@ -207,6 +207,13 @@ def test_a_reply_records_which_limit_it_reached(longest, message, said, stop):
     assert session.stop == stop
 
 
+@pytest.mark.parametrize("longest, noted", [(200, True), (5, False)])
+def test_a_reply_that_fills_the_context_is_noted(longest, noted, capsys):
+    session, _ = scripted_session(b"x" * 500)
+    chat.print_reply(session, list(b"Hi"), chat.Settings(max_new_tokens=longest))
+    assert ("the reply stops here: the context is full" in capsys.readouterr().err) == noted
+
+
 def test_a_base_model_continues_each_text_by_itself():
     session, prompts = scripted_session(b"d", turns=0)
     for text in ("abc", "x" * 100, ""):
