@@ -192,7 +192,7 @@ class GPT(nn.Module):
             x = x[loss_positions]  # (N, C): the head, the widest layer, skips the other positions
         logits = self.head(x).float()  # (N, padded V)
         # A sum, not a mean: batches of chats have unequal numbers of targets. The caller divides by
-        # the number of targets in the whole step.
+        # the number of targets in the whole step: see train_step in train.py.
         return F.cross_entropy(logits, targets.flatten(), reduction="sum")
 
     @torch.no_grad()
@@ -413,7 +413,7 @@ def load_weights(model, weights, source):
 
 
 def crop_block_size(model, block_size):
-    """Shorten a model's context to its first block_size positions."""
+    """Shorten a model's context to its first block_size positions (RoPE has no wpe to crop)."""
     assert block_size <= model.config.block_size
     model.config.block_size = block_size
     model.wpe = nn.Embedding.from_pretrained(model.wpe.weight[:block_size].detach().clone(),

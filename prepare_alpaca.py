@@ -41,7 +41,7 @@ class Settings:
     trailing_space: bool = False  # bpe joins a space to the word before it: fewer tokens
     val_fraction: float = 0.05  # fraction of each category's rows held out for validation
     seed: int = 1337  # chooses the held-out rows, and the order in which rows are joined
-    max_tokens: int = 1024  # longest conversation, in tokens
+    max_tokens: int = 1024  # longest conversation, in tokens: the model's block_size + 1, or less
     too_long: str = "cut"  # longer conversations: cut (inside an answer, then <|end|>) or drop
     drop_duplicates: bool = True  # keep only the first of identical rows
     extra: Path | None = None  # more training rows, not split or deduplicated (see data/rules.py)
@@ -128,7 +128,7 @@ def split_rows(conversations, val_fraction, seed):
             if len(numbers) <= quota:  # larger groups stay in training
                 held_out.update(numbers)
                 quota -= len(numbers)
-    if total and not held_out:  # every question has more rows than the quota: split one
+    if total and not held_out:  # no question's rows fit the quota: hold out single rows
         held_out.update(rng.sample(range(total), max(round(total * val_fraction), 1)))
     return {"train": [c for number, c in enumerate(conversations) if number not in held_out],
             "val": [c for number, c in enumerate(conversations) if number in held_out]}

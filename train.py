@@ -31,7 +31,7 @@ from runtime.signals import stop_on_broken_pipe, stop_signals
 
 @dataclass
 class LoopSettings:
-    """Settings of the training loop, shared with finetune.py."""
+    """Settings of the training loop, shared with finetune.py. --help prints these comments."""
     # input and output
     data_dir: Path = Path("data/instruction")  # a prepared folder: train.bin, val.bin, meta.json
     out_dir: Path = Path("out/new")  # where best.pt, last.pt and log.csv go

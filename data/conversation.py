@@ -55,8 +55,8 @@ def turns_to_messages(turns):
 def supervised(ids, enc):
     """Return which of `ids` the model is trained to predict, as booleans: the assistant's text and
     its <|end|>. (In the first prompt_loss_iters steps, all tokens are: see ChatDataset.) A pure
-    function of the ids, (n,) -> (n,): a token is supervised if the last marker before it, one of
-    <|endoftext|>, <|user|> and <|assistant|>, is <|assistant|>."""
+    function of the ids, (n,) -> (n,): a token is supervised if it is none of the markers
+    <|endoftext|>, <|user|> and <|assistant|>, and the last marker before it is <|assistant|>."""
     ids = np.asarray(ids)  # <|endoftext|> <|user|> Hi <|end|> <|assistant|> Hello <|end|>
     end_of_text, user, assistant, _ = special_ids(enc)
     is_marker = np.isin(ids, (end_of_text, user, assistant))  # 1 1 0 0 1 0 0

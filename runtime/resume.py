@@ -19,7 +19,7 @@ SAME_SETTINGS = ("init_from", "block_size", "n_layer", "n_head", "n_embd", "bias
 @dataclass
 class TrainState:
     """The state of a run, besides its model and optimizers."""
-    step: int = 0  # steps done; also determines the position in the data
+    step: int = 0  # steps done; it also numbers the next micro-batches: see train_step
     seconds: float = 0.0  # of training, over all resumptions
     best: float = math.inf  # the lowest cfg.best_by loss so far
     history: list = field(default_factory=list)  # (step, train loss, val loss) of each evaluation
