@@ -214,11 +214,6 @@ def read_spec(spec):
     return spec_in_file
 
 
-def count_ids(spec):
-    """Return how many ids the tokenizer of a spec has, special ones included. Raises UserError."""
-    return GPT2_VOCAB_SIZE + len(ROLE_TOKENS) if spec == "gpt2" else get_tokenizer(spec).n_vocab
-
-
 def token_pieces(enc, ids):
     """Return each id's own text. Bytes of an incomplete character are shown as <e2> and so on."""
     pieces = []

@@ -109,8 +109,8 @@ def run_command(session, cfg, line, print_reply):
         case "/set":
             flags = ["--" + change.lstrip("-") for change in rest.split()]
             if fixed := {flag[2:].partition("=")[0] for flag in flags}.difference(cfg.CHANGEABLE):
-                raise UserError(f"{min(fixed)}: cannot be set here; /set lists what can be; "
-                                "write /set temperature=0.7")
+                raise UserError(f"{min(fixed)}: cannot be set here; write "
+                                "/set temperature=0.7; /set alone lists the settings")
             cfg = config.load(type(cfg), flags, start=cfg, typed="/set")
             note("  ".join(f"{key}={getattr(cfg, key)}" for key in cfg.CHANGEABLE))
         case "/save":
